@@ -1,0 +1,43 @@
+# The commands people type. Each sets up what it needs in .venv and can be repeated or interrupted.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+NEED_GB := 9
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+.DEFAULT_GOAL := help
+.PHONY: help demo test lab docs setup
+
+help:  ## what can be done here
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## the environment alone (the others do it by themselves)
+
+# The stamp is written last, so an interrupted installation is simply continued.
+$(READY): settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "$(PYTHON) is Python %d.%d, but 3.10 or newer is needed: make PYTHON=/path/to/newer/python3" % sys.version_info[:2] or 0)'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module: install it (Debian, Ubuntu: apt-get install python3-venv) and run make again"; exit 1; }
+	@$(PYTHON) -c 'import os, shutil, sys; free = shutil.disk_usage(".").free / 1e9; need = 1 if os.path.isdir("$(VENV)/lib") else $(NEED_GB); sys.exit(free < need and "the installation needs %d GB of disk, but %.1f GB are free here" % (need, free) or 0)'
+	@echo "== setting up $(VENV): PyTorch, faiss, JupyterLab and the kit, about 7 GB; some minutes, once"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]' || { echo "the installation stopped (network or disk?); run the same command again to continue"; exit 1; }
+	@touch $@
+
+demo: $(READY)  ## DeepCluster on embedded digits: about two minutes, ends in a report
+	@echo "== running the first experiment on scikit-learn's digits"
+	@deepcluster-nb run train --preset digits --out runs/digits
+
+test: $(READY)  ## every notebook and every test
+	@echo "== 1/3 the package and the notebooks say the same"
+	@python tests/check_clean.py
+	@echo "== 2/3 every chapter runs from top to bottom"
+	@nbdev_test --n_workers 2 --timing --do_print
+	@echo "== 3/3 what notebooks can't test"
+	@python -m pytest -q tests
+
+lab: $(READY)  ## JupyterLab on the notebooks
+	@cd nbs && jupyter lab
+
+docs: $(READY)  ## the book, with Quarto
+	@command -v quarto >/dev/null || { echo "the book is made by Quarto, which is not installed: see https://quarto.org/docs/get-started, then run make docs again"; exit 1; }
+	@nbdev_docs
