@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'SIZES', 'conv_stack', 'alexnet', 'alexnet_small', 'DeepClusterNet', 'init_weights', 'convnet',
-           'reset_top_layer']
+           'reset_top_layer', 'calibrate_bn', 'load_released']
 
 # %% ../nbs/03_model.ipynb #c13c612c
-import math, torch
+import math, pickle, torch
+from pathlib import Path
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+from .augment import center_crop
 from .data import generator
-from .sobel import Sobel
+from .sobel import Sobel, normalize
 
-# %% ../nbs/03_model.ipynb #c3696967
+# %% ../nbs/03_model.ipynb #0990b8a5
 def conv_stack(layers, planes:int)->nn.Sequential:
-    "Conv → batch norm → ReLU for each (width, kernel, stride, padding), and a pool for each 'pool'."
+    "Conv → batch norm → ReLU for each (width, kernel, stride, padding), and a pool as it stands."
     mods = []
     for l in layers:
         if isinstance(l, nn.Module): mods.append(l)
@@ -24,9 +27,9 @@ def conv_stack(layers, planes:int)->nn.Sequential:
             planes = width
     return nn.Sequential(*mods)
 
-# %% ../nbs/03_model.ipynb #0990b8a5
+# %% ../nbs/03_model.ipynb #c999fb81
 def alexnet(planes:int, dropout:float): # (features, classifier)
-    "The paper's AlexNet: LRN gone, batch norm added (section 3.3)."
+    "The paper's AlexNet: LRN gone, batch norm added."
     features = conv_stack([(96, 11, 4, 2), nn.MaxPool2d(3, 2), (256, 5, 1, 2), nn.MaxPool2d(3, 2),
                            (384, 3, 1, 1), (384, 3, 1, 1), (256, 3, 1, 1), nn.MaxPool2d(3, 2)], planes)
     classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(256*6*6, 4096), nn.ReLU(inplace=True),
@@ -44,35 +47,38 @@ def alexnet_small(planes:int, dropout:float): # (features, classifier)
 
 # %% ../nbs/03_model.ipynb #05f8d231
 ARCHS = dict(alexnet=alexnet, alexnet_small=alexnet_small)
-SIZES = dict(alexnet=(199, 230), alexnet_small=(25, 128))   # smallest and largest input, pixels, that fit the classifier
+SIZES = dict(alexnet=(223, 254), alexnet_small=(31, 134))   # smallest and largest input, pixels, that fit the classifier
 
-# %% ../nbs/03_model.ipynb #e85197ff
+# %% ../nbs/03_model.ipynb #e67cb867
 class DeepClusterNet(nn.Module):
     "sobel → features → classifier → top_layer; only the last is thrown away at a reassignment."
     def __init__(self, features, classifier, k:int, sobel:bool=True):
         super().__init__()
         self.sobel = Sobel() if sobel else None
         self.features, self.classifier = features, classifier
-        self.dim = next(m.out_features for m in reversed(classifier) if isinstance(m, nn.Linear))
+        linear = [m for m in classifier if isinstance(m, nn.Linear)]
+        self.flat, self.dim = linear[0].in_features, linear[-1].out_features
         self.top_layer = nn.Linear(self.dim, k)
     def embed(self, x:Tensor)->Tensor: # (B, 3, H, W) normalised → (B, dim), before the last ReLU
         "What gets clustered."
-        if self.sobel is not None: x = self.sobel(x)
-        return self.classifier[:-1](self.features(x).flatten(1))
+        if x.ndim != 4 or x.shape[1] != 3: raise ValueError(f"x: expected (B, 3, H, W), got {tuple(x.shape)}")
+        f = self.features(x if self.sobel is None else self.sobel(x)).flatten(1)
+        if f.shape[1] != self.flat: raise ValueError(f"x: {x.shape[2]} × {x.shape[3]} pixels end in {f.shape[1]} features, expected {self.flat} (see SIZES)")
+        return self.classifier[:-1](f)
     def forward(self, x:Tensor)->Tensor: # (B, k) logits
         return self.top_layer(self.classifier[-1](self.embed(x)))
 
-# %% ../nbs/03_model.ipynb #dcf26dbe
+# %% ../nbs/03_model.ipynb #6bd71c25
 def init_weights(net:nn.Module, g:torch.Generator):
     "Released initialisation: conv N(0, √(2/(kh·kw·out))), linear N(0, .01), biases 0, batch norm 1 and 0."
     for m in net.modules():
-        if isinstance(m, nn.Conv2d) and m.weight.requires_grad:
-            nn.init.normal_(m.weight, 0, math.sqrt(2 / (m.kernel_size[0] * m.kernel_size[1] * m.out_channels)), generator=g)
-        elif isinstance(m, nn.Linear): nn.init.normal_(m.weight, 0, .01, generator=g)
+        if isinstance(m, nn.Conv2d) and m.weight.requires_grad: std = math.sqrt(2 / (m.kernel_size[0] * m.kernel_size[1] * m.out_channels))
+        elif isinstance(m, nn.Linear): std = .01
         else: continue
-        if m.weight.requires_grad: nn.init.zeros_(m.bias)
+        nn.init.normal_(m.weight, 0, std, generator=g)
+        nn.init.zeros_(m.bias)
 
-# %% ../nbs/03_model.ipynb #30c1d30b
+# %% ../nbs/03_model.ipynb #7a8845d6
 def convnet(arch:str,          # one of `ARCHS`
             k:int,             # clusters, outputs of the top layer
             sobel:bool=True,   # grey gradients (2 planes) instead of RGB (3)
@@ -81,12 +87,41 @@ def convnet(arch:str,          # one of `ARCHS`
            )->DeepClusterNet:
     "A network with random weights: both the start of training and the baseline to beat."
     if arch not in ARCHS: raise ValueError(f"arch: expected one of {', '.join(ARCHS)}, got {arch!r}")
-    net = DeepClusterNet(*ARCHS[arch](2 if sobel else 3, dropout), k, sobel)
+    if k < 1: raise ValueError(f"k: expected at least 1 cluster, got {k}")
+    with torch.random.fork_rng(devices=[]): net = DeepClusterNet(*ARCHS[arch](2 if sobel else 3, dropout), k, sobel)
     init_weights(net, generator(seed, 'weights'))
     return net
 
-# %% ../nbs/03_model.ipynb #e67cb867
+# %% ../nbs/03_model.ipynb #9f89acf5
 def reset_top_layer(net:DeepClusterNet, g:torch.Generator):
     "A fresh head, N(0, .01) and bias 0; the trunk is not touched."
-    nn.init.normal_(net.top_layer.weight, 0, .01, generator=g)
+    w = net.top_layer.weight
+    w.data.copy_(torch.empty(w.shape).normal_(0, .01, generator=g))
     nn.init.zeros_(net.top_layer.bias)
+
+# %% ../nbs/03_model.ipynb #f5b56362
+def calibrate_bn(net:DeepClusterNet,
+                 images,             # PackedImages
+                 size:int,           # pixels of the central crop
+                 batch_size:int=128, # each batch counts the same
+                ):
+    "Give batch norm the statistics of these images, all layers in one pass; no weight is touched."
+    device = net.top_layer.weight.device
+    views = (normalize(center_crop(images.batch(idx), size).to(device)) for idx in torch.arange(len(images)).split(batch_size))
+    update_bn((v if net.sobel is None else net.sobel(v) for v in views), net.features)
+
+# %% ../nbs/03_model.ipynb #03c567d6
+def load_released(path)->DeepClusterNet: # in evaluation mode, on the CPU
+    "The authors' weights; only tensors are read from the file, never code."
+    if not Path(path).is_file(): raise FileNotFoundError(f"path: no file {str(path)!r}")
+    try: saved = torch.load(path, map_location='cpu', weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
+        raise ValueError(f"path: {str(path)!r} is broken or holds more than tensors: {str(e).splitlines()[0]}") from None
+    if not isinstance(saved, dict) or not {'arch', 'state_dict'} <= saved.keys():
+        raise ValueError(f"path: expected the keys arch and state_dict in {str(path)!r}, got {list(saved)[:5] if isinstance(saved, dict) else type(saved).__name__}")
+    state = {name.replace('module.', ''): t for name,t in saved['state_dict'].items()}
+    try:
+        with torch.device('meta'): net = convnet(saved['arch'], len(state['top_layer.bias']), 'sobel.0.weight' in state)
+        net.load_state_dict(state, assign=True)
+    except (KeyError, RuntimeError) as e: raise ValueError(f"path: the tensors in {str(path)!r} are not those of {saved['arch']}: {e}") from None
+    return net.eval()

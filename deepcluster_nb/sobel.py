@@ -16,12 +16,13 @@ MEAN, STD = (.485, .456, .406), (.229, .224, .225)   # of ImageNet's RGB values 
 def normalize(x:Tensor,  # (B, 1 or 3, H, W) on the scale 0 to 255
              )->Tensor:  # (B, 3, H, W)
     "ImageNet's mean and standard deviation, whatever the data set, as the released code does."
+    if x.ndim != 4 or x.shape[1] not in (1, 3): raise ValueError(f"x: expected (B, 1 or 3, H, W), got {tuple(x.shape)}")
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (MEAN, STD))
     return (x/255 - mean) / std
 
-# %% ../nbs/02_sobel.ipynb #16a63d7e
+# %% ../nbs/02_sobel.ipynb #a381cbcf
 class Sobel(nn.Sequential):
-    "Grey, then the two gradients; frozen. (B, 3, H, W) → (B, 2, H, W). Paper, section 3.3 (implementation details)."
+    "Grey, then the two gradients; frozen. (B, 3, H, W) → (B, 2, H, W). Paper, implementation details."
     def __init__(self):
         grey, edges = nn.Conv2d(3, 1, 1), nn.Conv2d(1, 2, 3, padding=1)
         super().__init__(grey, edges)

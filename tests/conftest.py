@@ -1,0 +1,12 @@
+import os
+import pytest, torch
+
+@pytest.fixture(autouse=True, scope='session')
+def two_threads(): torch.set_num_threads(2)
+
+@pytest.fixture
+def cifar_root():
+    "The data root with CIFAR-10 as a folder of JPEGs, where there is one."
+    root = os.environ.get('DEEPCLUSTER_DATA')
+    if not root or not os.path.isdir(os.path.join(root, 'cifar10', 'train')): pytest.skip('DEEPCLUSTER_DATA has no cifar10/train')
+    return root

@@ -1,0 +1,64 @@
+"The command, papermill, and the folder that they leave."
+import json, subprocess, sys
+from pathlib import Path
+import numpy as np, pytest
+from deepcluster_nb.experiments import experiments_folder, main, parse_pair
+
+SMALL = ['-p', 'n_images=150', '-p', 'n_test=60', '-p', 'k=10', '-p', 'pca=16', '-p', 'epochs=2', '-p', 'passes=1']
+
+def table_and_folder(out, where):
+    assert 'linear probe conv5' in out and 'kNN' in out and str(where/'report.html') in out
+    names = {p.name for p in where.iterdir()}
+    assert names == {'params.yaml', 'log.jsonl', 'metrics.json', 'assignments', 'clusters.csv', 'checkpoint', 'figures', 'notebook.ipynb', 'report.html'}
+    m = json.loads((where/'metrics.json').read_text())
+    assert list(m['probes']['random']) == list(m['probes']['deepcluster']) == [f'conv{i}' for i in range(1, 6)]
+    assert all(0 <= v <= 100 for net in m['probes'].values() for v in net.values()) and set(m['knn']) == {'random', 'deepcluster'}
+    assert {p.name for p in (where/'figures').iterdir()} == {'curves.png', 'clusters.png', 'probes.png'}
+    html = (where/'report.html').read_text()
+    assert html.count('<img') >= 3 and 'What to make of it' in html
+
+def test_command_runs_and_can_be_repeated(tmp_path, capsys):
+    where = tmp_path/'run'
+    for _ in range(2):
+        assert main(['run', 'train', '--preset', 'digits', '--out', str(where), *SMALL]) == 0
+        table_and_folder(capsys.readouterr().out, where)
+        assert len((where/'log.jsonl').read_text().splitlines()) == 2
+
+def test_plain_papermill(tmp_path):
+    nb, preset = experiments_folder()/'train.ipynb', experiments_folder()/'presets'/'digits.yaml'
+    pairs = [x for p in SMALL[1::2] for x in ('-p', *p.split('='))]
+    subprocess.run(['papermill', str(nb), str(tmp_path/'out.ipynb'), '-f', str(preset), *pairs, '-p', 'run_dir', str(tmp_path/'run'), '--no-progress-bar'],
+                   check=True, capture_output=True)
+    assert (tmp_path/'run'/'metrics.json').exists()
+    cells = json.loads((tmp_path/'out.ipynb').read_text())['cells']
+    assert sum(len(''.join(o.get('text', ''))) for c in cells if c['cell_type'] == 'code' for o in c['outputs']) < 2000   # no flood of progress
+
+def test_list(capsys):
+    assert main(['list']) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ('train', 'digits', 'cifar10_small', 'cifar10', 'weight_decay'))
+
+@pytest.mark.parametrize('args, message', [
+    (['trane'], "experiment: expected one of train, got 'trane'"), (['train', '--preset', 'mnist'], "preset: expected one of .*digits.*'mnist'"),
+    (['train', '-p', 'clusters=3'], "parameter: expected one of .*'clusters'"), (['train', '-p', 'k'], "-p: expected key=value, got 'k'"),
+    (['train', '-p', 'k=1'], 'k: expected at least 2, got 1'), (['train', '-p', 'k=many'], "k: .*'many'"),
+    (['train', '-p', 'lr=-1'], 'lr: .*-1'), (['train', '-p', 'n_images=150', '-p', 'k=151'], 'k: expected at most 150'),
+    (['train', '-p', 'dataset=folder', '-p', 'root=/no/such/place'], "root: no folder '/no/such/place'"),
+])
+def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path, capsys, args, message):
+    import re
+    assert main(['run', *args, '--out', str(tmp_path/'run')]) != 0
+    err = capsys.readouterr().err.strip()
+    assert re.search(message, err) and len(err.splitlines()) == 1
+    assert not (tmp_path/'run').exists()
+
+def test_another_run_in_the_folder_is_left_as_it_was(tmp_path, capsys):
+    where = tmp_path/'run'
+    assert main(['run', 'train', '--out', str(where), *SMALL, '-p', 'epochs=0']) == 0
+    before = {p: p.read_bytes() for p in where.rglob('*') if p.is_file()}
+    assert main(['run', 'train', '--out', str(where), *SMALL, '-p', 'epochs=0', '-p', 'k=11']) == 2
+    assert 'k: 10 there, 11 now' in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in where.rglob('*') if p.is_file()}
+
+@pytest.mark.parametrize('text, value', [('k=200', 200), ('lr=1e-5', 1e-5), ('lr=.05', .05), ('sobel=false', False), ('root=/a=b', '/a=b'), ('arch=alexnet', 'alexnet')])
+def test_pairs(text, value): assert parse_pair(text)[1] == value

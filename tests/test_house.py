@@ -1,0 +1,65 @@
+"The rooms and what may stand in them: imports, layout, and the files that people rely on."
+import ast, json, re, subprocess, sys
+from pathlib import Path
+import pytest, yaml
+
+ROOT = Path(__file__).parent.parent
+ORDER = ['data', 'augment', 'sobel', 'model', 'features', 'clustering', 'sampling', 'runs', 'training', 'probes', 'experiments']
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+
+def imported(module): # the kit's modules that one imports anywhere, also inside functions
+    tree = ast.parse((ROOT/'deepcluster_nb'/f'{module}.py').read_text())
+    found = {n.module.split('.')[1] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or '').startswith('deepcluster_nb.')}
+    return found
+
+@pytest.mark.parametrize('module', ORDER)
+def test_modules_import_only_backwards(module):
+    assert imported(module) <= set(ORDER[:ORDER.index(module)])
+
+def test_every_module_is_in_the_order():
+    assert {p.stem for p in (ROOT/'deepcluster_nb').glob('*.py')} - {'__init__', '_modidx'} == set(ORDER)
+
+def test_public_functions_have_docstrings():
+    bare = []
+    for m in ORDER:
+        for node in ast.parse((ROOT/'deepcluster_nb'/f'{m}.py').read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_') and not ast.get_docstring(node): bare.append(f'{m}.{node.name}')
+    assert not bare
+
+def test_nothing_heavy_is_imported_at_the_start():
+    code = "import sys, deepcluster_nb.experiments, deepcluster_nb.training; print([m for m in ('faiss', 'umap', 'sklearn', 'matplotlib', 'papermill') if m in sys.modules])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+
+def test_no_global_randomness_and_no_pickle():
+    for m in ORDER:
+        code = (ROOT/'deepcluster_nb'/f'{m}.py').read_text()
+        assert not re.search(r'np\.random\.(seed|rand|choice|permutation)|weights_only=False|pickle\.load|allow_pickle=True', code), m
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
+def test_stored_notebooks(path):
+    nb = json.loads(path.read_text())
+    assert path.stat().st_size < 1_000_000
+    kinds = [o['output_type'] for c in nb['cells'] if c['cell_type'] == 'code' for o in c['outputs']]
+    assert 'error' not in kinds
+    text = ''.join(''.join(o.get('text', '')) for c in nb['cells'] if c['cell_type'] == 'code' for o in c['outputs'])
+    assert 'it/s]' not in text and 'Warning' not in text, 'progress bars or warnings in the stored outputs'
+
+def test_train_takes_the_names_of_config():
+    from dataclasses import asdict
+    from deepcluster_nb.experiments import experiments_folder, parameters
+    from deepcluster_nb.training import Config
+    assert parameters(experiments_folder()/'train.ipynb') == asdict(Config())
+
+@pytest.mark.parametrize('preset', sorted((ROOT/'nbs'/'experiments'/'presets').glob('*.yaml')), ids=lambda p: p.stem)
+def test_presets_are_possible(preset):
+    from deepcluster_nb.training import Config, resolve
+    resolve(Config(**yaml.safe_load(preset.read_text())))
+
+def test_readme_is_the_index_page():
+    index = json.loads((ROOT/'nbs'/'index.ipynb').read_text())
+    readme = (ROOT/'README.md').read_text()
+    squeeze = lambda s: re.sub(r'\s+', '', s)
+    for c in index['cells']:
+        if c['cell_type'] == 'markdown':
+            for line in ''.join(c['source']).splitlines():
+                if line.startswith('|') or line.startswith('#'): assert squeeze(line) in squeeze(readme), line

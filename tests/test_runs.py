@@ -1,0 +1,128 @@
+"Whole runs: killed and continued, wrong input, folders of images."
+import hashlib, json, os, signal, subprocess, sys, time
+from dataclasses import asdict, replace
+from pathlib import Path
+import numpy as np, pytest, torch
+from PIL import Image
+from deepcluster_nb.data import load_images
+from deepcluster_nb.experiments import main
+from deepcluster_nb.runs import load_checkpoint
+from deepcluster_nb.training import Config, fit, load_run, predict
+
+TINY = Config(dataset='digits', n_images=200, k=10, pca=16, epochs=3, passes=1, batch_size=50, precision='float32', device='cpu')
+
+def bits(run_dir): # of weights, momentum, assignments, PCA and centroids, and of the log without its clock
+    tensors = load_checkpoint(Path(run_dir)/'checkpoint')[1]
+    log = [{k: v for k,v in json.loads(l).items() if k != 'seconds'} for l in (Path(run_dir)/'log.jsonl').read_text().splitlines()]
+    h = hashlib.sha256(json.dumps(log).encode())
+    for name in sorted(tensors): h.update(name.encode()); h.update(tensors[name].contiguous().numpy().tobytes())
+    return h.hexdigest()
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    where = tmp_path_factory.mktemp('run')/'a'
+    return where, fit(replace(TINY, run_dir=str(where)), echo=None)
+
+def test_run_folder(finished):
+    where, run = finished
+    assert {p.name for p in where.iterdir()} == {'params.yaml', 'log.jsonl', 'checkpoint', 'assignments', 'figures', 'clusters.csv'}
+    log = [json.loads(l) for l in (where/'log.jsonl').read_text().splitlines()]
+    keys = 'epoch loss ln_k seconds objective nmi_prev nmi_prev_chance ami_prev nmi_labels ami_labels n_empty cluster_sizes'.split()
+    assert [list(r) for r in log] == [keys]*3 and [r['epoch'] for r in log] == [0, 1, 2]
+    files = sorted((where/'assignments').iterdir())
+    assert len(files) == 4                                    # one before each epoch, one of the finished network
+    last = np.load(files[-1])
+    assert last.dtype == np.int32 and (last == run.clustering.assign.numpy()).all()
+    rows = (where/'clusters.csv').read_text().splitlines()
+    assert rows[0] == 'path,cluster' and len(rows) == 201 and rows[1].split(',')[1] == str(last[0])
+
+def test_same_seed_same_bits_other_seed_other_bits(finished, tmp_path):
+    for seed, same in ((0, True), (1, False)):
+        fit(replace(TINY, run_dir=str(tmp_path/str(seed)), seed=seed), echo=None)
+        assert (bits(tmp_path/str(seed)) == bits(finished[0])) == same
+
+def test_global_random_state_does_not_matter_and_is_not_touched(finished, tmp_path):
+    torch.manual_seed(5); np.random.seed(5)
+    before = torch.random.get_rng_state()
+    fit(replace(TINY, run_dir=str(tmp_path/'r')), echo=None)
+    assert bits(tmp_path/'r') == bits(finished[0]) and torch.equal(before, torch.random.get_rng_state())
+
+@pytest.mark.parametrize('wait_for', ['assignments/epoch_001.npy', 'checkpoint/00002.safetensors'])
+def test_killed_and_continued_ends_in_the_same_bits(finished, tmp_path, wait_for):
+    config = replace(TINY, run_dir=str(tmp_path/'k'))
+    code = f"import torch; torch.set_num_threads({torch.get_num_threads()}); from deepcluster_nb.training import *; fit(Config(**{asdict(config)!r}), echo=None)"
+    p = subprocess.Popen([sys.executable, '-c', code])
+    end = time.time() + 120
+    while not (tmp_path/'k'/wait_for).exists() and p.poll() is None and time.time() < end: time.sleep(.002)
+    p.send_signal(signal.SIGKILL); p.wait()
+    fit(config, echo=None)
+    assert bits(tmp_path/'k') == bits(finished[0])
+
+def test_damaged_checkpoint_is_passed_over(finished, tmp_path):
+    config = replace(TINY, run_dir=str(tmp_path/'d'))
+    class Stop(Exception): pass
+    def stop(line):
+        if line.startswith('epoch 2'): raise Stop
+    with pytest.raises(Stop): fit(config, echo=stop)
+    newest = tmp_path/'d'/'checkpoint'/'00002.safetensors'
+    data = bytearray(newest.read_bytes()); data[len(data)//2] ^= 1; newest.write_bytes(data)
+    with pytest.warns(UserWarning, match='00002'): fit(config, echo=None)
+    assert bits(tmp_path/'d') == bits(finished[0])
+
+def test_predict_gives_the_training_images_their_clusters(finished):
+    where, run = finished
+    assert torch.equal(predict(load_run(where), run.images), run.clustering.assign)
+
+def test_another_run_in_the_folder(finished):
+    with pytest.raises(ValueError, match=r"k: 10 there, 11 now"): fit(replace(TINY, k=11, run_dir=str(finished[0])))
+
+@pytest.mark.parametrize('change, message', [
+    (dict(dataset='imagnet'), r"dataset: expected one of digits.*'imagnet'"), (dict(k=1), 'k: expected at least 2, got 1'),
+    (dict(k=201), 'k: expected at most 200'), (dict(k='ten'), "k: expected a value of type int, got 'ten'"), (dict(epochs=-1), 'epochs: .*-1'),
+    (dict(lr=0.), 'lr: .*0.0'), (dict(lr=float('nan')), 'lr'), (dict(size=8), 'size: expected'), (dict(precision='half'), "precision: .*'half'"),
+    (dict(device='tpu'), "device: .*'tpu'"), (dict(arch='lenet'), "arch: .*'lenet'"), (dict(sampler='x'), 'sampler'), (dict(backend='x'), 'backend'),
+    (dict(n_images=5000), 'n_images: .*5,000'), (dict(pca=5000), 'pca: .*5000'), (dict(batch_size=1), 'batch_size'), (dict(min_scale=0.), 'min_scale'),
+    (dict(sobel=1), 'sobel: expected a value of type bool, got 1'), (dict(dropout=1.), 'dropout'), (dict(momentum=1.), 'momentum'), (dict(seed=-1), 'seed'),
+])
+def test_impossible_values_are_errors_before_anything_is_written(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message): fit(replace(TINY, run_dir=str(tmp_path/'r'), **change))
+    assert not (tmp_path/'r').exists()
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a CUDA device here')
+def test_no_cuda(tmp_path):
+    with pytest.raises(ValueError, match="device: .*'cuda'"): fit(replace(TINY, device='cuda', run_dir=str(tmp_path/'r')))
+
+def test_unknown_parameter():
+    with pytest.raises(TypeError, match='clusters'): Config(clusters=3)
+
+def folder_of_images(root, n=30, classes=('ant', 'bee'), size=(40, 36)):
+    g = np.random.default_rng(0)
+    for i in range(n):
+        d = root/classes[i % len(classes)] if classes else root
+        d.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(g.integers(0, 256, (size[0] + i, size[1], 3), dtype=np.uint8)).save(d/f'{i:03d}.jpg')
+
+def test_own_images_without_labels(tmp_path):
+    folder_of_images(tmp_path/'photos', classes=())
+    c = replace(TINY, dataset='folder', root=str(tmp_path/'photos'), n_images=0, k=4, pca=8, epochs=1, batch_size=10, run_dir=str(tmp_path/'run'))
+    run = fit(c, echo=None)
+    assert run.images.labels is None and run.log[0]['nmi_labels'] is None
+    assert (tmp_path/'run'/'clusters.csv').read_text().splitlines()[1].startswith('000.jpg,')
+
+def test_broken_image_is_named_and_nothing_is_left(tmp_path):
+    folder_of_images(tmp_path/'photos')
+    whole = (tmp_path/'photos'/'bee'/'003.jpg').read_bytes()
+    (tmp_path/'photos'/'bee'/'003.jpg').write_bytes(whole[:len(whole)//2])
+    c = replace(TINY, dataset='folder', root=str(tmp_path/'photos'), n_images=0, k=4, pca=8, run_dir=str(tmp_path/'run'))
+    with pytest.raises(ValueError, match=r"1 of 30 images.*003\.jpg"): fit(c, echo=None)
+    assert not (tmp_path/'run').exists()
+
+@pytest.mark.parametrize('root, error', [('nowhere', 'no folder'), ('.', 'no images|no train')])
+def test_roots_without_images(tmp_path, root, error):
+    with pytest.raises(FileNotFoundError, match=error): fit(replace(TINY, dataset='folder', root=str(tmp_path/root), run_dir=str(tmp_path/'run')))
+    assert not (tmp_path/'run').exists()
+
+def test_cifar_folder_form(cifar_root):
+    images = load_images('cifar10', cifar_root, 'test', 300, seed=1)
+    assert images.size == (3, 32, 32) and len(images.classes) == 10 and len(images.labels.unique()) == 10
+    assert images.paths == sorted(images.paths)
