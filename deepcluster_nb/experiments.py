@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['experiments_folder', 'one_of', 'parameters', 'gather', 'check_parameters', 'parse_pair', 'Watcher', 'write_report',
-           'run_experiment', 'summary', 'main', 'listing']
+           'run_experiment', 'summary', 'listing', 'main']
 
 # %% ../nbs/20_experiments.ipynb #450f8668
-import argparse, json, os, sys, threading, time
+import argparse, json, os, shutil, sys, threading, time
 from pathlib import Path
 import yaml
 from .runs import RunFolder, duration, progress_line
@@ -49,12 +49,12 @@ def gather(name:str, preset:str=None, params:dict=None)->tuple: # (notebook, par
 # %% ../nbs/20_experiments.ipynb #8a7fa5ba
 def check_parameters(notebook:Path, given:dict, run_dir:Path):
     "Impossible values, and a folder that holds another run, are found before anything is started or written."
-    from dataclasses import asdict, fields
+    from dataclasses import fields
     from deepcluster_nb.training import Config, resolve
     values = {**parameters(notebook), **given}
     config = Config(**{f.name: values[f.name] for f in fields(Config) if f.name in values})
     resolve(config)
-    if (run_dir/'params.yaml').exists(): RunFolder(run_dir, asdict(config))
+    if (run_dir/'params.yaml').exists(): RunFolder(run_dir, values)
 
 # %% ../nbs/20_experiments.ipynb #80515722
 def parse_pair(text:str)->tuple: # 'k=200' → ('k', 200)
@@ -79,9 +79,10 @@ class Watcher(threading.Thread):
         for line in lines[self.printed:]: print(('\r\033[K' if sys.stderr.isatty() else '') + describe(json.loads(line), epochs), flush=True)
         self.printed = len(lines)
         if sys.stderr.isatty():
+            width = shutil.get_terminal_size().columns - 1
             try: state = progress_line(json.loads((self.run_dir/'progress.json').read_text()))
             except (OSError, ValueError): state = f"working · {duration(time.time() - self.start_time)}"
-            print('\r' + state + '\033[K', end='', file=sys.stderr, flush=True)
+            print('\r' + state[:width] + '\033[K', end='', file=sys.stderr, flush=True)
 
     def run(self):
         while not self.done.wait(.5): self.look()
@@ -132,6 +133,19 @@ def summary(run_dir:Path)->str: # the table that ends a run
     lines += [f"{name:22}{r:8.1f}{d:13.1f}{d-r:+8.1f}" for name,r,d in rows]
     return '\n'.join(lines + [f"seconds in all: {m['seconds']['total']:.0f}"])
 
+# %% ../nbs/20_experiments.ipynb #fc8a7945
+def listing()->str:
+    "What `deepcluster-nb list` prints."
+    from papermill import inspect_notebook
+    folder = experiments_folder()
+    lines = []
+    for nb in sorted(folder.glob('*.ipynb')):
+        lines += [f"experiment {nb.stem}", "  parameters:"]
+        lines += [f"    {name + ' = ' + p['default']:26} {p['help']}" for name,p in inspect_notebook(str(nb)).items()]
+    lines.append("presets:")
+    for y in sorted((folder/'presets').glob('*.yaml')): lines.append(f"  {y.stem:14} {y.read_text().splitlines()[0].lstrip('# ')}")
+    return '\n'.join(lines)
+
 # %% ../nbs/20_experiments.ipynb #b2868ffe
 def main(argv=None)->int: # exit status: 0 done, 1 the run failed, 2 the input was wrong
     "The console script `deepcluster-nb`."
@@ -150,16 +164,3 @@ def main(argv=None)->int: # exit status: 0 done, 1 the run failed, 2 the input w
     except KeyboardInterrupt: print("deepcluster-nb: stopped; the same command goes on from the last checkpoint", file=sys.stderr); return 130
     print(summary(where), f"report    {where/'report.html'}", f"notebook  {where/'notebook.ipynb'}", f"numbers   {where/'metrics.json'}", sep='\n')
     return 0
-
-# %% ../nbs/20_experiments.ipynb #fc8a7945
-def listing()->str:
-    "What `deepcluster-nb list` prints."
-    from papermill import inspect_notebook
-    folder = experiments_folder()
-    lines = []
-    for nb in sorted(folder.glob('*.ipynb')):
-        lines += [f"experiment {nb.stem}", "  parameters:"]
-        lines += [f"    {name + ' = ' + p['default']:26} {p['help']}" for name,p in inspect_notebook(str(nb)).items()]
-    lines.append("presets:")
-    for y in sorted((folder/'presets').glob('*.yaml')): lines.append(f"  {y.stem:14} {y.read_text().splitlines()[0].lstrip('# ')}")
-    return '\n'.join(lines)

@@ -41,13 +41,13 @@ def alexnet_small(planes:int, dropout:float): # (features, classifier)
     "Five convolutions for 32 to 64 px; indices as in AlexNet."
     features = conv_stack([(64, 3, 2, 1), nn.MaxPool2d(2), (192, 3, 1, 1), nn.MaxPool2d(2),
                            (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1), nn.AdaptiveMaxPool2d(4)], planes)
-    classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(256*4*4, 1024), nn.ReLU(inplace=True),
-                               nn.Dropout(dropout), nn.Linear(1024, 1024), nn.ReLU(inplace=True))
+    classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(256*4*4, 1024), nn.BatchNorm1d(1024), nn.ReLU(inplace=True),
+                               nn.Dropout(dropout), nn.Linear(1024, 1024), nn.BatchNorm1d(1024), nn.ReLU(inplace=True))
     return features, classifier
 
 # %% ../nbs/03_model.ipynb #05f8d231
 ARCHS = dict(alexnet=alexnet, alexnet_small=alexnet_small)
-SIZES = dict(alexnet=(223, 254), alexnet_small=(31, 134))   # smallest and largest input, pixels, that fit the classifier
+SIZES = dict(alexnet=(223, 254), alexnet_small=(31, 134))   # smallest and largest input, pixels
 
 # %% ../nbs/03_model.ipynb #e67cb867
 class DeepClusterNet(nn.Module):
@@ -107,8 +107,10 @@ def calibrate_bn(net:DeepClusterNet,
                 ):
     "Give batch norm the statistics of these images, all layers in one pass; no weight is touched."
     device = net.top_layer.weight.device
-    views = (normalize(center_crop(images.batch(idx), size).to(device)) for idx in torch.arange(len(images)).split(batch_size))
-    update_bn((v if net.sobel is None else net.sobel(v) for v in views), net.features)
+    batches = torch.arange(len(images)).split(batch_size)
+    views = (normalize(center_crop(images.batch(idx), size).to(device)) for idx in batches)
+    trunk = nn.Sequential(net.features, nn.Flatten(), *[m for m in net.classifier if not isinstance(m, nn.Dropout)]).train(net.training)
+    update_bn((v if net.sobel is None else net.sobel(v) for v in views), trunk)
 
 # %% ../nbs/03_model.ipynb #03c567d6
 def load_released(path)->DeepClusterNet: # in evaluation mode, on the CPU

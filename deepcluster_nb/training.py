@@ -37,7 +37,7 @@ class Config:
     pca:int = 128                  # dimensions that are clustered
     epochs:int = 10                # reassignments
     passes:int = 4                 # training passes over the images for each reassignment
-    batch_size:int = 64
+    batch_size:int = 128
     lr:float = .05
     momentum:float = .9
     weight_decay:float = 1e-5
@@ -192,7 +192,7 @@ def fit(config:Config,  # what to do
     c, images = prepare(config, images)
     net = convnet(c.arch, c.k, c.sobel, c.dropout, c.seed).to(c.device, memory_format=torch.channels_last)
     trunk = [p for name,p in net.named_parameters() if p.requires_grad and not name.startswith('top_layer')]
-    trunk_opt = torch.optim.SGD(trunk, c.lr, c.momentum, weight_decay=c.weight_decay)
+    trunk_opt = torch.optim.SGD(trunk, c.lr, c.momentum, weight_decay=c.weight_decay, fused=True)
     check(c.pca <= net.dim, 'pca', c.pca, f"at most {net.dim}, the features' dimension")
     folder = RunFolder(c.run_dir, asdict(config)) if c.run_dir else None
     log, prev, first = [], None, 0
@@ -209,7 +209,7 @@ def fit(config:Config,  # what to do
     for epoch in range(first, c.epochs):
         clustering, pca, seconds = cluster(net, images, c, epoch, shown('features', 0, .15))
         reset_top_layer(net, generator(c.seed, 'top_layer', epoch))
-        head_opt = torch.optim.SGD(net.top_layer.parameters(), c.lr, weight_decay=c.weight_decay)
+        head_opt = torch.optim.SGD(net.top_layer.parameters(), c.lr, weight_decay=c.weight_decay, fused=True)
         idx = SAMPLERS[c.sampler](clustering.assign.cpu(), c.passes * len(images), c.seed, epoch)
         start = time.time()
         loss = train_epoch(net, images, idx, clustering.assign, (trunk_opt, head_opt), c, epoch, shown('training', .15, .85))

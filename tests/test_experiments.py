@@ -12,7 +12,7 @@ def table_and_folder(out, where):
     assert names == {'params.yaml', 'log.jsonl', 'metrics.json', 'assignments', 'clusters.csv', 'checkpoint', 'figures', 'notebook.ipynb', 'report.html'}
     m = json.loads((where/'metrics.json').read_text())
     assert list(m['probes']['random']) == list(m['probes']['deepcluster']) == [f'conv{i}' for i in range(1, 6)]
-    assert all(0 <= v <= 100 for net in m['probes'].values() for v in net.values()) and set(m['knn']) == {'random', 'deepcluster'}
+    assert all(0 <= v <= 100 for net in m['probes'].values() for v in net.values()) and set(m['knn']) == {'random', 'random_calibrated', 'deepcluster'}
     assert {p.name for p in (where/'figures').iterdir()} == {'curves.png', 'clusters.png', 'probes.png'}
     html = (where/'report.html').read_text()
     assert html.count('<img') >= 3 and 'What to make of it' in html
@@ -33,13 +33,19 @@ def test_plain_papermill(tmp_path):
     cells = json.loads((tmp_path/'out.ipynb').read_text())['cells']
     assert sum(len(''.join(o.get('text', ''))) for c in cells if c['cell_type'] == 'code' for o in c['outputs']) < 2000   # no flood of progress
 
+def test_choices(tmp_path, capsys):
+    tiny = [x for p in ('n_images=60', 'n_test=40', 'k=5', 'pca=8', 'epochs=1', 'seeds=1') for x in ('-p', p)]
+    for _ in range(2): assert main(['run', 'choices', '--out', str(tmp_path/'run'), *tiny]) == 0        # the second finds everything done
+    m = json.loads((tmp_path/'run'/'metrics.json').read_text())
+    assert len(m) == 11 and {'base', 'random', 'k = 10', 'k = 25'} <= set(m) and 0 <= m['base']['conv3']['mean'] <= 100
+
 def test_list(capsys):
     assert main(['list']) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ('train', 'digits', 'cifar10_small', 'cifar10', 'weight_decay'))
 
 @pytest.mark.parametrize('args, message', [
-    (['trane'], "experiment: expected one of train, got 'trane'"), (['train', '--preset', 'mnist'], "preset: expected one of .*digits.*'mnist'"),
+    (['trane'], "experiment: expected one of choices, train, got 'trane'"), (['train', '--preset', 'mnist'], "preset: expected one of .*digits.*'mnist'"),
     (['train', '-p', 'clusters=3'], "parameter: expected one of .*'clusters'"), (['train', '-p', 'k'], "-p: expected key=value, got 'k'"),
     (['train', '-p', 'k=1'], 'k: expected at least 2, got 1'), (['train', '-p', 'k=many'], "k: .*'many'"),
     (['train', '-p', 'lr=-1'], 'lr: .*-1'), (['train', '-p', 'n_images=150', '-p', 'k=151'], 'k: expected at most 150'),
