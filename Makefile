@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 NEED_GB := 9
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab docs setup
+.PHONY: help demo test lab docs readme setup
 
 help:  ## what can be done here
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,7 +31,7 @@ test: $(READY)  ## every notebook and every test
 	@echo "== 1/3 the package and the notebooks say the same"
 	@python tests/check_clean.py
 	@echo "== 2/3 every chapter runs from top to bottom"
-	@nbdev_test --n_workers 2 --timing --do_print
+	@OMP_NUM_THREADS=1 nbdev_test --n_workers $$(python -c 'import os; print(os.cpu_count())') --timing --do_print   # a thread a notebook
 	@echo "== 3/3 what notebooks can't test"
 	@python -m pytest -q tests
 
@@ -41,3 +41,6 @@ lab: $(READY)  ## JupyterLab on the notebooks
 docs: $(READY)  ## the book, with Quarto
 	@command -v quarto >/dev/null || { echo "the book is made by Quarto, which is not installed: see https://quarto.org/docs/get-started, then run make docs again"; exit 1; }
 	@nbdev_docs
+
+readme: $(READY)  ## README.md from nbs/index.ipynb
+	@jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README nbs/index.ipynb

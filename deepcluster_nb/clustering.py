@@ -86,7 +86,7 @@ def repair_empty(centroids:Tensor,  # (k, D), changed in place
                  sizes:Tensor,      # (k,) points in each cluster, float, changed in place
                  g=None,            # not used: faiss has its own seed
                 ):
-    "Each empty cluster takes half of a large one (paper, section 3.2; faiss' rule and constants)."
+    "Each empty cluster takes half of a large one (paper, 'Avoiding trivial solutions'; faiss' rule and constants)."
     (k, d), n, draws = centroids.shape, int(sizes.sum(dtype=torch.float64)), faiss_draws()
     tilt = torch.ones(d).to(centroids) / 1024; tilt[1::2] *= -1
     for empty in (sizes == 0).nonzero().flatten().tolist():
@@ -101,7 +101,7 @@ def repair_empty(centroids:Tensor,  # (k, D), changed in place
 def repair_random(centroids:Tensor, sizes:Tensor, # (k, D) and (k,), changed in place
                   g:torch.Generator,
                  ):
-    "Each empty cluster takes half of any other, whatever its size (paper, section 3.2)."
+    "Each empty cluster takes half of any other, whatever its size (paper, 'Avoiding trivial solutions')."
     step = centroids.pow(2).mean().sqrt() / 1024
     for empty in (sizes == 0).nonzero().flatten().tolist():
         full = sizes.nonzero().flatten()
@@ -176,7 +176,7 @@ def entropy(counts:Tensor)->float: # of the shares that these counts are, in nat
 def nmi(a:Tensor,  # (N,) cluster ids
         b:Tensor,  # (N,) other cluster ids, or labels
        )->float:   # 0 (independent) to 1 (the same up to names)
-    "Normalised mutual information, I / √(H(a) H(b)) (paper, section 4.1)."
+    "Normalised mutual information, I / √(H(a) H(b)) (paper, section 4)."
     a, b = (torch.as_tensor(v).long() for v in (a, b))
     if a.ndim != 1 or a.shape != b.shape or not len(a): raise ValueError(f"a, b: expected two (N,) partitions of the same points, got {tuple(a.shape)} and {tuple(b.shape)}")
     if min(a.min(), b.min()) < 0: raise ValueError(f"a, b: expected ids from 0, got {int(min(a.min(), b.min()))}")

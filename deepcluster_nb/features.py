@@ -42,7 +42,7 @@ def compute_features(net,                    # with an `embed` method: (B, 3, H,
                      progress=None,          # called with (images done, N)
                      out:Tensor=None,        # (N, D) to fill instead, such as a float16 file
                     )->Tensor:               # (N, D) float32 on the CPU, or `out`; row i is image i
-    "What gets clustered: central crop, evaluation mode, before the last ReLU (paper, section 3.3)."
+    "What gets clustered: central crop, evaluation mode, before the last ReLU (paper, 'Implementation details')."
     for name,n in (('images', len(images)), ('size', size), ('batch_size', batch_size)):
         if n < 1: raise ValueError(f"{name}: expected at least 1, got {n}")
     net.eval()
@@ -65,7 +65,7 @@ def check_features(x:Tensor, width=None):
 
 # %% ../nbs/04_features.ipynb #292b48b8
 class PCA:
-    "Project onto the directions of largest variance; with `whiten`, give each the same variance (paper, section 3.3)."
+    "Project onto the directions of largest variance; with `whiten`, give each the same variance (paper, 'Implementation details')."
     def __init__(self,
                  dim:int=256,       # directions kept; all D where there are fewer
                  whiten:bool=True,  # divide by the standard deviation (faiss: power −0.5)
@@ -103,6 +103,6 @@ class PCA:
 def l2_normalize(x:Tensor,         # (N, D) features
                  eps:float=1e-12,  # keeps an all-zero row at zero
                 )->Tensor:         # (N, D) rows of length 1
-    "Project each feature onto the unit sphere (paper, section 3.3)."
+    "Project each feature onto the unit sphere (paper, 'Implementation details')."
     check_features(x)
     return x / x.norm(dim=1, keepdim=True).clamp_min(eps)

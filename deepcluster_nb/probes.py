@@ -58,7 +58,8 @@ def check_labels(labels):
 # %% ../nbs/09_probes.ipynb #83e499d0
 def linear_probe(train_x:Tensor, train_y:Tensor, # (N, D) frozen features and their (N,) labels
                  test_x:Tensor, test_y:Tensor,   # the same of other images
-                 epochs:int=15, batch_size:int=128, lr:float=5., weight_decay:float=1e-4, seed:int=0,
+                 epochs:int=0,                   # passes over them; 0 means 15, and for few images as many as make 1,000 steps
+                 batch_size:int=128, lr:float=5., weight_decay:float=1e-5, seed:int=0,
                 )->dict:                         # accuracies in per cent: 'last' epoch, and 'best' as the released code reports it
     "Multinomial logistic regression on standardised features: SGD, momentum .9, cosine learning rate."
     train_y, test_y = check_labels(train_y), check_labels(test_y)
@@ -69,8 +70,9 @@ def linear_probe(train_x:Tensor, train_y:Tensor, # (N, D) frozen features and th
     w = torch.zeros(int(train_y.max()) + 1, d, requires_grad=True); b = torch.zeros(len(w), requires_grad=True)
     logits = lambda x: F.linear((x.float() - mean) * scale, w, b)
     opt = torch.optim.SGD([w, b], lr, momentum=.9, weight_decay=weight_decay)
-    steps = epochs * -(-n // batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
+    steps = -(-n // batch_size)                                         # in an epoch
+    epochs = epochs or max(15, -(-1000 // steps))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, epochs*steps)
     accuracies = []
     for epoch in range(epochs):
         for idx in torch.randperm(n, generator=generator(seed, 'probe', epoch)).split(batch_size):
@@ -120,9 +122,13 @@ def evaluate(net, train:PackedImages, test:PackedImages, size:int, device='cpu',
 def held_out(config, train:PackedImages): # (train, test) for the probes, or None where there are no labels
     "The data set's own test split; for an own folder without one, a fifth of the training images."
     if train.labels is None: return None
-    try: return train, load_images(config.dataset, config.root or None, 'test', config.n_test, config.seed)
+    try: test = load_images(config.dataset, config.root or None, 'test', config.n_test, config.seed)
+    except ValueError as e: raise ValueError(str(e).replace('n_images', 'n_test')) from None
     except FileNotFoundError:
         if config.dataset != 'folder': raise
         order = torch.randperm(len(train), generator=generator(config.seed, 'held out'))
         n = max(1, len(train) // 5)
         return train.subset(order[n:].sort().values), train.subset(order[:n].sort().values)
+    check_labels(test.labels)
+    if test.classes != train.classes: raise ValueError(f"classes: expected those of the training images, {train.classes}, in the test images, got {test.classes}")
+    return train, test

@@ -41,7 +41,7 @@ def uniform_sample(assign:Tensor, # (N,) cluster of each image
                    seed:int=0,    # of the run
                    epoch:int=0,   # each epoch draws anew
                   )->Tensor:      # (n,) image numbers in training order
-    "One epoch of images, uniform over clusters (paper, section 3.2)."
+    "One epoch of images, uniform over clusters (paper, 'Avoiding trivial solutions')."
     g = generator(seed, 'sample', epoch)
     idx = torch.cat(balanced_draws(assign, n, g))
     return idx[torch.randperm(len(idx), generator=g)[:n]]
@@ -70,7 +70,7 @@ def shuffled_sample(assign:Tensor, # (N,) cluster of each image; only N matters
 def loss_weights(assign:Tensor, # (N,) cluster of each image
                  k:int,         # clusters, empty ones included
                 )->Tensor:      # (k,) weight of each cluster's images; 0 for an empty cluster
-    "Inverse cluster sizes, scaled so that the average image has weight 1 (paper, section 3.2)."
+    "Inverse cluster sizes, scaled so that the average image has weight 1 (paper, 'Avoiding trivial solutions')."
     sizes = cluster_counts(assign, k=k).float()
     full = sizes > 0
     return torch.where(full, len(assign) / (full.sum() * sizes.clamp_min(1)), 0.)

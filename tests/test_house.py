@@ -19,11 +19,14 @@ def test_modules_import_only_backwards(module):
 def test_every_module_is_in_the_order():
     assert {p.stem for p in (ROOT/'deepcluster_nb').glob('*.py')} - {'__init__', '_modidx'} == set(ORDER)
 
-def test_public_functions_have_docstrings():
+def test_public_functions_say_what_they_do():
     bare = []
     for m in ORDER:
-        for node in ast.parse((ROOT/'deepcluster_nb'/f'{m}.py').read_text()).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_') and not ast.get_docstring(node): bare.append(f'{m}.{node.name}')
+        source = (ROOT/'deepcluster_nb'/f'{m}.py').read_text()
+        for node in ast.parse(source).body:
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith('_'): continue
+            signature = source.splitlines()[node.lineno - 1:node.body[0].lineno]
+            if not ast.get_docstring(node) and not any('#' in l for l in signature): bare.append(f'{m}.{node.name}')     # docments count
     assert not bare
 
 def test_nothing_heavy_is_imported_at_the_start():
@@ -57,10 +60,5 @@ def test_presets_are_possible(preset):
     check_parameters(notebook, given, Path('nowhere'))
 
 def test_readme_is_the_index_page():
-    index = json.loads((ROOT/'nbs'/'index.ipynb').read_text())
-    readme = (ROOT/'README.md').read_text()
-    squeeze = lambda s: re.sub(r'\s+', '', s)
-    for c in index['cells']:
-        if c['cell_type'] == 'markdown':
-            for line in ''.join(c['source']).splitlines():
-                if line.startswith('|') or line.startswith('#'): assert squeeze(line) in squeeze(readme), line
+    from nbconvert import MarkdownExporter
+    assert MarkdownExporter().from_filename(str(ROOT/'nbs'/'index.ipynb'))[0].strip() == (ROOT/'README.md').read_text().strip(), 'run make readme'
