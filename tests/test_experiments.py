@@ -2,6 +2,7 @@
 import json, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
+from PIL import Image
 from deepcluster_nb.experiments import experiments_folder, main, parse_pair
 
 SMALL = ['-p', 'n_images=150', '-p', 'n_test=60', '-p', 'k=10', '-p', 'pca=16', '-p', 'epochs=2', '-p', 'passes=1']
@@ -33,6 +34,16 @@ def test_plain_papermill(tmp_path):
     cells = json.loads((tmp_path/'out.ipynb').read_text())['cells']
     assert sum(len(''.join(o.get('text', ''))) for c in cells if c['cell_type'] == 'code' for o in c['outputs']) < 2000   # no flood of progress
 
+def test_own_photographs_without_labels(tmp_path, capsys):
+    g = np.random.default_rng(0)
+    (tmp_path/'photos').mkdir()
+    for i in range(24): Image.fromarray(g.integers(0, 256, (40 + i, 36, 3), dtype=np.uint8)).save(tmp_path/'photos'/f'{i:02d}.png')
+    own = ['-p', 'dataset=folder', '-p', f'root={tmp_path}/photos', '-p', 'k=3', '-p', 'pca=4', '-p', 'epochs=1', '-p', 'batch_size=8']
+    assert main(['run', 'train', '--out', str(tmp_path/'run'), *own]) == 0
+    assert json.loads((tmp_path/'run'/'metrics.json').read_text())['probes'] == {} and 'linear probe' not in capsys.readouterr().out
+    assert 'no probes' in (tmp_path/'run'/'report.html').read_text()
+    assert (tmp_path/'run'/'clusters.csv').read_text().splitlines()[1].startswith('00.png,')
+
 def test_choices(tmp_path, capsys):
     tiny = [x for p in ('n_images=60', 'n_test=40', 'k=5', 'pca=8', 'epochs=1', 'seeds=1') for x in ('-p', p)]
     for _ in range(2): assert main(['run', 'choices', '--out', str(tmp_path/'run'), *tiny]) == 0        # the second finds everything done
@@ -49,6 +60,7 @@ def test_list(capsys):
     (['train', '-p', 'clusters=3'], "parameter: expected one of .*'clusters'"), (['train', '-p', 'k'], "-p: expected key=value, got 'k'"),
     (['train', '-p', 'k=1'], 'k: expected at least 2, got 1'), (['train', '-p', 'k=many'], "k: .*'many'"),
     (['train', '-p', 'lr=-1'], 'lr: .*-1'), (['train', '-p', 'n_images=150', '-p', 'k=151'], 'k: expected at most 150'),
+    (['train', '-p', 'n_images=150', '-p', 'n_test=5000'], 'n_test: expected 0 .* 359.* 5,000'),
     (['train', '-p', 'dataset=folder', '-p', 'root=/no/such/place'], "root: no folder '/no/such/place'"),
 ])
 def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path, capsys, args, message):

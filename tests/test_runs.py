@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from deepcluster_nb.data import load_images
-from deepcluster_nb.experiments import main
 from deepcluster_nb.runs import load_checkpoint
-from deepcluster_nb.training import Config, fit, load_run, predict
+from deepcluster_nb.training import Config, fit, load_run, predict, resolve
 
 TINY = Config(dataset='digits', n_images=200, k=10, pca=16, epochs=3, passes=1, batch_size=50, precision='float32', device='cpu')
 
@@ -91,6 +90,17 @@ def test_impossible_values_are_errors_before_anything_is_written(tmp_path, chang
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a CUDA device here')
 def test_no_cuda(tmp_path):
     with pytest.raises(ValueError, match="device: .*'cuda'"): fit(replace(TINY, device='cuda', run_dir=str(tmp_path/'r')))
+
+def test_precision_that_the_device_lacks(tmp_path, monkeypatch):
+    monkeypatch.setattr('deepcluster_nb.training.has_bfloat16', lambda device: False)
+    with pytest.raises(ValueError, match="precision: expected 'float32' or 'auto', .* no bfloat16"): fit(replace(TINY, precision='bfloat16', run_dir=str(tmp_path/'r')))
+    assert resolve(replace(TINY, precision='auto')).precision == 'float32' and not (tmp_path/'r').exists()
+
+def test_images_too_small(tmp_path):
+    folder_of_images(tmp_path/'photos', n=12, size=(4, 4))
+    with pytest.raises(ValueError, match='an image of 4 pixels'):
+        fit(replace(TINY, dataset='folder', root=str(tmp_path/'photos'), n_images=0, k=4, pca=8, run_dir=str(tmp_path/'run')))
+    assert not (tmp_path/'run').exists()
 
 def test_unknown_parameter():
     with pytest.raises(TypeError, match='clusters'): Config(clusters=3)
