@@ -58,7 +58,7 @@ def check_labels(labels):
 # %% ../nbs/09_probes.ipynb #83e499d0
 def linear_probe(train_x:Tensor, train_y:Tensor, # (N, D) frozen features and their (N,) labels
                  test_x:Tensor, test_y:Tensor,   # the same of other images
-                 epochs:int=0,                   # passes over them; 0 means 15, and for few images as many as make 1,000 steps
+                 epochs:int=0,                   # passes over them; 0 means 15, and up to 100 for few images, to make 1,000 steps
                  batch_size:int=128, lr:float=5., weight_decay:float=1e-5, seed:int=0,
                 )->dict:                         # accuracies in per cent: 'last' epoch, and 'best' as the released code reports it
     "Multinomial logistic regression on standardised features: SGD, momentum .9, cosine learning rate."
@@ -71,7 +71,7 @@ def linear_probe(train_x:Tensor, train_y:Tensor, # (N, D) frozen features and th
     logits = lambda x: F.linear((x.float() - mean) * scale, w, b)
     opt = torch.optim.SGD([w, b], lr, momentum=.9, weight_decay=weight_decay)
     steps = -(-n // batch_size)                                         # in an epoch
-    epochs = epochs or max(15, -(-1000 // steps))
+    epochs = epochs or min(100, max(15, -(-1000 // steps)))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, epochs*steps)
     accuracies = []
     for epoch in range(epochs):
