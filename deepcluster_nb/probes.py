@@ -51,7 +51,7 @@ def probe_features(net, images:PackedImages, size:int, batch_size:int=256, devic
     return {name: torch.cat(v) for name,v in out.items()}
 
 # %% ../nbs/09_probes.ipynb #70a531a5
-def check_labels(labels):
+def check_labels(labels): # (N,) tensor; None is an error
     if labels is None: raise ValueError("labels: a probe needs them and this data set has none; clustering works without")
     return torch.as_tensor(labels)
 

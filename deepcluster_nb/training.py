@@ -51,7 +51,7 @@ class Config:
     run_dir:str = ''               # where the run is kept; nowhere when empty
 
 # %% ../nbs/08_training.ipynb #262112f1
-def check(ok, name, value, expected):
+def check(ok, name, value, expected): # one clear error for a value that can't be
     if not ok: raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 # %% ../nbs/08_training.ipynb #69fd5bc9
