@@ -35,7 +35,7 @@ def synthetic(i:int, seed:int, size:tuple, classes:int, ragged=False, rgb=False)
 def make(out, n:int, size, classes:int, seed:int=0, ragged=False, rgb=False, show=False):
     "Stream n images into a packed file; one image is in memory at a time."
     from tqdm import tqdm
-    from deepcluster_nb.packing import PackedWriter, check_space
+    from deepcluster_nb.packing import PackedWriter, amount, check_space
     size = tuple(size) if len(size) == 2 else (size[0],)*2
     for name,v,low in (('n', n, 1), ('size', min(size), 8), ('classes', classes, 1)):
         if v < low: raise ValueError(f"{name}: expected at least {low}, got {v}")
@@ -54,7 +54,7 @@ def make(out, n:int, size, classes:int, seed:int=0, ragged=False, rgb=False, sho
         writer.finish(np.arange(n) % classes)
         writer.rename()
     except BaseException: writer.file.close(); writer.part.unlink(missing_ok=True); raise
-    if show: print(f"{out}: {n:,} images, {os.path.getsize(out)/1e9:,.2f} GB")
+    if show: print(f"{out}: {n:,} images, {amount(os.path.getsize(out))}")
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GREY', 'CHUNK', 'SYNC', 'grey_plane', 'Recipe', 'open_image', 'to_bytes', 'central', 'prepare_image', 'PackedWriter',
            'pack_chunk', 'decode_seconds', 'one_thread', 'start_worker', 'in_order', 'Journal', 'lock', 'check_same',
-           'estimate', 'list_source', 'Packing', 'check_space', 'packing_of', 'pack_folder', 'verify_packed']
+           'estimate', 'list_source', 'Packing', 'check_space', 'amount', 'packing_of', 'pack_folder', 'verify_packed']
 
 # %% ../nbs/11_packing.ipynb #b2ebaa19
 import errno, hashlib, json, math, os, shutil, sys, threading, time, warnings, zlib
@@ -125,7 +125,7 @@ class PackedWriter:
         end = int(shapes.prod(1).sum())
         paths = [str(i) for i in range(len(shapes))] if paths is None else [str(p) for p in paths]
         tables = dict(padding=np.zeros(-end % 8, np.uint8), shapes=shapes, crc32=crcs,   # int64 must begin at a multiple of 8
-                      labels=None if labels is None else np.array(labels, np.int64), paths=np.frombuffer(json.dumps(paths).encode(), np.uint8))
+                      labels=None if labels is None else np.asarray(labels, np.int64), paths=np.frombuffer(json.dumps(paths).encode(), np.uint8))
         header, at, crc = {'pixels': dict(dtype='U8', shape=[end], data_offsets=[0, end])}, end, 0
         for name,a in tables.items():
             if a is None or not a.size: continue
@@ -292,7 +292,7 @@ class Packing:
 
     def run(self, files, workers:int, show:bool=False):
         tasks = [(self.recipe, files[i:i + CHUNK]) for i in range(self.n, len(files), CHUNK)]
-        bar = tqdm(total=len(files), initial=self.n, unit=' images', desc='packing', disable=not show, mininterval=.5 if sys.stderr.isatty() else 30)
+        bar = tqdm(total=len(files), initial=self.n, unit=' images', desc='packing', disable=not show or len(files) < 1000, mininterval=.5 if sys.stderr.isatty() else 30)
         synced = time.monotonic()
         try:
             with bar, closing(in_order(pack_chunk, tasks, min(workers, len(tasks)))) as results:
@@ -328,8 +328,13 @@ class Packing:
 def check_space(out, need:float, begun:float=0)->str: # bytes → what was found
     "An estimate that does not fit on the disk is refused before the first image."
     free = shutil.disk_usage(Path(out).parent).free
-    if need - begun > free: raise ValueError(f"out: about {need/1e9:,.2f} GB are needed, but {free/1e9:,.2f} GB are free in {str(Path(out).absolute().parent)!r}")
-    return f"about {need/1e9:,.2f} GB ({free/1e9:,.1f} GB are free)"
+    if need - begun > free: raise ValueError(f"out: about {amount(need)} are needed, but {amount(free)} are free in {str(Path(out).absolute().parent)!r}")
+    return f"about {amount(need)} of {amount(free)} that are free"
+
+def amount(n:float)->str: # bytes, as 12 kB, 3.4 GB
+    "Three digits and a unit."
+    unit = min(4, int(math.log10(max(n, 1)) // 3))
+    return f"{float(f'{n / 1000**unit:.3g}'):,g} {['bytes', 'kB', 'MB', 'GB', 'TB'][unit]}"
 
 def packing_of(path)->dict: # how a packed file was made; {} where it does not say
     try:
@@ -356,6 +361,7 @@ def pack_folder(src,                    # an ImageFolder tree, or a list of imag
     if ImageFile.LOAD_TRUNCATED_IMAGES: raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which hides broken files; expected it off")
     if not out.parent.is_dir() or out.is_dir(): raise FileNotFoundError(f"out: expected a file in an existing folder, got {str(out)!r}")
     files, labels, classes, names, source = list_source(src)
+    workers = max(1, min(workers, -(-len(files) // CHUNK)))
     job = asdict(recipe) | dict(source=source)
     if out.exists():
         check_same(job, packing_of(out), f"{str(out)!r} exists and", "choose another name, or remove it")
@@ -366,7 +372,7 @@ def pack_folder(src,                    # an ImageFolder tree, or a list of imag
     space = check_space(out, estimate(files, recipe), begun)
     try:
         with closing(Packing(recipe, out, job, classes)) as p:
-            say(f"{len(files):,} images{f' in {len(classes):,} classes' if classes else ''}, {space}, {max(1, workers)} processes{f'; going on after {p.n:,}' if p.n else ''}")
+            say(f"{len(files):,} images{f' in {len(classes):,} classes' if classes else ''}, {space}, {workers} process{'es' if workers > 1 else ''}{f'; going on after {p.n:,}' if p.n else ''}")
             start, before = time.time(), p.n
             p.run(files, workers, echo is not None)
             took, new = time.time() - start, p.n - before
@@ -376,7 +382,7 @@ def pack_folder(src,                    # an ImageFolder tree, or a list of imag
         raise
     except BrokenProcessPool: raise RuntimeError("a worker process died, perhaps for want of memory; the same command goes on, with fewer workers if need be") from None
     speed = f": {new/took:,.0f} images/s; {new/p.seconds:,.0f} per core, where Pillow alone decodes {len(p.plain)/sum(p.plain):,.0f}" if p.plain else ''
-    say(f"{out}: {len(names) - len(p.broken):,} images, {out.stat().st_size/1e9:,.2f} GB{speed}")
+    say(f"{out}: {len(names) - len(p.broken):,} images, {amount(out.stat().st_size)}{speed}")
     if p.broken: say(f"{len(p.broken):,} images can't be read and were left out; they are listed in {out}.broken.txt")
     return PackedImages.load(out)
 
@@ -385,12 +391,14 @@ def verify_packed(path,              # a file of `pack_folder` or `PackedWriter`
                   show:bool=False,   # a progress bar
                  )->list:            # paths of the images whose bytes have changed
     "Read everything once and compare it with the checksums, the central crops too."
-    images = PackedImages.load(path)
-    with safe_open(path, 'np') as f: crcs, meta = f.get_tensor('crc32') if 'crc32' in f.keys() else None, f.metadata()
+    try:
+        with safe_open(path, 'np') as f: crcs, meta = f.get_tensor('crc32') if 'crc32' in f.keys() else None, f.metadata()
+    except SafetensorError as e: raise ValueError(f"path: {str(path)!r} is no whole file of packed images ({e})") from None
     if crcs is None: raise ValueError(f"path: {str(path)!r} holds no checksums; expected a file made by pack_folder or PackedWriter")
     with open(path, 'rb') as f:
         n = int.from_bytes(f.read(8), 'little')
-        f.seek(8 + n + len(images.pixels))
+        f.seek(8 + n + json.loads(f.read(n))['pixels']['data_offsets'][1])
         if str(zlib.crc32(f.read())) != meta['tables_crc32']: raise ValueError(f"path: the tables of {str(path)!r} (shapes, labels, paths) have changed; pack it again")
+    images = PackedImages.load(path)
     bad = [p for im,p,crc in zip(tqdm(images, desc='checking', disable=not show), images.paths, crcs.tolist()) if zlib.crc32(im.numpy()) != crc]
     return bad if images.center is None else bad + [f'{p} (central crop)' for p in verify_packed(center_path(path, images.center.size[1]), show)]

@@ -129,7 +129,7 @@ def test_other_work_is_never_overwritten(tree, tmp_path):
 
 def test_no_space_no_start(tree, tmp_path):
     usage = type('usage', (), dict(free=9000))
-    with patch('shutil.disk_usage', lambda p: usage), pytest.raises(ValueError, match='GB are free'): pack_folder(tree, tmp_path/'x', **FEW)
+    with patch('shutil.disk_usage', lambda p: usage), pytest.raises(ValueError, match='9 kB are free'): pack_folder(tree, tmp_path/'x', **FEW)
     assert left(tmp_path) == []
 
 def test_the_estimate_is_near(tree, tmp_path):
