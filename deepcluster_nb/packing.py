@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['GREY', 'CHUNK', 'SYNC', 'grey_plane', 'Recipe', 'open_image', 'to_bytes', 'central', 'prepare_image', 'PackedWriter',
-           'pack_chunk', 'decode_seconds', 'one_thread', 'start_worker', 'in_order', 'Journal', 'lock', 'check_same',
-           'estimate', 'list_source', 'Packing', 'check_space', 'amount', 'packing_of', 'pack_folder', 'verify_packed']
+           'pack_chunk', 'decode_seconds', 'start_worker', 'in_order', 'Journal', 'lock', 'check_same', 'estimate',
+           'list_source', 'Packing', 'check_space', 'amount', 'packing_of', 'pack_folder', 'verify_packed']
 
 # %% ../nbs/11_packing.ipynb #b2ebaa19
 import errno, hashlib, json, math, os, shutil, sys, threading, time, warnings, zlib
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -21,7 +21,7 @@ from PIL import Image, ImageFile, ImageOps
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from .data import PackedImages, center_path, image_files, sample_sizes
-from .augment import center_crop
+from .augment import central_square
 from .sobel import STD
 
 # %% ../nbs/11_packing.ipynb #9890a124
@@ -31,7 +31,7 @@ def grey_plane(im)->np.ndarray: # Pillow image, 'L' or 'RGB' → (H, W) float32,
     "The one grey that the Sobel layer makes of an image."
     p = np.asarray(im)
     if p.ndim == 2: return p.astype(np.float32)
-    g = np.multiply(p[..., 0], np.float32(GREY[0]), dtype=np.float32)      # one by one: the same bits on any number of threads
+    g = np.multiply(p[..., 0], np.float32(GREY[0]), dtype=np.float32)      # one by one: the same bits on any machine
     for c in (1, 2): g += np.multiply(p[..., c], np.float32(GREY[c]), dtype=np.float32)
     return g
 
@@ -77,22 +77,22 @@ def open_image(path, upright=False): # Pillow image, 'L' or 'RGB'
 def to_bytes(x)->np.ndarray: # floats on the scale 0 to 255 → uint8
     return np.rint(x).clip(0, 255).astype(np.uint8)
 
-def central(im, plane, size:int)->np.ndarray: # (C, size, size) uint8
-    "What `augment.center_crop` makes of the full image, rounded."
-    x = torch.from_numpy(np.array(im)).permute(2, 0, 1) if plane is None else torch.from_numpy(plane)[None]
-    return to_bytes(center_crop([x], size)[0].numpy())
+def central(planes, size:int)->np.ndarray: # float32 planes (H, W) → (C, size, size) uint8
+    "The crop of `augment.center_crop`, by Pillow: the same bits on any number of threads."
+    h, w = planes[0].shape
+    side = central_square(torch.tensor([[h, w]]), size).item()
+    box = (w - side)/2, (h - side)/2, (w + side)/2, (h + side)/2
+    return to_bytes(np.stack([np.asarray(Image.fromarray(p).resize((size, size), Image.BILINEAR, box)) for p in planes]))
 
 def prepare_image(path, recipe:Recipe)->list: # [(C, H, W) uint8], and the central crop where it is wanted
     "Decode a file once, make of it what the recipe says."
     im = open_image(path, recipe.upright)
-    plane = grey_plane(im) if recipe.grey else None
     if not recipe.grey: im = im.convert('RGB')
-    out, wh = [], recipe.target(*im.size)
-    if recipe.size: out.append(central(im, plane, recipe.size))
-    elif plane is None: out.append(np.asarray(im if wh == im.size else im.resize(wh, Image.LANCZOS)).transpose(2, 0, 1))
-    else: out.append(to_bytes(plane if wh == im.size else Image.fromarray(plane).resize(wh, Image.LANCZOS))[None])
-    if recipe.center: out.append(central(im, plane, recipe.center))
-    return out
+    grey, wh = grey_plane(im) if recipe.grey else None, recipe.target(*im.size)
+    crops = [central([grey] if recipe.grey else [np.asarray(b, np.float32) for b in im.split()], s) for s in (recipe.size, recipe.center) if s]
+    if recipe.size: return crops
+    if not recipe.grey: return [np.asarray(im if wh == im.size else im.resize(wh, Image.LANCZOS)).transpose(2, 0, 1), *crops]
+    return [to_bytes(grey if wh == im.size else Image.fromarray(grey).resize(wh, Image.LANCZOS))[None], *crops]
 
 # %% ../nbs/11_packing.ipynb #069973f9
 class PackedWriter:
@@ -164,14 +164,8 @@ def decode_seconds(path)->float: # of CPU time
     return time.thread_time() - start
 
 # %% ../nbs/11_packing.ipynb #a9f34f76
-@contextmanager
-def one_thread(): # the same bits, whatever number of threads torch has
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(n)
-
 def start_worker():
+    "One thread, no Ctrl-C, and no life after the parent's."
     import signal
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -180,9 +174,7 @@ def start_worker():
 # %% ../nbs/11_packing.ipynb #f79fe770
 def in_order(fn, tasks, workers:int): # yields fn(*task)
     "Results in the order of the tasks, from several processes; a few are under way at any time."
-    if workers <= 1:
-        with one_thread(): yield from (fn(*t) for t in tasks)
-        return
+    if workers <= 1: yield from (fn(*t) for t in tasks); return
     pool, waiting = ProcessPoolExecutor(workers, get_context('spawn'), start_worker), deque()
     try:
         for t in tasks:

@@ -194,11 +194,9 @@ def test_cuts_change_nothing_but_the_last_digits():
     images = [torch.randint(256, (3, h, w), generator=g, dtype=torch.uint8) for h,w in torch.randint(8, 160, (20, 2), generator=g).tolist()]
     boxes, flip = crop_boxes(image_sizes(images), g), torch.rand(20, generator=g) < .5
     boxes[::2, :2] += torch.rand(10, 2, generator=g) * (image_sizes(images).flip(1)[::2] - boxes[::2, :2] - boxes[::2, 2:])   # some between the pixels
-    for size in (8, 120):
-        with packing.one_thread():
-            whole = torch.cat([crop_batch(im[None], b[None], size, f[None]) for im,b,f in zip(images, boxes, flip)])
-            gap = (resample(images, boxes, size, flip) - whole).abs().max()
-        assert gap < 255 * 2e-4      # a place on 160 pixels is rounded to 2e-5 at most, and a weight's slope is 1
+    for size in (8, 90):
+        whole = torch.cat([crop_batch(im[None], b[None], size, f[None]) for im,b,f in zip(images, boxes, flip)])
+        assert (resample(images, boxes, size, flip) - whole).abs().max() < 255 * 2e-4      # a place on 160 pixels is rounded to 2e-5 at most, and a weight's slope is 1
 
 def test_packed_is_a_data_set(tree, tmp_path):
     for name in ('train', 'val'): pack_folder(tree, tmp_path/f'{name}.safetensors', max_side=50, center=24, **FEW)
