@@ -280,7 +280,7 @@ HOSTILE = dict(
     up=[member('../escaped', b'x')], deep=[member(f'{TOP}/a/../../../escaped', b'x')], absolute=[member('/tmp/escaped-get-data', b'x')], backslash=[member(f'{TOP}\\..\\escaped', b'x')],
     symlink=[member(f'{TOP}/l', type=tarfile.SYMTYPE, linkname='../..'), member(f'{TOP}/l/escaped', b'x')], top_symlink=[member(TOP, type=tarfile.SYMTYPE, linkname='/tmp')],
     hardlink=[member(f'{TOP}/h', type=tarfile.LNKTYPE, linkname='/etc/passwd')], device=[member(f'{TOP}/d', type=tarfile.CHRTYPE, devmajor=1, devminor=3)],
-    fifo=[member(f'{TOP}/f', type=tarfile.FIFOTYPE)], both=[member(f'{TOP}/x', b'x'), member(f'{TOP}/x/y', b'y')], elsewhere=[member('other/x', b'x')],
+    fifo=[member(f'{TOP}/f', type=tarfile.FIFOTYPE)], sparse=[member(f'{TOP}/s', type=tarfile.GNUTYPE_SPARSE)], both=[member(f'{TOP}/x', b'x'), member(f'{TOP}/x/y', b'y')], elsewhere=[member('other/x', b'x')],
     updir=[member('../escaped', type=tarfile.DIRTYPE)])
 
 @pytest.mark.parametrize('what', list(HOSTILE))

@@ -61,10 +61,10 @@ def test_a_second_turn_is_refused_and_TERM_is_passed_on(turn, tmp_path):
     first = turn('wait')
     until(tmp_path/'run'/'ready')
     status, out, err = end(turn('finish'))
-    assert status == 75 and 'another turn is at work' in err
+    assert status == 75 and 'another turn is at work' in out and not err
     first.send_signal(signal.SIGTERM)                                  # to run.sh alone, as systemd's KillMode=mixed does
     status, out, err = end(first)
-    assert status == 143 and 'the next turn goes on' in err and (tmp_path/'run'/'saved').exists()
+    assert status == 143 and 'the next turn goes on' in out and not err and (tmp_path/'run'/'saved').exists()
     assert end(turn('finish'))[0] == 0                                 # the lock is free again
     assert len((tmp_path/'run'/'calls').read_text().splitlines()) == 2
 
@@ -80,8 +80,8 @@ def test_the_lock_outlives_run_sh_for_as_long_as_the_run_lives(turn, tmp_path):
     assert status == 0
 
 def test_limit_and_grace(turn, tmp_path):
-    status, _, err = end(turn('wait', DEEPCLUSTER_LIMIT='1'))
-    assert status == 124 and 'the next turn goes on' in err and (tmp_path/'run'/'saved').exists()
+    status, out, _ = end(turn('wait', DEEPCLUSTER_LIMIT='1'))
+    assert status == 124 and 'the next turn goes on' in out and (tmp_path/'run'/'saved').exists()
     start = time.time()
     assert end(turn('deaf', DEEPCLUSTER_LIMIT='.5', DEEPCLUSTER_GRACE='.5'))[0] == 137 and time.time() - start < 10
 

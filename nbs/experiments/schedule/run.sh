@@ -3,6 +3,7 @@
 #   run.sh OUT NAME [options of `deepcluster-nb run`]          run.sh runs/cifar10 train --preset cifar10 -p seed=1
 # Environment: DEEPCLUSTER_DATA (data root), OMP_NUM_THREADS, DEEPCLUSTER_LIMIT (longest turn, such as 8h; 0: no limit), DEEPCLUSTER_GRACE.
 # Status: 0 finished · 75 another turn is at work · 124 the limit is over, 130 and 143 stopped: the next turn goes on · else failed.
+# News goes to stdout, trouble to stderr: a schedule that drops stdout reports failures alone.
 set -euo pipefail
 say() { echo "run.sh: $*" >&2; }
 
@@ -22,7 +23,7 @@ if [ -f "$out/metrics.json" ] && [ -f "$report" ]; then echo "$out is finished: 
 
 mkdir -p "$(dirname "$out")"
 exec 9>>"$out.lock"                                           # the system gives the lock back however the process ends
-flock -n 9 || { say "$out: another turn is at work"; exit 75; }
+flock -n 9 || { echo "$out: another turn is at work"; exit 75; }
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"         # another number of threads rounds otherwise: the run would not end in the same bits
 log="$out.log"
@@ -40,7 +41,7 @@ while kill -0 "$pid" 2>/dev/null; do status=0; wait "$pid" || status=$?; done   
 note "end: status $status"
 case $status in
   0) echo "$out is finished: $report";;
-  124|130|143) say "$out: stopped (status $status); the next turn goes on";;
+  124|130|143) echo "$out: stopped (status $status); the next turn goes on";;
   *) say "$out: failed with status $status; the end of $log:"; tail -n 5 "$log" >&2;;
 esac
 exit "$status"
