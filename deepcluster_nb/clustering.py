@@ -32,7 +32,7 @@ def as_points(x, k:int)->Tensor: # (N, D) float32
     x = torch.as_tensor(x)
     if x.ndim != 2: raise ValueError(f"x: expected (N, D) points, got {tuple(x.shape)}")
     if not 1 <= k <= len(x): raise ValueError(f"k: expected 1 to {len(x):,}, the number of points, got {k:,}")
-    bad = ~torch.isfinite(x).all(1)
+    bad = torch.cat([~b.isfinite().all(1) for b in x.split(65536)])
     if bad.any(): raise ValueError(f"x: expected finite points, got {int(bad.sum()):,} with NaN or infinite values, the first in row {int(bad.nonzero()[0])}")
     return x.float()
 
@@ -70,10 +70,13 @@ def nearest(x:Tensor,          # (N, D)
     return torch.cat([a for b,a in tiles]), float(objective)
 
 # %% ../nbs/05_clustering.ipynb #7ee20d57
-def cluster_sums(x:Tensor, assign:Tensor, k:int)->Tensor: # (k, D)
+def cluster_sums(x:Tensor, assign:Tensor, k:int, tile:int=65536)->Tensor: # (k, D); `tile` points are sorted into memory at once
     "The sum of each cluster's points: sort, then add up segments, always in the same order."
-    order = assign.argsort(stable=True)
-    return torch.segment_reduce(x[order], 'sum', lengths=torch.bincount(assign, minlength=k), unsafe=True)
+    sums = x.new_zeros(k, x.shape[1])
+    for rows in assign.argsort(stable=True).split(tile):
+        ids, lengths = assign[rows].unique_consecutive(return_counts=True)
+        sums[ids] += torch.segment_reduce(x[rows], 'sum', lengths=lengths, unsafe=True)   # each id once in a tile
+    return sums
 
 # %% ../nbs/05_clustering.ipynb #8ef6e8b6
 def faiss_draws(): # iterator of floats in [0, 1]

@@ -1,21 +1,14 @@
 "Whole runs: killed and continued, wrong input, folders of images."
-import hashlib, json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 from dataclasses import asdict, replace
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from deepcluster_nb.data import load_images
-from deepcluster_nb.runs import load_checkpoint
+from survive import sha256
 from deepcluster_nb.training import Config, fit, load_run, predict, resolve
 
 TINY = Config(dataset='digits', n_images=200, k=10, pca=16, epochs=3, passes=1, batch_size=50, precision='float32', device='cpu')
-
-def bits(run_dir): # of weights, momentum, assignments, PCA and centroids, and of the log without its clock
-    tensors = load_checkpoint(Path(run_dir)/'checkpoint')[1]
-    log = [{k: v for k,v in json.loads(l).items() if k != 'seconds'} for l in (Path(run_dir)/'log.jsonl').read_text().splitlines()]
-    h = hashlib.sha256(json.dumps(log).encode())
-    for name in sorted(tensors): h.update(name.encode()); h.update(tensors[name].contiguous().numpy().tobytes())
-    return h.hexdigest()
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
@@ -35,19 +28,19 @@ def test_run_folder(finished):
     rows = (where/'clusters.csv').read_text().splitlines()
     assert rows[0] == 'path,cluster' and len(rows) == 201 and rows[1].split(',')[1] == str(last[0])
 
-def test_same_seed_same_bits_other_seed_other_bits(finished, tmp_path):
+def test_same_seed_same_bits_other_seed_other_sha256(finished, tmp_path):
     for seed, same in ((0, True), (1, False)):
         fit(replace(TINY, run_dir=str(tmp_path/str(seed)), seed=seed), echo=None)
-        assert (bits(tmp_path/str(seed)) == bits(finished[0])) == same
+        assert (sha256(tmp_path/str(seed)) == sha256(finished[0])) == same
 
 def test_global_random_state_does_not_matter_and_is_not_touched(finished, tmp_path):
     torch.manual_seed(5); np.random.seed(5)
     before = torch.random.get_rng_state()
     fit(replace(TINY, run_dir=str(tmp_path/'r')), echo=None)
-    assert bits(tmp_path/'r') == bits(finished[0]) and torch.equal(before, torch.random.get_rng_state())
+    assert sha256(tmp_path/'r') == sha256(finished[0]) and torch.equal(before, torch.random.get_rng_state())
 
-@pytest.mark.parametrize('wait_for', ['assignments/epoch_001.npy', 'checkpoint/00002-*.safetensors'])
-def test_killed_and_continued_ends_in_the_same_bits(finished, tmp_path, wait_for):
+@pytest.mark.parametrize('wait_for', ['assignments/epoch_001.npy', 'checkpoint/00002-0000000-*.safetensors'])
+def test_killed_and_continued_ends_in_the_same_sha256(finished, tmp_path, wait_for):
     config = replace(TINY, run_dir=str(tmp_path/'k'))
     code = f"import torch; torch.set_num_threads({torch.get_num_threads()}); from deepcluster_nb.training import *; fit(Config(**{asdict(config)!r}), echo=None)"
     p = subprocess.Popen([sys.executable, '-c', code])
@@ -55,7 +48,7 @@ def test_killed_and_continued_ends_in_the_same_bits(finished, tmp_path, wait_for
     while not list((tmp_path/'k').glob(wait_for)) and p.poll() is None and time.time() < end: time.sleep(.002)
     p.send_signal(signal.SIGKILL); p.wait()
     fit(config, echo=None)
-    assert bits(tmp_path/'k') == bits(finished[0])
+    assert sha256(tmp_path/'k') == sha256(finished[0])
 
 def test_damaged_checkpoint_is_passed_over(finished, tmp_path):
     config = replace(TINY, run_dir=str(tmp_path/'d'))
@@ -66,7 +59,7 @@ def test_damaged_checkpoint_is_passed_over(finished, tmp_path):
     newest = next((tmp_path/'d'/'checkpoint').glob('00002-*.safetensors'))
     data = bytearray(newest.read_bytes()); data[len(data)//2] ^= 1; newest.write_bytes(data)
     with pytest.warns(UserWarning, match='00002'): fit(config, echo=None)
-    assert bits(tmp_path/'d') == bits(finished[0])
+    assert sha256(tmp_path/'d') == sha256(finished[0])
 
 def test_predict_gives_the_training_images_their_clusters(finished):
     where, run = finished
@@ -81,7 +74,7 @@ def test_another_run_in_the_folder(finished):
     (dict(lr=0.), 'lr: .*0.0'), (dict(lr=float('nan')), 'lr'), (dict(size=8), 'size: expected'), (dict(precision='half'), "precision: .*'half'"),
     (dict(device='tpu'), "device: .*'tpu'"), (dict(arch='lenet'), "arch: .*'lenet'"), (dict(sampler='x'), 'sampler'), (dict(backend='x'), 'backend'),
     (dict(n_images=5000), 'n_images: .*5,000'), (dict(pca=5000), 'pca: .*5000'), (dict(batch_size=1), 'batch_size'), (dict(min_scale=0.), 'min_scale'),
-    (dict(sobel=1), 'sobel: expected a value of type bool, got 1'), (dict(dropout=1.), 'dropout'), (dict(momentum=1.), 'momentum'), (dict(seed=-1), 'seed'),
+    (dict(threads=-2), 'threads: expected at least -1'), (dict(checkpoint_minutes=-1.), 'checkpoint_minutes'), (dict(sobel=1), 'sobel: expected a value of type bool, got 1'), (dict(dropout=1.), 'dropout'), (dict(momentum=1.), 'momentum'), (dict(seed=-1), 'seed'),
 ])
 def test_impossible_values_are_errors_before_anything_is_written(tmp_path, change, message):
     with pytest.raises(ValueError, match=message): fit(replace(TINY, run_dir=str(tmp_path/'r'), **change))
