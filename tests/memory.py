@@ -5,16 +5,22 @@ and 2 bytes × D, what the features would take in half precision (4 × D in sing
 import argparse, json, os, resource, subprocess, sys, tempfile
 from pathlib import Path
 
-def one(n, folder): # peak resident bytes of this process, of which the mapped file; D and d
+def one(n, folder): # resident bytes before, and the peaks of the two phases
     import torch
+    from deepcluster_nb import training
     from deepcluster_nb.data import PackedImages
-    from deepcluster_nb.training import Config, fit
     torch.set_num_threads(2)
     images = PackedImages.load(folder/f'{n}.safetensors')
     status = lambda key: int(next(l for l in open('/proc/self/status') if l.startswith(key)).split()[1]) * 1024
-    start = status('VmHWM')
-    run = fit(Config(size=32, k=50, pca=256, epochs=1, passes=1, batch_size=512, run_dir=str(folder/f'run{n}'), precision='auto'), images, echo=None)
-    return dict(n=n, start=start, peak=status('VmHWM'), file=n * 16 * 16, features=run.net.dim, points=256)
+    start, cluster, peaks = status('VmRSS'), training.cluster, []
+    def note(): # the peak since the last note
+        peaks.append(status('VmHWM')); Path('/proc/self/clear_refs').write_text('5')
+    def watched(*args, **kwargs):
+        note(); res = cluster(*args, **kwargs); note()
+        return res
+    training.cluster = watched
+    run = training.fit(training.Config(size=32, k=50, pca=256, epochs=1, passes=1, batch_size=64, run_dir=str(folder/f'run{n}')), images, echo=None)
+    return dict(n=n, start=start, clustering=max(peaks[1], peaks[3]), training=peaks[2], file=n * 16 * 16, features=run.net.dim, points=256)
 
 def make(n, folder):
     import torch
@@ -28,11 +34,11 @@ def main(sizes, say=print):
             for what in ('make', 'one'):
                 out = subprocess.run([sys.executable, __file__, what, str(n), tmp], check=True, capture_output=True, text=True).stdout
             rows.append(json.loads(out))
-            say(f"N = {n:,}: peak {rows[-1]['peak']/2**20:,.0f} MiB, at the start of fit {rows[-1]['start']/2**20:,.0f} MiB", flush=True)
+            say(f"N = {n:,}: " + ', '.join(f"{name} {rows[-1][name]/2**20:,.0f} MiB" for name in ('start', 'clustering', 'training')), flush=True)
     a, b = rows[0], rows[-1]
-    slope = (b['peak'] - a['peak']) / (b['n'] - a['n'])
-    say(f"slope: {slope:,.0f} bytes an image. Points of k-means {4*a['points']:,}, the mapped image {a['file']//a['n']:,}, features in half precision {2*a['features']:,}, in single {4*a['features']:,}")
-    return slope, rows
+    for phase in ('start', 'clustering', 'training'):
+        say(f"{phase}: {(b[phase] - a[phase]) / (b['n'] - a['n']):,.0f} bytes an image")
+    say(f"points of k-means {4*a['points']:,}, the mapped image {a['file']//a['n']:,}, features in half precision {2*a['features']:,}, in single {4*a['features']:,}")
 
 if __name__ == '__main__':
     if len(sys.argv) == 4: print(json.dumps(one(int(sys.argv[2]), Path(sys.argv[3]))) if sys.argv[1] == 'one' else make(int(sys.argv[2]), Path(sys.argv[3])))
