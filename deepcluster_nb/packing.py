@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['GREY', 'CHUNK', 'SYNC', 'grey_plane', 'Recipe', 'open_image', 'to_bytes', 'central', 'prepare_image', 'PackedWriter',
            'pack_chunk', 'decode_seconds', 'start_worker', 'in_order', 'Journal', 'lock', 'check_same', 'estimate',
-           'list_source', 'Packing', 'check_space', 'amount', 'packing_of', 'pack_folder', 'verify_packed']
+           'list_source', 'file_size', 'Packing', 'check_space', 'amount', 'packing_of', 'pack_folder', 'verify_packed']
 
 # %% ../nbs/11_packing.ipynb #b2ebaa19
 import errno, hashlib, json, math, os, shutil, sys, threading, time, warnings, zlib
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -241,9 +241,11 @@ def list_source(src): # (files, labels or None, class names, relative paths, has
         if not files: raise ValueError("src: expected at least one file, got an empty list")
         root = os.path.commonpath([f.absolute().parent for f in files])
     names = [os.path.relpath(f, root) for f in files]
-    sizes = [os.stat(f).st_size if os.path.exists(f) else -1 for f in files]
-    text = json.dumps([classes, names, sizes])
-    return files, labels, classes, names, hashlib.sha256(text.encode()).hexdigest()
+    text = json.dumps([classes, names, [file_size(f) for f in files]])
+    return files, labels, classes, names, hashlib.sha256(text.encode()).hexdigest()[:16]
+
+def file_size(path): # bytes, None for what can't be looked at
+    with suppress(OSError): return os.stat(path).st_size
 
 # %% ../nbs/11_packing.ipynb #bc6fe2e6
 CHUNK, SYNC = 64, 2   # images that a worker gets at once; seconds between two waits for the disk. The result depends on neither
@@ -306,6 +308,7 @@ class Packing:
             if not skip_broken or len(bad) == len(names):
                 raise ValueError(f"src: {len(bad):,} of {len(names):,} images can't be read (all in {report}): {'; '.join(lines[:5])}{' …' if lines[5:] else ''}"
                                  + ("" if len(bad) == len(names) else "; skip_broken (--skip-broken) leaves them out, and what was decoded so far is kept for it"))
+        else: report.unlink(missing_ok=True)                              # of an earlier attempt
         keep = [i for i in range(len(names)) if i not in bad]
         for w in self.writers:
             w.meta['left_out'] = str(len(bad))
