@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['experiments_folder', 'one_of', 'parameters', 'gather', 'check_parameters', 'parse_pair', 'Watcher', 'write_report',
-           'run_experiment', 'summary', 'listing', 'main']
+           'run_experiment', 'summary', 'listing', 'forecast', 'main']
 
 # %% ../nbs/20_experiments.ipynb #450f8668
 import argparse, json, os, shutil, sys, threading, time
@@ -143,10 +143,21 @@ def listing()->str:
         lines += [f"experiment {nb.stem}", "  parameters:"]
         lines += [f"    {name + ' = ' + p['default']:26} {p['help']}" for name,p in inspect_notebook(str(nb)).items()]
     lines.append("presets:")
-    for y in sorted((folder/'presets').glob('*.yaml')): lines.append(f"  {y.stem:14} {y.read_text().splitlines()[0].lstrip('# ')}")
+    for y in sorted((folder/'presets').glob('*.yaml')): lines.append(f"  {y.stem:17} {y.read_text().splitlines()[0].lstrip('# ')}")
     return '\n'.join(lines)
 
 # %% ../nbs/20_experiments.ipynb #b2868ffe
+def forecast(preset:str=None,    # a file in nbs/experiments/presets
+             params:dict=None,   # parameters by name
+             n_images:int=None,  # images to scale to
+             seconds:float=90.,  # time to measure
+            ):                   # → Estimate
+    "What `deepcluster-nb estimate` prints."
+    from deepcluster_nb.estimate import estimate
+    from deepcluster_nb.training import Config
+    return estimate(Config(**gather('train', preset, params)[1]), n_images, seconds, lambda line: print(line, file=sys.stderr, flush=True))
+
+# %% ../nbs/20_experiments.ipynb #51eaf956
 def main(argv=None)->int: # exit status: 0 done, 1 the run failed, 2 the input was wrong
     "The console script `deepcluster-nb`."
     parser = argparse.ArgumentParser('deepcluster-nb', description='Run DeepCluster experiments: notebooks with parameters, through papermill.')
@@ -154,13 +165,17 @@ def main(argv=None)->int: # exit status: 0 done, 1 the run failed, 2 the input w
     commands.add_parser('list', help='experiments, presets and parameters')
     run = commands.add_parser('run', help='run one, or continue it')
     run.add_argument('name'); run.add_argument('--preset'); run.add_argument('--out', metavar='DIR', help='the run folder')
-    run.add_argument('-p', action='append', default=[], metavar='key=value', help='one parameter; may be repeated')
+    ask = commands.add_parser('estimate', help='how long a run would take on this machine, from a minute or two of samples')
+    ask.add_argument('--preset'); ask.add_argument('--images', type=int, metavar='N', help='images to scale to; those of the preset where not given')
+    ask.add_argument('--seconds', type=float, default=90., help='time to measure')
+    for p in (run, ask): p.add_argument('-p', action='append', default=[], metavar='key=value', help='one parameter; may be repeated')
     args = parser.parse_args(argv)
     try:
         if args.command == 'list': print(listing()); return 0
+        if args.command == 'estimate': print(forecast(args.preset, dict(parse_pair(p) for p in args.p), args.images, args.seconds)); return 0
         where = run_experiment(args.name, dict(parse_pair(p) for p in args.p), args.out, args.preset)
     except (ValueError, FileNotFoundError) as e: print(f"deepcluster-nb: {e}", file=sys.stderr); return 2
     except RuntimeError as e: print(f"deepcluster-nb: {e}", file=sys.stderr); return 1
-    except KeyboardInterrupt: print("deepcluster-nb: stopped; the same command goes on from the last checkpoint", file=sys.stderr); return 130
+    except KeyboardInterrupt: print("deepcluster-nb: stopped" + ("; the same command goes on from the last checkpoint" if args.command == 'run' else ''), file=sys.stderr); return 130
     print(summary(where), f"report    {where/'report.html'}", f"notebook  {where/'notebook.ipynb'}", f"numbers   {where/'metrics.json'}", sep='\n')
     return 0

@@ -53,7 +53,7 @@ def test_choices(tmp_path, capsys):
 def test_list(capsys):
     assert main(['list']) == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ('train', 'digits', 'cifar10_small', 'cifar10', 'weight_decay'))
+    assert all(word in out for word in ('train', 'digits', 'cifar10_small', 'cifar10', 'imagenet_alexnet', 'imagenet_vgg16', 'imagenet_resnet50', 'weight_decay'))
 
 @pytest.mark.parametrize('args, message', [
     (['trane'], "experiment: expected one of choices, train, got 'trane'"), (['train', '--preset', 'mnist'], "preset: expected one of .*digits.*'mnist'"),
