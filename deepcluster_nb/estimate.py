@@ -217,7 +217,7 @@ class Estimate:
     def disk(self)->dict: # what → bytes
         f = self.facts
         images = {'packed images': f['n']*f['image_bytes']} if self.config.dataset == 'packed' else {}
-        return images | {'two checkpoints': 2*f['checkpoint'], 'assignments': 4*f['n']*(self.config.epochs + 1)}
+        return images | {'two checkpoints and the reserve': 3*f['checkpoint'], 'features in half precision': 2*f['n']*f['dim'], 'assignments': 4*f['n']*(self.config.epochs + 1)}
 
     @property
     def memory(self)->dict: # what → bytes
@@ -225,7 +225,7 @@ class Estimate:
         images = {} if c.dataset == 'packed' else {'images': f['n']*f['image_bytes']}
         probes = {'features of the probes': (f['n'] + f['n_test'])*(2*sum(f['probes']) + 4*f['dim'])} if f['classes'] else {}
         return images | {'weights, gradients, momentum': f['network'], f"activations of {c.batch_size} images": c.batch_size*f['activations'],
-                         'features': 4*f['n']*f['dim'], 'after PCA': 4*f['n']*c.pca} | probes
+                         'features after PCA': 4*f['n']*c.pca} | probes
 
     def advice(self)->str:
         c, t, f = self.config, self.totals(), self.facts

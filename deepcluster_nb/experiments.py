@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['experiments_folder', 'one_of', 'parameters', 'gather', 'check_parameters', 'parse_pair', 'Watcher', 'write_report',
-           'run_experiment', 'summary', 'listing', 'forecast', 'main']
+           'signals_passed_on', 'run_experiment', 'summary', 'listing', 'forecast', 'main']
 
 # %% ../nbs/20_experiments.ipynb #450f8668
-import argparse, json, os, shutil, sys, threading, time
+import argparse, json, os, shutil, signal, sys, threading, time
+from contextlib import contextmanager
 from pathlib import Path
 import yaml
-from .runs import RunFolder, duration, progress_line
+from .runs import RunFolder, Stopped, duration, held_by, progress_line
 
 # %% ../nbs/20_experiments.ipynb #f10743b4
 def experiments_folder()->Path: # nbs/experiments of the clone
@@ -50,11 +51,12 @@ def gather(name:str, preset:str=None, params:dict=None)->tuple: # (notebook, par
 def check_parameters(notebook:Path, given:dict, run_dir:Path):
     "Impossible values, and a folder that holds another run, are found before anything is started or written."
     from dataclasses import fields
-    from deepcluster_nb.training import Config, resolve
+    from deepcluster_nb.training import FREE, Config, resolve
     values = {**parameters(notebook), **given}
     config = Config(**{f.name: values[f.name] for f in fields(Config) if f.name in values})
     resolve(config)
-    if (run_dir/'params.yaml').exists(): RunFolder(run_dir, values)
+    if (run_dir/'params.yaml').exists(): RunFolder(run_dir, values, FREE)
+    if who := held_by(run_dir): raise ValueError(f"run_dir: {str(run_dir)!r} is in use by {who}; let it finish, or choose another folder")
 
 # %% ../nbs/20_experiments.ipynb #80515722
 def parse_pair(text:str)->tuple: # 'k=200' → ('k', 200)
@@ -98,6 +100,23 @@ def write_report(notebook:Path, html:Path):
     html.write_text(body, encoding='utf-8')
 
 # %% ../nbs/20_experiments.ipynb #5af30b44
+@contextmanager
+def signals_passed_on(run_dir:Path):
+    "SIGTERM and Ctrl-C go to the process that trains. Where none does, and at the second Ctrl-C, they stop everything."
+    came = []
+    def pass_on(number, frame):
+        came.append(signal.Signals(number).name)
+        holder = held_by(run_dir)
+        if came.count('SIGINT') > 1 or not holder.startswith('process '): raise KeyboardInterrupt
+        os.kill(int(holder.split()[1]), signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread(): yield; return      # only the main thread may listen
+    before = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
+    try: yield
+    except KeyboardInterrupt as e: e.status = 130 if 'SIGINT' in came else 143 if came else 1; raise
+    finally:
+        for n,handler in before.items(): signal.signal(n, handler)
+
+# %% ../nbs/20_experiments.ipynb #352ba7f5
 def run_experiment(name:str,            # a notebook in nbs/experiments, such as 'train'
                    params:dict=None,    # parameters by name
                    run_dir=None,        # where everything goes; runs/NAME-PRESET where not given
@@ -112,11 +131,13 @@ def run_experiment(name:str,            # a notebook in nbs/experiments, such as
     made = not run_dir.exists()
     run_dir.mkdir(parents=True, exist_ok=True)
     watcher = Watcher(run_dir); watcher.start()
-    try: pm.execute_notebook(str(notebook), str(run_dir/'notebook.ipynb'), given, kernel_name='python3', cwd=os.getcwd(),
-                             progress_bar=False, extra_arguments=['--IPKernelApp.log_level=CRITICAL'])
-    except pm.PapermillExecutionError as e:
-        if made and not (run_dir/'params.yaml').exists(): (run_dir/'notebook.ipynb').unlink(missing_ok=True); run_dir.rmdir()
-        raise RuntimeError(f"{e.ename}: {e.evalue}") from None
+    try:
+        with signals_passed_on(run_dir):
+            try: pm.execute_notebook(str(notebook), str(run_dir/'notebook.ipynb'), given, kernel_name='python3', cwd=os.getcwd(),
+                                     progress_bar=False, extra_arguments=['--IPKernelApp.log_level=CRITICAL'])
+            except pm.PapermillExecutionError as e:
+                if made and not (run_dir/'params.yaml').exists(): (run_dir/'notebook.ipynb').unlink(missing_ok=True); run_dir.rmdir()
+                raise (Stopped(e.evalue) if e.ename == 'Stopped' else RuntimeError(f"{e.ename}: {e.evalue}")) from None
     finally: watcher.finish()
     write_report(run_dir/'notebook.ipynb', run_dir/'report.html')
     return run_dir
@@ -158,7 +179,7 @@ def forecast(preset:str=None,    # a file in nbs/experiments/presets
     return estimate(Config(**gather('train', preset, params)[1]), n_images, seconds, lambda line: print(line, file=sys.stderr, flush=True))
 
 # %% ../nbs/20_experiments.ipynb #51eaf956
-def main(argv=None)->int: # exit status: 0 done, 1 the run failed, 2 the input was wrong
+def main(argv=None)->int: # exit status: 0 done, 1 the run failed, 2 the input was wrong, 130 or 143 stopped by Ctrl-C or SIGTERM
     "The console script `deepcluster-nb`."
     parser = argparse.ArgumentParser('deepcluster-nb', description='Run DeepCluster experiments: notebooks with parameters, through papermill.')
     commands = parser.add_subparsers(dest='command', required=True)
@@ -176,6 +197,8 @@ def main(argv=None)->int: # exit status: 0 done, 1 the run failed, 2 the input w
         where = run_experiment(args.name, dict(parse_pair(p) for p in args.p), args.out, args.preset)
     except (ValueError, FileNotFoundError) as e: print(f"deepcluster-nb: {e}", file=sys.stderr); return 2
     except RuntimeError as e: print(f"deepcluster-nb: {e}", file=sys.stderr); return 1
-    except KeyboardInterrupt: print("deepcluster-nb: stopped" + ("; the same command goes on from the last checkpoint" if args.command == 'run' else ''), file=sys.stderr); return 130
+    except KeyboardInterrupt as e:
+        print(f"deepcluster-nb: stopped; {e or 'the same command goes on from the last checkpoint'}" if args.command == 'run' else 'deepcluster-nb: stopped', file=sys.stderr)
+        return getattr(e, 'status', 130)
     print(summary(where), f"report    {where/'report.html'}", f"notebook  {where/'notebook.ipynb'}", f"numbers   {where/'metrics.json'}", sep='\n')
     return 0

@@ -41,7 +41,7 @@ def main(sizes, say=print):
     say(f"points of k-means {4*a['points']:,}, the mapped image {a['file']//a['n']:,}, features in half precision {2*a['features']:,}, in single {4*a['features']:,}")
 
 if __name__ == '__main__':
-    if len(sys.argv) == 4: print(json.dumps(one(int(sys.argv[2]), Path(sys.argv[3]))) if sys.argv[1] == 'one' else make(int(sys.argv[2]), Path(sys.argv[3])))
+    if sys.argv[1:2] in (['make'], ['one']): print(json.dumps(one(int(sys.argv[2]), Path(sys.argv[3]))) if sys.argv[1] == 'one' else make(int(sys.argv[2]), Path(sys.argv[3])))
     else:
         p = argparse.ArgumentParser(description=__doc__); p.add_argument('sizes', type=int, nargs='*', default=[10_000, 50_000, 200_000])
         main(p.parse_args().sizes)

@@ -48,9 +48,9 @@ def test_without_labels_no_probes():
 
 def test_disk_and_memory_by_hand():
     found = fake(epochs=3)
-    assert found.disk == {'two checkpoints': 1600, 'assignments': 4*1000*4}
-    assert found.memory == {'images': 3072e3, 'weights, gradients, momentum': 1200, 'activations of 16 images': 1600, 'features': 4*1000*4096,
-                            'after PCA': 4*1000*8, 'features of the probes': 1100*(2*18816 + 4*4096)}
+    assert found.disk == {'two checkpoints and the reserve': 2400, 'features in half precision': 2*1000*4096, 'assignments': 4*1000*4}
+    assert found.memory == {'images': 3072e3, 'weights, gradients, momentum': 1200, 'activations of 16 images': 1600,
+                            'features after PCA': 4*1000*8, 'features of the probes': 1100*(2*18816 + 4*4096)}
     packed = Estimate(replace(found.config, dataset='packed'), KINDS, FACTS)
     assert packed.disk['packed images'] == 3072e3 and 'images' not in packed.memory
 

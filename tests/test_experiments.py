@@ -1,9 +1,11 @@
 "The command, papermill, and the folder that they leave."
-import json, subprocess, sys
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
 from deepcluster_nb.experiments import experiments_folder, main, parse_pair
+from deepcluster_nb.runs import Guard, RunFolder, held_by
+from survive import sha256
 
 SMALL = ['-p', 'n_images=150', '-p', 'n_test=60', '-p', 'k=10', '-p', 'pca=16', '-p', 'epochs=2', '-p', 'passes=1']
 
@@ -80,3 +82,37 @@ def test_another_run_in_the_folder_is_left_as_it_was(tmp_path, capsys):
 
 @pytest.mark.parametrize('text, value', [('k=200', 200), ('lr=1e-5', 1e-5), ('lr=.05', .05), ('sobel=false', False), ('root=/a=b', '/a=b'), ('arch=alexnet', 'alexnet')])
 def test_pairs(text, value): assert parse_pair(text)[1] == value
+
+SAVING = ['--preset', 'digits', '-p', 'n_images=200', '-p', 'n_test=40', '-p', 'k=10', '-p', 'pca=16', '-p', 'epochs=3', '-p', 'passes=2', '-p', 'checkpoint_minutes=0']
+
+def outcome(run_dir): # all that must not depend on a stop
+    metrics = {k: v for k,v in json.loads((run_dir/'metrics.json').read_text()).items() if k != 'seconds'}
+    cells = json.loads((run_dir/'notebook.ipynb').read_text())['cells']
+    return metrics, sha256(run_dir), [c['execution_count'] for c in cells if c['cell_type'] == 'code'], [{o['output_type'] for o in c.get('outputs', [])} for c in cells]
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    where = tmp_path_factory.mktemp('run')/'r'
+    assert main(['run', 'train', '--out', str(where), *SAVING]) == 0
+    return outcome(where)
+
+@pytest.mark.parametrize('number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_stopped_and_called_again(tmp_path, undisturbed, number, status):
+    where = tmp_path/'r'
+    p = subprocess.Popen([sys.executable, '-c', 'import sys; from deepcluster_nb.experiments import main; sys.exit(main())', 'run', 'train', '--out', str(where), *SAVING], stderr=subprocess.PIPE, text=True)
+    end = time.time() + 120
+    while not list(where.glob('checkpoint/00001-*.json')) and p.poll() is None and time.time() < end: time.sleep(.005)
+    assert p.poll() is None, p.communicate()
+    if number == signal.SIGKILL: os.kill(int(held_by(where).split()[1]), signal.SIGKILL)      # the kernel too, at once
+    p.send_signal(number)
+    err = p.communicate(timeout=120)[1]
+    assert p.returncode == status and not held_by(where), err
+    if number != signal.SIGKILL: assert 'deepcluster-nb: stopped; SIGTERM came: the state is saved' in err and len(err.strip().splitlines()) == 1
+    assert main(['run', 'train', '--out', str(where), *SAVING]) == 0
+    assert outcome(where) == undisturbed
+
+def test_a_run_in_use_is_refused_at_once(tmp_path, capsys):
+    where = tmp_path/'r'
+    with Guard(RunFolder(where, {})).held():
+        assert main(['run', 'train', '--out', str(where), *SAVING]) == 2
+    assert f'is in use by process {os.getpid()}' in capsys.readouterr().err and not (where/'notebook.ipynb').exists()
