@@ -232,7 +232,8 @@ class Estimate:
         for name, need, have in (('memory', self.memory, f.get('ram')), ('disk', self.disk, f.get('free'))):
             if have and sum(need.values()) > have:
                 most = max(need, key=need.get)
-                return f"{name} first: {nbytes(have)} are here, and {most} alone would take {nbytes(need[most])} of {nbytes(sum(need.values()))}"
+                cure = {'images': '; pack them (data_scripts/pack_images.py) and use dataset packed', 'features of the probes': '; run with fewer images, or without labels'}.get(most, '')
+                return f"{name} first: {nbytes(have)} are here, and {most} alone would take {nbytes(need[most])} of {nbytes(sum(need.values()))}{cure}"
         most, gpu = max(t, key=t.get), '' if c.device != 'cpu' else 'a GPU; '
         half = 'fewer clusters, its time is proportional to k'
         return f"{t[most]/max(self.seconds, 1e-9):.0%} of the time goes into {most}: " + dict(

@@ -12,6 +12,13 @@ FACTS  = dict(n=1000, n_test=100, classes=10, real=True, decoded=False, listing=
 PHASES = ['loading', 'features', 'pca', 'kmeans', 'training', 'bookkeeping', 'probes']
 TINY   = Config(dataset='shapes', n_images=200, k=5, pca=8, epochs=2, passes=1, batch_size=16, device='cpu', precision='float32')
 
+@pytest.fixture(autouse=True)
+def one_thread(): # samples are short and many: threads that wait for each other would only make them slow
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
 def fake(samples=KINDS, facts=FACTS, **change): return Estimate(resolve(replace(TINY, **change)), samples, facts)
 
 def test_a_reassignment_by_hand():
@@ -121,7 +128,7 @@ def test_points_more_than_images_are_never_needed():
     assert set(sample_clustering(c, 200, 64, .5)) == {'pca', 'axes', 'kmeans', 'books'}
 
 def test_command(capsys):
-    assert main(['estimate', '--preset', 'digits', '-p', 'epochs=3', '--images', '700', '--seconds', '.5']) == 0
+    assert main(['estimate', '--preset', 'digits', '-p', 'epochs=3', '-p', 'arch=resnet18', '--images', '700', '--seconds', '.5']) == 0
     out, err = capsys.readouterr()
     assert '700 images' in out and '3 reassignments' in out and 'what would help most' in out and 'measuring' in err and 'measuring' not in out
     assert main(['estimate', '--preset', 'digits', '-p', 'k=1']) == 2 and re.search('k: expected at least 2, got 1', capsys.readouterr().err)
