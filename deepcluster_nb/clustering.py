@@ -25,6 +25,7 @@ class Clustering:
     def sizes(self)->Tensor: return torch.bincount(self.assign, minlength=len(self.centroids)) # (k,) points in each cluster
     @property
     def n_empty(self)->int: return int((self.sizes == 0).sum())
+    def cpu(self)->'Clustering': return Clustering(self.assign.cpu(), self.centroids.cpu(), self.objective)
 
 # %% ../nbs/05_clustering.ipynb #6ce17e02
 def as_points(x, k:int)->Tensor: # (N, D) float32

@@ -24,7 +24,7 @@ from .clustering import Clustering, kmeans
 from .sampling import SAMPLERS
 from .runs import duration, save_checkpoint
 from .training import Config, agreement, check, resolve, sgd, train_epoch, trunk_parameters
-from .probes import conv_activations, knn_accuracy, linear_probe, pool_activation
+from .probes import MOST_PROBED, conv_activations, knn_accuracy, linear_probe, pool_activation
 
 # %% ../nbs/19_estimate.ipynb #c7fa19ba
 def sample(work,           # called with an amount n
@@ -97,6 +97,7 @@ def material(c:Config, n_images:int=0): # (images to measure with, facts)
     try:
         images = load_images(c.dataset, c.root or None, 'train', min(n, 256) if folder else 0, c.seed)
         if not folder: n = len(images)
+        if c.dataset == 'packed': n_test = len(load_images('packed', c.root or None, 'test'))
         real, classes = True, len(images.classes) if images.labels is not None else 0
     except FileNotFoundError:
         if c.root: raise                                        # a root that was named should be right
@@ -202,6 +203,7 @@ class Estimate:
         f, e, n = self.facts, self.epoch(of), self.facts['n']
         out = dict(loading=f['listing'] + f['loading'] * (n if f['decoded'] else 1), **{p: e[p] for p in ('features', 'pca', 'kmeans')})
         if not f['classes']: return out
+        n = min(n, MOST_PROBED)
         passes = min(100, max(15, -(-1000 // -(-n // 128))))    # as `linear_probe` chooses them
         t = {name: of(self.samples[name]) for name in ('features', 'probe', 'pair')}
         return out | dict(probes=3*(2*(n + f['n_test'])*t['features'] + len(f['probes'])*passes*n*t['probe'] + n*f['n_test']*t['pair']))
@@ -223,7 +225,7 @@ class Estimate:
     def memory(self)->dict: # what → bytes
         c, f = self.config, self.facts
         images = {} if c.dataset == 'packed' else {'images': f['n']*f['image_bytes']}
-        probes = {'features of the probes': (f['n'] + f['n_test'])*(2*sum(f['probes']) + 4*f['dim'])} if f['classes'] else {}
+        probes = {'features of the probes': (min(f['n'], MOST_PROBED) + f['n_test'])*(2*sum(f['probes']) + 4*f['dim'])} if f['classes'] else {}
         return images | {'weights, gradients, momentum': f['network'], f"activations of {c.batch_size} images": c.batch_size*f['activations'],
                          'features after PCA': 4*f['n']*c.pca} | probes
 

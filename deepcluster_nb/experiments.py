@@ -55,8 +55,8 @@ def check_parameters(notebook:Path, given:dict, run_dir:Path):
     values = {**parameters(notebook), **given}
     config = Config(**{f.name: values[f.name] for f in fields(Config) if f.name in values})
     resolve(config)
-    if (run_dir/'params.yaml').exists(): RunFolder(run_dir, values, FREE)
     if who := held_by(run_dir): raise ValueError(f"run_dir: {str(run_dir)!r} is in use by {who}; let it finish, or choose another folder")
+    if (run_dir/'params.yaml').exists(): RunFolder(run_dir, values, FREE)
 
 # %% ../nbs/20_experiments.ipynb #80515722
 def parse_pair(text:str)->tuple: # 'k=200' → ('k', 200)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from deepcluster_nb.data import load_images
+from deepcluster_nb.runs import load_checkpoint
 from survive import sha256
 from deepcluster_nb.training import Config, fit, load_run, predict, resolve
 
@@ -129,3 +130,8 @@ def test_cifar_folder_form(cifar_root):
     images = load_images('cifar10', cifar_root, 'test', 300, seed=1)
     assert images.size == (3, 32, 32) and len(images.classes) == 10 and len(images.labels.unique()) == 10
     assert images.paths == sorted(images.paths)
+
+def test_a_last_batch_of_one_image(tmp_path):
+    config = replace(TINY, n_images=33, batch_size=16, k=4, pca=8, epochs=1, run_dir=str(tmp_path/'r'))
+    fit(config, echo=None)                                              # 33 = 16 + 16 + 1: batch norm can't do with one
+    assert load_checkpoint(tmp_path/'r'/'checkpoint')[:2] == (1, 0)
