@@ -284,12 +284,13 @@ def fit(config:Config,  # what to do
             if folder: folder.append(record); guard(lambda: save(epoch + 1), due=True)
             if echo: echo(describe(record, c.epochs))
         if progress: progress.close()
-        clustering, pca, _ = cluster(net, images, c, c.epochs, None, folder and folder.path)   # the finished network's own clusters
+        clustering, pca, _ = cluster(net, images, c, c.epochs, guard and (lambda i,n: guard()), folder and folder.path)   # the finished network's own
         if folder:
             folder.write(f'assignments/epoch_{c.epochs:03d}.npy', as_npy(clustering.assign))
             folder.write('clusters.csv', clusters_csv(images.paths, clustering.assign))
             save(c.epochs)
             (folder.path/'progress.json').unlink(missing_ok=True)
+            guard()                                                     # a signal that came in the last moment is not lost
     return Run(net, images, clustering, pca, log, c)
 
 # %% ../nbs/08_training.ipynb #a3688431
