@@ -22,3 +22,16 @@ def test_make_says_what_is_missing(tmp_path, pretend, line):
 def test_make_lists_its_commands():
     out = subprocess.run(['make'], cwd=ROOT, capture_output=True, text=True).stdout
     assert all(f'make {name}' in out for name in ('demo', 'test', 'lab', 'docs'))
+
+def test_pins_hold_for_every_patch_release():
+    "Debian 12 has Python 3.11.2: a pin of something that needs 3.11.5 would stop its `make`."
+    from importlib.metadata import PackageNotFoundError, metadata
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+    pins = [Requirement(l) for l in (ROOT/'constraints.txt').read_text().splitlines() if not l.startswith('#')]
+    wrong = []
+    for r in pins:
+        try: m = metadata(r.name)
+        except PackageNotFoundError: continue                  # another platform's
+        if r.specifier.contains(m['Version']) and not SpecifierSet(m['Requires-Python'] or '').contains('3.11.0'): wrong.append(f"{r} needs Python {m['Requires-Python']}")
+    assert len(pins) > 100 and not wrong
