@@ -51,10 +51,12 @@ def gather(name:str, preset:str=None, params:dict=None)->tuple: # (notebook, par
 def check_parameters(notebook:Path, given:dict, run_dir:Path):
     "Impossible values, and a folder that holds another run, are found before anything is started or written."
     from dataclasses import fields
+    from deepcluster_nb.data import load_images
     from deepcluster_nb.training import FREE, Config, resolve
     values = {**parameters(notebook), **given}
     config = Config(**{f.name: values[f.name] for f in fields(Config) if f.name in values})
     resolve(config)
+    if config.root and not Path(config.root).exists(): load_images(config.dataset, config.root)    # which says what is missing
     if who := held_by(run_dir): raise ValueError(f"run_dir: {str(run_dir)!r} is in use by {who}; let it finish, or choose another folder")
     if (run_dir/'params.yaml').exists(): RunFolder(run_dir, values, FREE)
 
