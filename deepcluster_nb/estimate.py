@@ -9,7 +9,7 @@ __all__ = ['SPLITS', 'IMAGENET', 'sample', 'per_image', 'kept_bytes', 'made_up',
 # %% ../nbs/19_estimate.ipynb #c7f7952f
 import os, shutil, sys, tempfile, time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 import torch
@@ -129,10 +129,11 @@ def sample_clustering(c:Config, n:int, dim:int, seconds:float)->dict: # kind of 
 
 # %% ../nbs/19_estimate.ipynb #f65881f3
 def sample_training(net, images, c:Config, seconds:float)->list: # seconds an image, in steps of the real batch size
-    "Training steps on random labels."
+    "Training steps on random labels, with a learning rate of next to nothing: a step takes as long, and none diverges."
     g, B = generator(0, 'estimate'), c.batch_size
     rows, assign = torch.arange(16*B) % len(images), torch.randint(0, c.k, (len(images),), generator=g)
-    opts = sgd(trunk_parameters(net), c, c.momentum), sgd(net.top_layer.parameters(), c)
+    still = replace(c, lr=1e-9)
+    opts = sgd(trunk_parameters(net), still, c.momentum), sgd(net.top_layer.parameters(), still)
     return per_image(lambda n: train_epoch(net, images, rows[:n], assign, opts, c, 0), B, seconds, least=min(4, B))
 
 # %% ../nbs/19_estimate.ipynb #7eaf0630

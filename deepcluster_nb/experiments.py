@@ -198,7 +198,7 @@ def main(argv=None)->int: # exit status: 0 done, 1 the run failed, 2 the input w
         if args.command == 'estimate': print(forecast(args.preset, dict(parse_pair(p) for p in args.p), args.images, args.seconds)); return 0
         where = run_experiment(args.name, dict(parse_pair(p) for p in args.p), args.out, args.preset)
     except (ValueError, FileNotFoundError) as e: print(f"deepcluster-nb: {e}", file=sys.stderr); return 2
-    except RuntimeError as e: print(f"deepcluster-nb: {e}", file=sys.stderr); return 1
+    except (RuntimeError, FloatingPointError) as e: print(f"deepcluster-nb: {e}", file=sys.stderr); return 1
     except KeyboardInterrupt as e:
         print(f"deepcluster-nb: stopped; {e or 'the same command goes on from the last checkpoint'}" if args.command == 'run' else 'deepcluster-nb: stopped', file=sys.stderr)
         return getattr(e, 'status', 130)
