@@ -11,7 +11,7 @@ import argparse, json, os, shutil, signal, sys, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 import yaml
-from .runs import RunFolder, Stopped, duration, held_by, progress_line
+from .runs import RunFolder, Stopped, duration, held_by, progress_line, signals_to
 
 # %% ../nbs/20_experiments.ipynb #f10743b4
 def experiments_folder()->Path: # nbs/experiments of the clone
@@ -111,12 +111,9 @@ def signals_passed_on(run_dir:Path):
         holder = held_by(run_dir)
         if came.count('SIGINT') > 1 or not holder.startswith('process '): raise KeyboardInterrupt
         os.kill(int(holder.split()[1]), signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread(): yield; return      # only the main thread may listen
-    before = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
-    try: yield
+    try:
+        with signals_to(pass_on): yield
     except KeyboardInterrupt as e: e.status = 130 if 'SIGINT' in came else 143 if came else 1; raise
-    finally:
-        for n,handler in before.items(): signal.signal(n, handler)
 
 # %% ../nbs/20_experiments.ipynb #352ba7f5
 def run_experiment(name:str,            # a notebook in nbs/experiments, such as 'train'

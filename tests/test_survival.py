@@ -4,9 +4,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 import pytest, torch
 from deepcluster_nb import features, runs
-from deepcluster_nb.data import load_images
-from deepcluster_nb.runs import RunFolder, load_checkpoint, save_checkpoint
-from deepcluster_nb.training import Config, fit
+from deepcluster_nb.runs import load_checkpoint, save_checkpoint
+from deepcluster_nb.training import fit
 from survive import SMALL, sha256
 
 @pytest.fixture(scope='module')
@@ -141,6 +140,23 @@ def test_not_a_number_stops_before_the_update(tmp_path, monkeypatch, spoil):
     epoch, step, tensors, _ = load_checkpoint(tmp_path/'r'/'checkpoint')
     assert (epoch, step) == (1, 2) and all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
     assert log_epochs(tmp_path/'r') == [0]
+
+def test_between_two_looks_nothing_is_updated_or_saved(tmp_path, monkeypatch):
+    "As on a GPU, which is asked only now and then: the bad step is the second of four."
+    from deepcluster_nb import training
+    not_finite, calls = training.not_finite, []
+    def second_is_bad(loss, params):
+        params = list(params)
+        calls.append([p.detach().clone() for p in params])
+        return not_finite(loss, params) + (len(calls) == 2)
+    monkeypatch.setattr(training, 'not_finite', second_is_bad)
+    config = replace(SMALL, epochs=1, checkpoint_minutes=1e6, run_dir=str(tmp_path/'seldom'))
+    monkeypatch.setitem(training.LOOK, 'cpu', 50)
+    with pytest.raises(FloatingPointError, match='epoch 0, step 1, images'): fit(config, echo=None)
+    assert len(calls) == 4 and all(torch.equal(a, b) for a,b in zip(calls[1], calls[3])) and not all(torch.equal(a, b) for a,b in zip(calls[0], calls[1]))
+    calls.clear()
+    with pytest.raises(FloatingPointError, match='epoch 0, step 1, images'): fit(replace(config, checkpoint_minutes=0., run_dir=str(tmp_path/'often')), echo=None)
+    assert load_checkpoint(tmp_path/'often'/'checkpoint')[:2] == (0, 1)          # the one before the bad step
 
 def test_another_number_of_threads(tmp_path):
     config, threads = replace(SMALL, epochs=1, run_dir=str(tmp_path/'r')), torch.get_num_threads()
