@@ -2,7 +2,7 @@
 
 Each N is a process of its own: one epoch of a small network on N made images of 16 × 16 pixels that lie in a memory-mapped file. The slope is held against 4 bytes × d, what the points of k-means take,
 and 2 bytes × D, what the features would take in half precision (4 × D in single)."""
-import argparse, json, os, resource, subprocess, sys, tempfile
+import argparse, json, subprocess, sys, tempfile
 from pathlib import Path
 
 def one(n, folder): # resident bytes before, and the peaks of the two phases

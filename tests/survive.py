@@ -1,7 +1,7 @@
 """Kill a small run at random moments and see that it ends in the same bits: `python tests/survive.py --kills 50`.
 
 Every run saves after each step, is killed once with SIGKILL (every second one while a checkpoint is being written), and is started again with the same call."""
-import argparse, hashlib, json, os, random, shutil, signal, sys, tempfile, time, warnings
+import argparse, hashlib, json, os, random, shutil, signal, sys, tempfile, time
 from dataclasses import replace
 from pathlib import Path
 import torch

@@ -3,7 +3,7 @@ from dataclasses import replace
 import re
 import pytest, torch
 from deepcluster_nb.data import generator
-from deepcluster_nb.estimate import Estimate, estimate, kept_bytes, long, made_up, material, nbytes, sample, sample_clustering
+from deepcluster_nb.estimate import Estimate, estimate, kept_bytes, long, material, nbytes, sample, sample_clustering
 from deepcluster_nb.experiments import main
 from deepcluster_nb.training import Config, resolve
 

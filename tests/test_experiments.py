@@ -1,6 +1,5 @@
 "The command, papermill, and the folder that they leave."
 import json, os, signal, subprocess, sys, time
-from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
 from deepcluster_nb.experiments import experiments_folder, main, parse_pair

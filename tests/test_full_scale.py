@@ -1,7 +1,7 @@
 "The way of ImageNet at 224 pixels, on a handful of photographs: folder → packed files → the preset → probes."
 import json, os, subprocess, sys
 from pathlib import Path
-import numpy as np, pytest, torch
+import numpy as np, pytest
 from PIL import Image
 from deepcluster_nb.data import load_images
 from deepcluster_nb.experiments import main

@@ -1,7 +1,7 @@
 "The rooms and what may stand in them: imports, layout, and the files that people rely on."
 import ast, json, re, subprocess, sys
 from pathlib import Path
-import pytest, yaml
+import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = ['data', 'augment', 'sobel', 'model', 'features', 'clustering', 'sampling', 'runs', 'training', 'probes', 'packing', 'estimate', 'experiments']
@@ -62,3 +62,13 @@ def test_presets_are_possible(preset):
 def test_readme_is_the_index_page():
     from nbconvert import MarkdownExporter
     assert MarkdownExporter().from_filename(str(ROOT/'nbs'/'index.ipynb'))[0].strip() == (ROOT/'README.md').read_text().strip(), 'run make readme'
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
+def test_imports_stand_in_cells_of_their_own(path):
+    "The book's build runs every cell that imports, and nothing else: mixed with code it stops."
+    mixed = []
+    for c in json.loads(path.read_text())['cells']:
+        lines = [l for l in ''.join(c['source']).splitlines() if l.strip() and not l.startswith('#')] if c['cell_type'] == 'code' else []
+        imports = [l for l in lines if re.match(r'(import|from) ', l)]
+        if imports and len(imports) < len(lines): mixed.append(lines[0])
+    assert not mixed

@@ -6,8 +6,8 @@ import numpy as np, pytest, torch
 from PIL import Image
 from deepcluster_nb import packing
 from deepcluster_nb.augment import center_crop, crop_batch, crop_boxes, image_sizes, resample
-from deepcluster_nb.data import PackedImages, center_path, check_memory, generator, image_files, load_images
-from deepcluster_nb.packing import Journal, PackedWriter, Packing, pack_folder, verify_packed
+from deepcluster_nb.data import PackedImages, center_path, generator, image_files, load_images
+from deepcluster_nb.packing import Journal, PackedWriter, pack_folder, verify_packed
 
 SCRIPTS = Path(__file__).parent.parent/'data_scripts'
 FEW = dict(workers=0, echo=None)

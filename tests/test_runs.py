@@ -1,7 +1,6 @@
 "Whole runs: killed and continued, wrong input, folders of images."
-import json, os, signal, subprocess, sys, time
+import json, signal, subprocess, sys, time
 from dataclasses import asdict, replace
-from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from deepcluster_nb.data import load_images
