@@ -307,7 +307,7 @@ def fit(config:Config,  # what to do
 def predict(run:Run, images:PackedImages)->Tensor: # (N,) cluster of each image
     "Clusters for new images: the run's network, PCA and centroids."
     batches = feature_batches(run.net, images, run.config.size, 512, run.config.device, run.config.precision)
-    return torch.cat([nearest(l2_normalize(run.pca.transform(f)).cpu(), run.clustering.centroids)[0] for f in batches])
+    return torch.cat([nearest(l2_normalize(run.pca.transform(f)).cpu(), run.clustering.centroids) for f in batches])
 
 # %% ../nbs/08_training.ipynb #40c7948c
 def load_run(run_dir)->Run:
