@@ -70,22 +70,25 @@ SIZES = dict(alexnet=(223, 254), alexnet_small=(31, 134), vgg16=(224, 255), resn
 # %% ../nbs/03_model.ipynb #e67cb867
 class DeepClusterNet(nn.Module):
     "sobel → features → classifier → top_layer; only the last is thrown away at a reassignment."
-    def __init__(self, features, classifier, k:int, sobel:bool=True):
+    def __init__(self, features, classifier, k:int, sobel:bool=True, border:str='zeros', relu:bool=False):
         super().__init__()
-        self.sobel = Sobel() if sobel else None
+        self.sobel, self.relu = Sobel(border) if sobel else None, relu
         self.features, self.classifier = features, classifier
         linear = [m for m in classifier if isinstance(m, nn.Linear)]
         width  = [m.num_features for m in features.modules() if isinstance(m, nn.BatchNorm2d)][-1]
         self.flat, self.dim = (linear[0].in_features, linear[-1].out_features) if linear else (width, width)
         self.top_layer = nn.Linear(self.dim, k)
-    def embed(self, x:Tensor)->Tensor: # (B, 3, H, W) normalised → (B, dim), before the last ReLU
-        "What gets clustered."
+    def trunk(self, x:Tensor)->Tensor: # (B, 3, H, W) normalised → (B, dim), before the last ReLU
+        "All but the last activation and the head."
         if x.ndim != 4 or x.shape[1] != 3: raise ValueError(f"x: expected (B, 3, H, W), got {tuple(x.shape)}")
         f = self.features(x if self.sobel is None else self.sobel(x)).flatten(1)
         if f.shape[1] != self.flat: raise ValueError(f"x: {x.shape[2]} × {x.shape[3]} pixels end in {f.shape[1]} features, expected {self.flat} (see SIZES)")
         return self.classifier[:-1](f)
+    def embed(self, x:Tensor)->Tensor: # (B, dim), before the last ReLU, or after it with `relu`
+        "What gets clustered."
+        return self.trunk(x).relu() if self.relu else self.trunk(x)
     def forward(self, x:Tensor)->Tensor: # (B, k) logits
-        return self.top_layer(self.classifier[-1](self.embed(x)))
+        return self.top_layer(self.classifier[-1](self.trunk(x)))
 
 # %% ../nbs/03_model.ipynb #6bd71c25
 def init_weights(net:nn.Module, g:torch.Generator):
@@ -103,18 +106,21 @@ def convnet(arch:str,          # one of `ARCHS`
             sobel:bool=True,   # grey gradients (2 planes) instead of RGB (3)
             dropout:float=.5,  # before the hidden linear layers; in a ResNet before the head
             seed:int=0,        # of the initial weights
+            border:str='zeros',# around the image, for Sobel; or 'replicate'
+            relu:bool=False,   # cluster what the last ReLU lets through, not what enters it
            )->DeepClusterNet:
     "A network with random weights: both the start of training and the baseline to beat."
     if arch not in ARCHS: raise ValueError(f"arch: expected one of {', '.join(ARCHS)}, got {arch!r}")
     if k < 1: raise ValueError(f"k: expected at least 1 cluster, got {k}")
-    with torch.random.fork_rng(devices=[]): net = DeepClusterNet(*ARCHS[arch](2 if sobel else 3, dropout), k, sobel)
+    with torch.random.fork_rng(devices=[]): net = DeepClusterNet(*ARCHS[arch](2 if sobel else 3, dropout), k, sobel, border, relu)
     init_weights(net, generator(seed, 'weights'))
     return net
 
 # %% ../nbs/03_model.ipynb #9f89acf5
-def reset_top_layer(net:DeepClusterNet, g:torch.Generator):
+def reset_top_layer(net:DeepClusterNet, g:torch.Generator, k:int=None): # k: outputs, where not as many as before
     "A fresh head, N(0, .01) and bias 0; the trunk is not touched."
     w = net.top_layer.weight
+    if k not in (None, len(w)): net.top_layer = nn.utils.skip_init(nn.Linear, net.dim, k, device=w.device); w = net.top_layer.weight
     w.data.copy_(torch.empty(w.shape).normal_(0, .01, generator=g))
     nn.init.zeros_(net.top_layer.bias)
 

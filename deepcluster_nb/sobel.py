@@ -23,8 +23,8 @@ def normalize(x:Tensor,  # (B, 1 or 3, H, W) on the scale 0 to 255
 # %% ../nbs/02_sobel.ipynb #a381cbcf
 class Sobel(nn.Sequential):
     "Grey, then the two gradients; frozen. (B, 3, H, W) → (B, 2, H, W). Paper, implementation details."
-    def __init__(self):
-        grey, edges = nn.Conv2d(3, 1, 1), nn.Conv2d(1, 2, 3, padding=1)
+    def __init__(self, border:str='zeros'): # what stands around the image: 'zeros', or 'replicate' its last pixels
+        grey, edges = nn.Conv2d(3, 1, 1), nn.Conv2d(1, 2, 3, padding=1, padding_mode=border)
         super().__init__(grey, edges)
         dx = torch.tensor([[1., 0, -1], [2, 0, -2], [1, 0, -1]])
         grey.weight.data.fill_(1/3); grey.bias.data.zero_()

@@ -1,0 +1,155 @@
+"Each switch changes what it says and nothing else, and a run with it goes on in the same bits."
+import math
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+import numpy as np, pytest, torch, yaml
+from torch import nn
+from deepcluster_nb import training
+from deepcluster_nb.augment import center_crop
+from deepcluster_nb.data import PackedImages, load_images
+from deepcluster_nb.model import ARCHS, SIZES, calibrate_bn, conv_stack, convnet
+from deepcluster_nb.runs import load_checkpoint
+from deepcluster_nb.sobel import Sobel
+from deepcluster_nb.training import Config, fit, load_run, network, optimizers, resolve
+from survive import sha256
+
+def tiny(planes, dropout): # (features, classifier): a network that trains in no time
+    wide = [m for _ in range(2) for m in (nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU(inplace=True))]
+    return conv_stack([(8, 3, 2, 1), (16, 3, 2, 1), nn.AdaptiveMaxPool2d(2)], planes), nn.Sequential(nn.Linear(64, 32), *wide[1:])
+
+@pytest.fixture(autouse=True, scope='module')
+def architecture():
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(ARCHS, 'tiny', tiny); m.setitem(SIZES, 'tiny', (8, 64))
+        yield
+
+TINY = Config(dataset='digits', arch='tiny', n_images=120, k=6, pca=8, epochs=2, passes=1, batch_size=40, precision='float32', device='cpu', checkpoint_minutes=0.)
+NEW = 'cooldown', 'border', 'relu', 'calibrate', 'head', 'head_momentum', 'clusterer'
+
+def seen(monkeypatch, config): # what every epoch of training begins with, its learning rates, and the Run
+    epochs, rates, train, step = [], [], training.train_epoch, torch.optim.SGD.step
+    def spy(net, images, idx, assign, opts, *args):
+        epochs.append(dict(start={n: t.clone() for n,t in net.state_dict().items()}, idx=idx, assign=assign, momentum=[o.defaults['momentum'] for o in opts], opts=opts,
+                           buffers=[o.state[next(iter(net.top_layer.parameters()))].get('momentum_buffer') is not None for o in opts[1:]]))
+        out = train(net, images, idx, assign, opts, *args)
+        epochs[-1]['end'] = {n: t.clone() for n,t in net.state_dict().items()}
+        return out
+    def note(self, *args, **kwargs): rates.append(self.param_groups[0]['lr']); return step(self, *args, **kwargs)
+    with monkeypatch.context() as m:
+        m.setattr(training, 'train_epoch', spy); m.setattr(torch.optim.SGD, 'step', note)
+        run = fit(config, echo=None)
+    return epochs, rates, run
+
+@pytest.fixture(scope='module')
+def base(architecture):
+    with pytest.MonkeyPatch.context() as m: return seen(m, TINY)
+
+def same(a, b, *but): # names of the tensors that differ, but for those that begin so
+    return {n for n in a if not n.startswith(but or ('-',)) and not torch.equal(a[n], b[n])}
+
+def test_defaults_are_the_papers(base):
+    epochs, rates, run = base
+    assert {n: getattr(TINY, n) for n in NEW} == dict(cooldown=0, border='zeros', relu=False, calibrate=False, head='fresh', head_momentum=0., clusterer='kmeans')
+    assert [e['momentum'] for e in epochs] == [[.9, 0.]]*2 and set(rates) == {.05}
+    assert epochs[0]['opts'][0] is epochs[1]['opts'][0] and epochs[0]['opts'][1] is not epochs[1]['opts'][1]
+
+def test_cooldown(monkeypatch, base):
+    epochs, rates, run = seen(monkeypatch, replace(TINY, cooldown=1))
+    expected = [.05]*3 + [.05*(1 + math.cos(math.pi*s/3))/2 for s in range(3)]               # 120 images in batches of 40
+    assert rates[::2] == rates[1::2] and np.allclose(rates[::2], expected, rtol=1e-12)
+    assert not same(epochs[1]['start'], base[0][1]['start']) and same(epochs[1]['end'], base[0][1]['end'])
+
+def test_a_kept_head_goes_on(monkeypatch, base):
+    epochs, _, run = seen(monkeypatch, replace(TINY, head='kept', head_momentum=.5))
+    assert not same(epochs[0]['start'], base[0][0]['start'])                                 # the first one is as fresh as ever
+    assert not same(epochs[0]['end'], epochs[1]['start'])
+    assert epochs[0]['opts'][1] is epochs[1]['opts'][1] and [e['buffers'] for e in epochs] == [[False], [True]]
+
+def test_head_momentum(monkeypatch, base):
+    epochs, rates, run = seen(monkeypatch, replace(TINY, head_momentum=.5))
+    assert [e['momentum'] for e in epochs] == [[.9, .5]]*2 and [e['buffers'] for e in epochs] == [[False], [False]]
+    assert not same(epochs[0]['start'], base[0][0]['start']) and same(epochs[0]['end'], base[0][0]['end']) and set(rates) == {.05}
+
+@pytest.mark.parametrize('arch, relu', [('alexnet_small', False), ('alexnet_small', True), ('resnet18', False)])
+def test_a_head_from_centroids_knows_its_clusters(arch, relu):
+    c = resolve(replace(TINY, arch=arch, head='centroids', relu=relu))
+    images, net = load_images('digits', n_images=120), network(c)
+    clustering, pca, _ = training.cluster(net, images, c, 0)
+    before = {n: t.clone() for n,t in net.state_dict().items()}
+    training.new_head(net, optimizers(net, c), clustering, pca, c, 0)
+    assert {n[:9] for n in same(net.state_dict(), before)} == {'top_layer'}
+    with torch.no_grad(): logits = net.eval()(training.normalize(center_crop(images.batch(torch.arange(120)), c.size)))
+    right = float((logits.argmax(1) == clustering.assign).float().mean())
+    assert right > (.95 if relu or arch == 'resnet18' else .6)                               # exact where the head sees what was clustered
+
+def test_relu_is_clustered_and_no_more(monkeypatch, base):
+    epochs, _, run = seen(monkeypatch, replace(TINY, relu=True))
+    assert not same(epochs[0]['start'], base[0][0]['start'])
+    assert not torch.equal(epochs[0]['assign'], base[0][0]['assign'])
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    a, b = convnet('alexnet_small', 5, dropout=0.).eval(), convnet('alexnet_small', 5, dropout=0., relu=True).eval()
+    with torch.no_grad():
+        assert torch.equal(b.embed(x), a.embed(x).relu()) and torch.equal(a(x), b(x))
+    b.train()(x).sum().backward()                                                            # nothing is changed in place under the gradient
+
+def test_border():
+    a, b = network(resolve(TINY)), network(resolve(replace(TINY, border='replicate')))
+    assert not same(a.state_dict(), b.state_dict())
+    x = torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    differ = (a.sobel(x) - b.sobel(x)).abs().amax((0, 1)) > 1e-6
+    assert differ[[0, -1]].all() and differ[:, [0, -1]].all() and not differ[1:-1, 1:-1].any()
+    assert torch.allclose(b.sobel(x), Sobel()(torch.nn.functional.pad(x, (1,)*4, mode='replicate'))[..., 1:-1, 1:-1], atol=1e-6)
+
+def test_calibrate(monkeypatch, base):
+    epochs, _, run = seen(monkeypatch, replace(TINY, calibrate=True))
+    by_hand = network(resolve(TINY))
+    calibrate_bn(by_hand, load_images('digits', n_images=120), 32)
+    assert not same(epochs[0]['start'], by_hand.state_dict(), 'top_layer')
+    changed = same(epochs[0]['start'], base[0][0]['start'])
+    assert changed and all(n.split('.')[-1] in ('running_mean', 'running_var', 'num_batches_tracked') for n in changed)
+
+@pytest.mark.parametrize('change', [dict(head='kept', head_momentum=.9, cooldown=1), dict(head='centroids', head_momentum=.5, relu=True, calibrate=True)],
+                         ids=['kept', 'centroids'])
+def test_stopped_and_continued(monkeypatch, tmp_path, change):
+    config, batch, reads = replace(TINY, **change), PackedImages.batch, []
+    fit(replace(config, run_dir=str(tmp_path/'whole')), echo=None)
+    class Stop(Exception): pass
+    def stops(images, idx):
+        reads.append(len(idx))
+        if len(reads) == stop: raise Stop
+        return batch(images, idx)
+    stop = 7 + (len(change) == 4)                                                            # the second step of the second epoch; `calibrate` reads once more
+    with monkeypatch.context() as m:
+        m.setattr(PackedImages, 'batch', stops)
+        with pytest.raises(Stop): fit(replace(config, run_dir=str(tmp_path/'r')), echo=None)
+    epoch, step, tensors, _ = load_checkpoint(tmp_path/'r'/'checkpoint')
+    assert (epoch, step) == (1, 1) and {'head_momentum.0', 'head_momentum.1'} <= set(tensors)
+    fit(replace(config, run_dir=str(tmp_path/'r')), echo=None)
+    assert sha256(tmp_path/'r') == sha256(tmp_path/'whole')
+
+def test_a_run_from_before_the_switches(tmp_path):
+    config = replace(TINY, epochs=1, run_dir=str(tmp_path/'r'))
+    fit(config, echo=None)
+    done, params = sha256(tmp_path/'r'), tmp_path/'r'/'params.yaml'
+    old = {n: v for n,v in yaml.safe_load(params.read_text()).items() if n not in NEW}
+    params.write_text(yaml.safe_dump(old))
+    assert load_run(tmp_path/'r').config.head == 'fresh'
+    with pytest.raises(ValueError, match='cooldown: None there, 1 now'): fit(replace(config, cooldown=1), echo=None)
+    fit(config, echo=None)
+    assert sha256(tmp_path/'r') == done
+
+@pytest.mark.parametrize('change, message', [
+    (dict(cooldown=3), 'cooldown: expected 0 to 2, the number of epochs, got 3'), (dict(cooldown=-1), 'cooldown: .*-1'), (dict(head='old'), "head: expected one of fresh, kept, centroids, got 'old'"),
+    (dict(head_momentum=1.), 'head_momentum: expected at least 0 and below 1'), (dict(border='black'), "border: expected one of zeros, replicate, got 'black'"), (dict(relu=1), 'relu: expected a value of type bool'),
+    (dict(calibrate='yes'), 'calibrate: .*bool'), (dict(clusterer='dbscan'), "clusterer: expected one of kmeans.*'dbscan'"),
+])
+def test_impossible_values(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message): fit(replace(TINY, run_dir=str(tmp_path/'r'), **change))
+    assert not (tmp_path/'r').exists()
+
+def test_the_preset_released_names_every_switch():
+    given = yaml.safe_load((Path(__file__).parent.parent/'nbs'/'experiments'/'presets'/'released.yaml').read_text())
+    left = {f.name for f in fields(Config)} - set(given)
+    assert left == {'root', 'n_images', 'n_test', 'device', 'seed', 'run_dir', 'checkpoint_minutes', 'threads'}
+    assert given['sampler'] == 'released' and all(given[n] == getattr(Config(), n) for n in NEW)
+    resolve(Config(**given))
