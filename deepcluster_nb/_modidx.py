@@ -358,5 +358,4 @@ d = { 'settings': { 'branch': 'main',
                                          'deepcluster_nb.training.steps': ('training.html#steps', 'deepcluster_nb/training.py'),
                                          'deepcluster_nb.training.train_epoch': ('training.html#train_epoch', 'deepcluster_nb/training.py'),
                                          'deepcluster_nb.training.trunk_parameters': ( 'training.html#trunk_parameters',
-                                                                                       'deepcluster_nb/training.py'),
-                                         'deepcluster_nb.training.warmth': ('training.html#warmth', 'deepcluster_nb/training.py')}}}
+                                                                                       'deepcluster_nb/training.py')}}}
