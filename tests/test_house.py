@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ['data', 'augment', 'sobel', 'model', 'features', 'clustering', 'sampling', 'runs', 'training', 'probes', 'packing', 'estimate', 'experiments']
+ORDER = ['data', 'augment', 'sobel', 'model', 'features', 'clustering', 'sampling', 'runs', 'training', 'probes', 'voc', 'retrieval', 'packing', 'estimate', 'experiments']
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
 def imported(module): # the kit's modules that one imports anywhere, also inside functions
@@ -56,7 +56,7 @@ def test_train_takes_the_names_of_config():
 @pytest.mark.parametrize('preset', sorted((ROOT/'nbs'/'experiments'/'presets').glob('*.yaml')), ids=lambda p: p.stem)
 def test_presets_are_possible(preset):
     from deepcluster_nb.experiments import check_parameters, gather
-    notebook, given = gather('choices' if preset.stem.startswith('choices') else 'train', preset.stem)
+    notebook, given = gather(next((n for n in ('choices', 'voc', 'retrieval') if preset.stem.startswith(n)), 'train'), preset.stem)
     check_parameters(notebook, given, Path('nowhere'))
 
 def test_readme_is_the_index_page():
