@@ -33,7 +33,7 @@ def derived(at, v): # (place, number, formula) of every number that has one
 def test_formulas_give_the_numbers():
     found = [d for p in GOLDEN.glob('*.yaml') for d in derived(p.stem, yaml.safe_load(p.read_text()))]
     names = {n: getattr(math, n) for n in ('sqrt', 'log', 'ceil')}
-    wrong = [d for d in found if not close(eval(d[2], {'__builtins__': {}}, names), d[1])]
+    wrong = [d for d in found if not close(eval(d[2], {'__builtins__': {}}, names), d[1], abs=0)]
     assert len(found) > 100 and not wrong
 
 def test_every_file_says_how():
@@ -130,6 +130,11 @@ def test_where_two_neighbours_outvote_a_nearer_one():
         for near,winner in ((s - 1e-3, 0), (s + 1e-3, 1)):
             x, y = torch.stack([at(1.), at(near), at(near)]), torch.tensor([0, 1, 1])
             assert knn_accuracy(x, y, at(1.)[None], torch.tensor([winner]), k=3, T=T) == 100
+
+@pytest.mark.parametrize('what', ['fc6-8', 'all'])
+def test_voc_learning_rates(what):
+    voc, golden = pytest.importorskip('deepcluster_nb.voc'), PROBES['voc'][what]
+    assert [voc.learning_rate(what, t) for t in golden['t']] == pytest.approx([lr for lr,_ in golden['lr']], rel=1e-6, abs=0)
 
 def labels_of(sizes): return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
 
