@@ -1,18 +1,13 @@
 "What the page `What is here` names is there: chapters, functions, settings, presets, experiments, commands and tests."
 import json, re
-from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 import pytest, yaml
-from deepcluster_nb.clustering import BACKENDS
 from deepcluster_nb.experiments import main
-from deepcluster_nb.model import ARCHS
-from deepcluster_nb.sampling import SAMPLERS
-from deepcluster_nb.training import Config
+from deepcluster_nb.training import Config, resolve
 
 ROOT = Path(__file__).parent.parent
 NBS, PAGE = ROOT/'nbs', ROOT/'nbs'/'30_coverage.ipynb'
-CHOICES = dict(sampler=SAMPLERS, backend=BACKENDS, arch=ARCHS, precision=('float32', 'bfloat16'))
 
 def rows(): # (feature, here, held by), without the heads of the tables
     text = '\n'.join(''.join(c['source']) for c in json.loads(PAGE.read_text())['cells'])
@@ -27,8 +22,10 @@ def has_command(name):
     return e.value.code == 0
 
 def has_setting(name, value):
-    types = {f.name: f.type for f in fields(Config)}
-    return name in types and isinstance(value, (int, types[name])) and value in CHOICES.get(name, [value])
+    if name == 'precision': return value in ('float32', 'bfloat16')                # the second is an error where the device lacks it
+    try: resolve(Config(**{name: value}))
+    except (TypeError, ValueError): return False
+    return True
 
 def there(name):
     if m := re.fullmatch(r'\[(\d\d)\]\((\1_\w+\.ipynb)\)', name): return (NBS/m[2]).is_file()
@@ -37,7 +34,7 @@ def there(name):
     if m := re.fullmatch(r'(\w+)\.yaml', name): return (NBS/'experiments'/'presets'/name).is_file()
     if name.startswith('experiments/'): return (NBS/name).is_file()
     if m := re.fullmatch(r'deepcluster-nb (\w+)', name): return has_command(m[1])
-    if m := re.fullmatch(r'(\w+): (\w+)', name): return has_setting(m[1], yaml.safe_load(m[2]))
+    if m := re.fullmatch(r'(\w+): ([\w.]+)', name): return has_setting(m[1], yaml.safe_load(m[2]))
     if m := re.fullmatch(r'(\w+)\.(\w+)', name): return (ROOT/'deepcluster_nb'/f'{m[1]}.py').is_file() and hasattr(import_module(f'deepcluster_nb.{m[1]}'), m[2])
     return False
 
