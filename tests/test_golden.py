@@ -1,8 +1,9 @@
 "The package held to the numbers of tests/golden, each derived by a formula or by hand that stands beside it; first the formulas themselves."
-import math
+import inspect, math
 from pathlib import Path
 import pytest, torch, yaml
 from torch import nn
+from deepcluster_nb import probes
 from deepcluster_nb.clustering import ami, chance_nmi, faiss_draws, kmeans, nmi, repair_empty
 from deepcluster_nb.data import generator
 from deepcluster_nb.model import convnet
@@ -32,7 +33,7 @@ def derived(at, v): # (place, number, formula) of every number that has one
 
 def test_formulas_give_the_numbers():
     found = [d for p in GOLDEN.glob('*.yaml') for d in derived(p.stem, yaml.safe_load(p.read_text()))]
-    names = {n: getattr(math, n) for n in ('sqrt', 'log', 'ceil')}
+    names = {n: getattr(math, n) for n in ('sqrt', 'log', 'exp', 'ceil')}
     wrong = [d for d in found if not close(eval(d[2], {'__builtins__': {}}, names), d[1], abs=0)]
     assert len(found) > 100 and not wrong
 
@@ -131,6 +132,12 @@ def test_where_two_neighbours_outvote_a_nearer_one():
             x, y = torch.stack([at(1.), at(near), at(near)]), torch.tensor([0, 1, 1])
             assert knn_accuracy(x, y, at(1.)[None], torch.tensor([winner]), k=3, T=T) == 100
 
+@pytest.mark.parametrize('which', ['script', 'program'])
+def test_learning_rates_of_the_released_probe(which):
+    if not hasattr(probes, 'probe_lr'): pytest.skip('chapter 09 has no probe_lr')
+    golden = PROBES['law'][which]
+    assert [probes.probe_lr(.01, golden['wd'], t) for t in golden['t']] == pytest.approx([lr for lr,_ in golden['lr']], rel=1e-6)
+
 @pytest.mark.parametrize('what', ['fc6-8', 'all'])
 def test_voc_learning_rates(what):
     voc, golden = pytest.importorskip('deepcluster_nb.voc'), PROBES['voc'][what]
@@ -204,6 +211,10 @@ def test_halves_of_faiss():
     repair_empty(centroids, sizes)
     assert centroids.tolist() == golden['moved'] and sizes.tolist() == golden['after']
     assert 1025/1024 - 1 == CLUSTERING['faiss']['step'][0]
+
+def test_constants_of_pic():
+    pic = pytest.importorskip('deepcluster_nb.pic').pic
+    assert set(CLUSTERING['pic']['constants']) <= {p.default for p in inspect.signature(pic).parameters.values()}
 
 @pytest.mark.parametrize('case', CLUSTERING['nmi'], ids=lambda c: f"{c['a']} {c['b']}")
 def test_scores_by_hand(case):
