@@ -1,0 +1,57 @@
+"What the page `What is here` names is there: chapters, functions, settings, presets, experiments, commands and tests."
+import json, re
+from importlib import import_module
+from pathlib import Path
+import pytest, yaml
+from deepcluster_nb.experiments import main
+from deepcluster_nb.training import Config, resolve
+
+ROOT = Path(__file__).parent.parent
+NBS, PAGE = ROOT/'nbs', ROOT/'nbs'/'30_coverage.ipynb'
+
+def rows(): # (feature, here, held by), without the heads of the tables
+    text = '\n'.join(''.join(c['source']) for c in json.loads(PAGE.read_text())['cells'])
+    cells = [[c.strip() for c in l.strip('|').split('|')] for l in text.splitlines() if l.startswith('|')]
+    return [r for r in cells if r[1] != 'here' and not set(r[0]) <= set('-')]
+
+def named(text): # chapters that are linked and words in backticks
+    return re.findall(r'\[\d\d\]\([^)]*\)|`[^`]+`', text)
+
+def has_command(name):
+    with pytest.raises(SystemExit) as e: main([name, '--help'])
+    return e.value.code == 0
+
+def has_setting(name, value):
+    if name == 'precision': return value in ('float32', 'bfloat16')                # the second is an error where the device lacks it
+    try: resolve(Config(**{name: value}))
+    except (TypeError, ValueError): return False
+    return True
+
+def there(name):
+    if m := re.fullmatch(r'\[(\d\d)\]\((\1_\w+\.ipynb)\)', name): return (NBS/m[2]).is_file()
+    name = name.strip('`')
+    if m := re.fullmatch(r'(test_\w+)::(test_\w+)', name): return (ROOT/'tests'/f'{m[1]}.py').is_file() and f'\ndef {m[2]}(' in (ROOT/'tests'/f'{m[1]}.py').read_text()
+    if m := re.fullmatch(r'(\w+)\.yaml', name): return (NBS/'experiments'/'presets'/name).is_file()
+    if name.startswith('experiments/'): return (NBS/name).is_file()
+    if m := re.fullmatch(r'deepcluster-nb (\w+)', name): return has_command(m[1])
+    if m := re.fullmatch(r'(\w+): ([\w.]+)', name): return has_setting(m[1], yaml.safe_load(m[2]))
+    if m := re.fullmatch(r'(\w+)\.(\w+)', name): return (ROOT/'deepcluster_nb'/f'{m[1]}.py').is_file() and hasattr(import_module(f'deepcluster_nb.{m[1]}'), m[2])
+    return False
+
+def test_everything_that_is_named_is_there(capsys):
+    missing = sorted({name for _,here,held in rows() for name in named(here) + named(held) if not there(name)})
+    assert not missing, ', '.join(missing)
+
+def test_what_is_not_there_is_found(): # the checks themselves
+    wrong = ['[05](05_nothing.ipynb)', '[04](05_clustering.ipynb)', '`test_golden::test_nothing`', '`test_nothing::test_layers`', '`nothing.yaml`', '`experiments/nothing.ipynb`', '`sampler: fair`', '`nothing: 1`', '`model.nothing`', '`nothing.model`', '`nothing`']
+    assert not any(there(name) for name in wrong)
+    assert all(there(name) for name in ['[05](05_clustering.ipynb)', '`test_golden::test_layers`', '`digits.yaml`', '`sampler: released`', '`model.alexnet`', '`deepcluster-nb run`'])
+
+def test_every_row_says_where_and_what_holds_it_or_that_it_is_not_here():
+    bad = [feature for feature,here,held in rows() if (held == '') != here.startswith('not here') or held and not named(held) or not here]
+    assert len(rows()) > 40 and not bad
+
+def test_every_chapter_with_a_module_is_in_the_table():
+    text = PAGE.read_text()
+    chapters = [p.name for p in NBS.glob('[0-9]*.ipynb') if 'default_exp' in p.read_text()]
+    assert [c for c in chapters if c not in text] == []
