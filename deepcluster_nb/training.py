@@ -131,7 +131,7 @@ def cluster(net, images, config, epoch:int, progress=None, folder=None): # (Clus
 def trunk_parameters(net)->list: # everything that learns, but for the head
     return [p for name,p in net.named_parameters() if p.requires_grad and not name.startswith('top_layer')]
 
-def sgd(params, config, momentum:float=0.)->torch.optim.SGD:
+def sgd(params, config, momentum:float=0.)->torch.optim.SGD: # the paper's optimiser
     return torch.optim.SGD(params, config.lr, momentum, weight_decay=config.weight_decay, fused=True)
 
 def optimizers(net, config)->tuple: # (trunk's, head's)
