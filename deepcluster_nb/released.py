@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['file_sha256', 'check_sha256', 'read_tensors', 'released_state', 'tensors_sha256', 'save_converted', 'read_converted',
-           'load_released', 'load_weights']
+           'load_released', 'open_run', 'load_weights']
 
 # %% ../nbs/17_released.ipynb #412a8e81
 import hashlib, json, os, re, warnings
@@ -125,6 +125,11 @@ def load_released(path,          # the authors' file, or one that this function 
     return net.eval()
 
 # %% ../nbs/17_released.ipynb #934d2ca5
+def open_run(path): # → Run
+    "A run of `train` from its folder; another experiment's folder is an error."
+    try: return load_run(path)
+    except TypeError as e: raise ValueError(f"run_dir: {str(path)!r} is the folder of another experiment than train ({e})") from None
+
 def load_weights(path,         # a run folder, or a file for `load_released`
                  sha256=None,  # of the authors' file
                 ):             # (network in evaluation mode, pixels that it was trained on, arch)
@@ -133,5 +138,5 @@ def load_weights(path,         # a run folder, or a file for `load_released`
         net = load_released(path, sha256)
         return net, 224, 'vgg16' if len(net.features) > 20 else 'alexnet'
     if sha256: raise ValueError(f"sha256: it is for the authors' files, but {str(path)!r} is a run folder, whose checkpoints have checksums of their own")
-    run = load_run(path)
+    run = open_run(path)
     return run.net.eval(), run.config.size, run.config.arch
