@@ -57,9 +57,10 @@ def gather(name:str, preset:str=None, params:dict=None)->tuple: # (notebook, par
 def check_parameters(notebook:Path, given:dict, run_dir:Path):
     "Impossible values, and a folder that holds another run, are found before anything is started or written."
     from dataclasses import fields
-    values = {**parameters(notebook), **given}
-    config = Config(**{f.name: values[f.name] for f in fields(Config) if f.name in values})
-    resolve(config)
+    from deepcluster_nb.probes import ProbeConfig, resolve_probe
+    values, (kind, checked) = {**parameters(notebook), **given}, {'probe': (ProbeConfig, resolve_probe)}.get(notebook.stem, (Config, resolve))
+    config = kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
+    checked(config)
     if config.root and not Path(config.root).exists(): load_images(config.dataset, config.root)    # which says what is missing
     if who := held_by(run_dir): raise ValueError(f"run_dir: {str(run_dir)!r} is in use by {who}; let it finish, or choose another folder")
     if (run_dir/'params.yaml').exists(): RunFolder(run_dir, values, FREE)
@@ -83,7 +84,7 @@ class Watcher(threading.Thread):
         log = self.run_dir/'log.jsonl'
         lines = log.read_text().splitlines() if log.exists() else []
         epochs = yaml.safe_load((self.run_dir/'params.yaml').read_text())['epochs'] if lines else 0
-        for line in lines[self.printed:]: print(('\r\033[K' if sys.stderr.isatty() else '') + describe(json.loads(line), epochs), flush=True)
+        for r in map(json.loads, lines[self.printed:]): print(('\r\033[K' if sys.stderr.isatty() else '') + (r.get('line') or describe(r, epochs)), flush=True)
         self.printed = len(lines)
         if sys.stderr.isatty():
             width = shutil.get_terminal_size().columns - 1
@@ -146,14 +147,14 @@ def run_experiment(name:str,            # a notebook in nbs/experiments, such as
 
 # %% ../nbs/20_experiments.ipynb #86d5c008
 def summary(run_dir:Path)->str: # the table that ends a run
-    "Random features beside DeepCluster's, from metrics.json."
+    "Random features, labels where they were used, and DeepCluster, from metrics.json."
     m = json.loads((Path(run_dir)/'metrics.json').read_text())
-    rows = []
-    if m.get('probes'):
-        random, ours = m['probes']['random'], m['probes']['deepcluster']
-        rows = [(f'linear probe {name}', random[name], ours[name]) for name in ours] + [('kNN', m['knn']['random'], m['knn']['deepcluster'])]
-    lines = [f"{'accuracy, %':22}{'random':>8}{'DeepCluster':>13}{'gain':>8}"] if rows else []
-    lines += [f"{name:22}{r:8.1f}{d:13.1f}{d-r:+8.1f}" for name,r,d in rows]
+    probes, knn = m.get('probes') or {}, m.get('knn')
+    names = [n for n in ('random', 'supervised', 'deepcluster') if n in probes]
+    rows = [(f'linear probe {layer}', *[probes[n][layer] for n in names]) for layer in probes['random']] + [('kNN', *[knn[n] for n in names])] if probes else []
+    gain, titles = 'deepcluster' in names, dict(random='random', supervised='labels', deepcluster='DeepCluster')
+    lines = [f"{'accuracy, %':22}{'random':>8}" + ''.join(f'{titles[n]:>13}' for n in names[1:]) + (f"{'gain':>8}" if gain else '')] if rows else []
+    lines += [f"{name:22}{v[0]:8.1f}" + ''.join(f'{x:13.1f}' for x in v[1:]) + (f"{v[-1]-v[0]:+8.1f}" if gain else '') for name,*v in rows]
     return '\n'.join(lines + [f"seconds in all: {m['seconds']['total']:.0f}"])
 
 # %% ../nbs/20_experiments.ipynb #1a54164a

@@ -57,7 +57,7 @@ def test_list(capsys):
     assert all(word in out for word in ('train', 'digits', 'cifar10_small', 'cifar10', 'imagenet_alexnet', 'imagenet_vgg16', 'imagenet_resnet50', 'weight_decay'))
 
 @pytest.mark.parametrize('args, message', [
-    (['trane'], "experiment: expected one of choices, train, got 'trane'"), (['train', '--preset', 'mnist'], "preset: expected one of .*digits.*'mnist'"),
+    (['trane'], "experiment: expected one of choices,.* train, got 'trane'"), (['train', '--preset', 'mnist'], "preset: expected one of .*digits.*'mnist'"),
     (['train', '-p', 'clusters=3'], "parameter: expected one of .*'clusters'"), (['train', '-p', 'k'], "-p: expected key=value, got 'k'"),
     (['train', '-p', 'k=1'], 'k: expected at least 2, got 1'), (['train', '-p', 'k=many'], "k: .*'many'"),
     (['train', '-p', 'lr=-1'], 'lr: .*-1'), (['train', '-p', 'n_images=150', '-p', 'k=151'], 'k: expected at most 150'),

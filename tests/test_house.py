@@ -56,7 +56,7 @@ def test_train_takes_the_names_of_config():
 @pytest.mark.parametrize('preset', sorted((ROOT/'nbs'/'experiments'/'presets').glob('*.yaml')), ids=lambda p: p.stem)
 def test_presets_are_possible(preset):
     from deepcluster_nb.experiments import check_parameters, gather
-    notebook, given = gather('choices' if preset.stem.startswith('choices') else 'train', preset.stem)
+    notebook, given = gather(next((n for n in ('choices', 'probe') if preset.stem.startswith(n)), 'train'), preset.stem)
     check_parameters(notebook, given, Path('nowhere'))
 
 def test_readme_is_the_index_page():
