@@ -4,14 +4,20 @@
 
 # %% auto #0
 __all__ = ['experiments_folder', 'one_of', 'parameters', 'gather', 'check_parameters', 'parse_pair', 'Watcher', 'write_report',
-           'signals_passed_on', 'run_experiment', 'summary', 'listing', 'forecast', 'main']
+           'signals_passed_on', 'run_experiment', 'summary', 'decoded', 'predict_folder', 'listing', 'forecast', 'main']
 
 # %% ../nbs/20_experiments.ipynb #450f8668
 import argparse, json, os, shutil, signal, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-import yaml
-from .runs import RunFolder, Stopped, duration, held_by, progress_line, signals_to
+import torch, yaml
+from PIL import ImageFile
+from tqdm import tqdm
+from .data import PackedImages, decode, image_files, load_images
+from .released import open_run
+from .runs import RunFolder, Stopped, duration, held_by, progress_line, signals_to, write_atomic
+from .training import FREE, Config, clusters_csv, describe, predict, resolve
 
 # %% ../nbs/20_experiments.ipynb #f10743b4
 def experiments_folder()->Path: # nbs/experiments of the clone
@@ -51,11 +57,10 @@ def gather(name:str, preset:str=None, params:dict=None)->tuple: # (notebook, par
 def check_parameters(notebook:Path, given:dict, run_dir:Path):
     "Impossible values, and a folder that holds another run, are found before anything is started or written."
     from dataclasses import fields
-    from deepcluster_nb.data import load_images
-    from deepcluster_nb.training import FREE, Config, resolve
-    values = {**parameters(notebook), **given}
-    config = Config(**{f.name: values[f.name] for f in fields(Config) if f.name in values})
-    resolve(config)
+    from deepcluster_nb.probes import ProbeConfig, resolve_probe
+    values, (kind, checked) = {**parameters(notebook), **given}, {'probe': (ProbeConfig, resolve_probe)}.get(notebook.stem, (Config, resolve))
+    config = kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
+    checked(config)
     if config.root and not Path(config.root).exists(): load_images(config.dataset, config.root)    # which says what is missing
     if who := held_by(run_dir): raise ValueError(f"run_dir: {str(run_dir)!r} is in use by {who}; let it finish, or choose another folder")
     if (run_dir/'params.yaml').exists(): RunFolder(run_dir, values, FREE)
@@ -76,11 +81,10 @@ class Watcher(threading.Thread):
         self.run_dir, self.done, self.printed, self.start_time = run_dir, threading.Event(), 0, time.time()
 
     def look(self):
-        from deepcluster_nb.training import describe
         log = self.run_dir/'log.jsonl'
         lines = log.read_text().splitlines() if log.exists() else []
         epochs = yaml.safe_load((self.run_dir/'params.yaml').read_text())['epochs'] if lines else 0
-        for line in lines[self.printed:]: print(('\r\033[K' if sys.stderr.isatty() else '') + describe(json.loads(line), epochs), flush=True)
+        for r in map(json.loads, lines[self.printed:]): print(('\r\033[K' if sys.stderr.isatty() else '') + (r.get('line') or describe(r, epochs)), flush=True)
         self.printed = len(lines)
         if sys.stderr.isatty():
             width = shutil.get_terminal_size().columns - 1
@@ -143,15 +147,51 @@ def run_experiment(name:str,            # a notebook in nbs/experiments, such as
 
 # %% ../nbs/20_experiments.ipynb #86d5c008
 def summary(run_dir:Path)->str: # the table that ends a run
-    "Random features beside DeepCluster's, from metrics.json."
+    "Random features, labels where they were used, and DeepCluster, from metrics.json."
     m = json.loads((Path(run_dir)/'metrics.json').read_text())
-    rows = []
-    if m.get('probes'):
-        random, ours = m['probes']['random'], m['probes']['deepcluster']
-        rows = [(f'linear probe {name}', random[name], ours[name]) for name in ours] + [('kNN', m['knn']['random'], m['knn']['deepcluster'])]
-    lines = [f"{'accuracy, %':22}{'random':>8}{'DeepCluster':>13}{'gain':>8}"] if rows else []
-    lines += [f"{name:22}{r:8.1f}{d:13.1f}{d-r:+8.1f}" for name,r,d in rows]
+    probes, knn = m.get('probes') or {}, m.get('knn')
+    names = [n for n in ('random', 'supervised', 'deepcluster') if n in probes]
+    rows = [(f'linear probe {layer}', *[probes[n][layer] for n in names]) for layer in probes['random']] + [('kNN', *[knn[n] for n in names])] if probes else []
+    gain, titles = 'deepcluster' in names, dict(random='random', supervised='labels', deepcluster='DeepCluster')
+    lines = [f"{'accuracy, %':22}{'random':>8}" + ''.join(f'{titles[n]:>13}' for n in names[1:]) + (f"{'gain':>8}" if gain else '')] if rows else []
+    lines += [f"{name:22}{v[0]:8.1f}" + ''.join(f'{x:13.1f}' for x in v[1:]) + (f"{v[-1]-v[0]:+8.1f}" if gain else '') for name,*v in rows]
     return '\n'.join(lines + [f"seconds in all: {m['seconds']['total']:.0f}"])
+
+# %% ../nbs/20_experiments.ipynb #1a54164a
+def decoded(path): # (3, H, W) uint8, or a string that says why not
+    try: return decode(path)
+    except Exception as e: return str(e) or type(e).__name__
+
+def predict_folder(run_dir,                 # of a run of `train`
+                   folder,                  # of images: an ImageFolder tree, or flat
+                   out='clusters.csv',      # path,cluster; the paths are relative to the folder
+                   force:bool=False,        # replace `out` where it exists
+                   skip_broken:bool=False,  # leave out what can't be read, else that is an error
+                   chunk:int=64,            # images decoded at once
+                  )->tuple:                 # (rows: path and cluster, [path: why] of the images left out)
+    "The clusters of new images. The file is whole or absent."
+    folder, out, rows, broken = Path(folder), Path(out), [], []
+    if out.is_dir() or not out.parent.is_dir(): raise FileNotFoundError(f"out: expected a file in an existing folder, got {str(out)!r}")
+    if out.exists() and not force: raise ValueError(f"out: {str(out)!r} exists already; choose another name, or replace it (--force)")
+    if not folder.is_dir(): raise FileNotFoundError(f"folder: no folder {str(folder)!r}")
+    if not (files := image_files(folder)[0]): raise FileNotFoundError(f"folder: no images in {str(folder)!r}")
+    if ImageFile.LOAD_TRUNCATED_IMAGES: raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which hides broken files; expected it off")
+    run = open_run(run_dir)
+    if not (Path(run_dir)/'clusters.csv').exists(): print("this run is not finished: its network has trained on since its clusters were made", file=sys.stderr)
+    bar = tqdm(total=len(files), unit=' images', desc='predicting', disable=len(files) < 1000, mininterval=.5 if sys.stderr.isatty() else 30)
+    with bar, ThreadPoolExecutor() as pool:
+        for some in (files[i:i + chunk] for i in range(0, len(files), chunk)):
+            found = [(str(p.relative_to(folder)), im) for p,im in zip(some, pool.map(decoded, some))]
+            broken += [f"{p}: {im}" for p,im in found if isinstance(im, str)]
+            paths, ims = zip(*good) if (good := [f for f in found if not isinstance(f[1], str)]) else ((), ())
+            if good and (skip_broken or not broken):
+                images = PackedImages(torch.cat([im.reshape(-1) for im in ims]), [im.shape for im in ims], paths=paths)
+                rows += zip(paths, predict(run, images).tolist())
+            bar.update(len(some))
+    if broken and not (skip_broken and rows):
+        raise ValueError('\n  '.join([f"folder: {len(broken):,} of {len(files):,} images can't be read, and nothing was written{'' if skip_broken else '; --skip-broken leaves them out'}:", *broken]))
+    write_atomic(out, clusters_csv([p for p,_ in rows], torch.tensor([c for _,c in rows])).encode(errors='surrogateescape'))
+    return rows, broken
 
 # %% ../nbs/20_experiments.ipynb #fc8a7945
 def listing()->str:
@@ -174,7 +214,6 @@ def forecast(preset:str=None,    # a file in nbs/experiments/presets
             ):                   # → Estimate
     "What `deepcluster-nb estimate` prints."
     from deepcluster_nb.estimate import estimate
-    from deepcluster_nb.training import Config
     return estimate(Config(**gather('train', preset, params)[1]), n_images, seconds, lambda line: print(line, file=sys.stderr, flush=True))
 
 # %% ../nbs/20_experiments.ipynb #51eaf956
@@ -188,14 +227,22 @@ def main(argv=None)->int: # exit status: 0 done, 1 the run failed, 2 the input w
     ask = commands.add_parser('estimate', help='how long a run would take on this machine, from a minute or two of samples')
     ask.add_argument('--preset'); ask.add_argument('--images', type=int, metavar='N', help='images to scale to; those of the preset where not given')
     ask.add_argument('--seconds', type=float, default=90., help='time to measure')
+    new = commands.add_parser('predict', help="the clusters of new images: a run's network, PCA and centroids")
+    new.add_argument('run', metavar='RUN', help='the folder of a run of train'); new.add_argument('folder', metavar='FOLDER', help='of images, flat or with sub-folders')
+    new.add_argument('--out', metavar='FILE', default='clusters.csv', help='path,cluster of each image (clusters.csv)')
+    new.add_argument('--force', action='store_true', help='replace the file'); new.add_argument('--skip-broken', action='store_true', help="leave out images that can't be read")
     for p in (run, ask): p.add_argument('-p', action='append', default=[], metavar='key=value', help='one parameter; may be repeated')
     args = parser.parse_args(argv)
     try:
         if args.command == 'list': print(listing()); return 0
         if args.command == 'estimate': print(forecast(args.preset, dict(parse_pair(p) for p in args.p), args.images, args.seconds)); return 0
+        if args.command == 'predict':
+            rows, broken = predict_folder(args.run, args.folder, args.out, args.force, args.skip_broken)
+            print(f"{len(rows):,} images in {len({c for _,c in rows}):,} clusters: {args.out}", *([f"{len(broken):,} images can't be read and were left out:", *(f"  {b}" for b in broken)] if broken else []), sep='\n')
+            return 0
         where = run_experiment(args.name, dict(parse_pair(p) for p in args.p), args.out, args.preset)
     except (ValueError, FileNotFoundError) as e: print(f"deepcluster-nb: {e}", file=sys.stderr); return 2
-    except (RuntimeError, FloatingPointError) as e: print(f"deepcluster-nb: {e}", file=sys.stderr); return 1
+    except (RuntimeError, FloatingPointError, OSError) as e: print(f"deepcluster-nb: {e}", file=sys.stderr); return 1
     except KeyboardInterrupt as e:
         print(f"deepcluster-nb: stopped; {e or 'the same command goes on from the last checkpoint'}" if args.command == 'run' else 'deepcluster-nb: stopped', file=sys.stderr)
         return getattr(e, 'status', 130)

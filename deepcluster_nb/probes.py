@@ -4,27 +4,41 @@
 
 # %% auto #0
 __all__ = ['PAPER_POOLS', 'PAPER_MAPS', 'POOLS', 'MOST_PROBED', 'conv_activations', 'pool_activation', 'probe_features',
-           'check_labels', 'linear_probe', 'knn_accuracy', 'cluster_accuracy', 'evaluate', 'held_out']
+           'check_labels', 'linear_probe', 'knn_accuracy', 'cluster_accuracy', 'cluster_measures', 'probe_crop',
+           'probe_lr', 'ProbeConfig', 'resolve_probe', 'usual_size', 'Heads', 'pooled', 'probe_accuracies',
+           'last_and_best', 'train_probes', 'supervised', 'measure', 'evaluate', 'held_out']
 
 # %% ../nbs/09_probes.ipynb #b43b5df7
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .data import PackedImages, generator, load_images, pick
-from .augment import center_crop
+from .augment import center_crop, central_square, image_sizes, random_resized_crop, resample, ten_crop
 from .sobel import normalize
-from .features import autocast, compute_features, l2_normalize, to_device
+from .model import ARCHS, convnet
+from .features import PCA, autocast, compute_features, l2_normalize, to_device
+from .clustering import ami, chance_nmi, kmeans, nmi
+from .runs import load_checkpoint, save_checkpoint
+from .training import Config, check, resolve, restore, steps, train_epoch
 
 # %% ../nbs/09_probes.ipynb #e9fe5c8c
 def conv_activations(net,       # a DeepClusterNet
                      x:Tensor,  # (B, 3, H, W) normalised
+                     each=None, # called with (name, activations) at once: what it returns is kept instead
+                     avgpool:bool=False, # a ResNet's average pool too
                     )->dict:    # 'conv1' … → (B, C, h, w), after the ReLU
     "What each convolution, or stage of a ResNet, shows to the next."
     if net.sobel is not None: x = net.sobel(x)
     acts, n = {}, 0
     for m in net.features:
         x = m(x)
-        if isinstance(m, (nn.ReLU, nn.Sequential)): acts[f'conv{(n := n + 1)}'] = x        # a stage of a ResNet is a Sequential
+        if isinstance(m, (nn.ReLU, nn.Sequential)): name = f'conv{(n := n + 1)}'           # a stage of a ResNet is a Sequential
+        elif avgpool and isinstance(m, nn.AdaptiveAvgPool2d): name = 'avgpool'
+        else: continue
+        acts[name] = each(name, x) if each else x
     return acts
 
 # %% ../nbs/09_probes.ipynb #6f47d23c
@@ -35,22 +49,27 @@ POOLS |= {('conv1', 64, 112): (10, 10, 4), ('conv2', 256, 56): (16, 8, 0), ('con
           ('conv4', 1024, 14): (8, 3, 0), ('conv5', 2048, 7): (6, 1, 0)}
 
 # %% ../nbs/09_probes.ipynb #32bfac56
-def pool_activation(name:str, a:Tensor, most:int=10_000)->Tensor: # (B, C, h, w) → (B, C·g·g)
+def pool_activation(name:str,                # layer
+                    a:Tensor,                # (B, C, h, w)
+                    most:int=10_000,         # numbers
+                    count_padding:bool=True, # a border's zeros are part of the average, as in the released code
+                   )->Tensor:                # (B, C·g·g)
     "The published pooling on AlexNet's and ResNet-50's maps at 224 px; elsewhere averages on the largest g × g grid with at most `most` numbers."
-    if pool := POOLS.get((name, a.shape[1], a.shape[-1])): return F.avg_pool2d(a, *pool).flatten(1)
+    if pool := POOLS.get((name, a.shape[1], a.shape[-1])): return F.avg_pool2d(a, *pool, count_include_pad=count_padding).flatten(1)
     grid = min(a.shape[-1], max(1, int((most / a.shape[1])**.5)))
     return F.adaptive_avg_pool2d(a, grid).flatten(1)
 
 # %% ../nbs/09_probes.ipynb #33f13186
 @torch.inference_mode()
-def probe_features(net, images:PackedImages, size:int, batch_size:int=256, device='cpu', precision='float32')->dict: # 'conv1' … → (N, D) half precision
+def probe_features(net, images:PackedImages, size:int, batch_size:int=256, device='cpu', precision='float32', count_padding=True, avgpool=False)->dict: # 'conv1' … → (N, D) half precision
     "Pooled activations of every convolution in one pass; batch norm frozen, the trunk untouched."
     net.eval()
     out = {}
     for idx in torch.arange(len(images)).split(batch_size):
         x = normalize(center_crop(to_device(images.batch(idx), device), size))
-        with autocast(precision, device): acts = conv_activations(net, x.contiguous(memory_format=torch.channels_last))
-        for name,a in acts.items(): out.setdefault(name, []).append(pool_activation(name, a.float()).half().cpu())
+        each = lambda name, a: pool_activation(name, a.float(), count_padding=count_padding).half().cpu()
+        with autocast(precision, device): acts = conv_activations(net, x.contiguous(memory_format=torch.channels_last), each, avgpool)
+        for name,a in acts.items(): out.setdefault(name, []).append(a)
     return {name: torch.cat(v) for name,v in out.items()}
 
 # %% ../nbs/09_probes.ipynb #70a531a5
@@ -99,8 +118,8 @@ def knn_accuracy(train_x:Tensor, train_y:Tensor, # (N, D) features and their (N,
     train_x, right = l2_normalize(train_x.float()), 0
     for x,y in zip(test_x.split(512), test_y.split(512)):
         s,i = (l2_normalize(x.float()) @ train_x.T).topk(k)
-        votes = torch.zeros(len(x), int(train_y.max()) + 1).scatter_add_(1, train_y[i], (s/T).exp())
-        right += int((votes.argmax(1) == y).sum())
+        votes = torch.zeros(len(x), int(train_y.max()) + 1, device=x.device).scatter_add_(1, train_y.to(x.device)[i], ((s - s[:, :1])/T).exp())   # the same votes, and no overflow
+        right += int((votes.argmax(1) == y.to(x.device)).sum())
     return 100 * right / len(test_y)
 
 # %% ../nbs/09_probes.ipynb #62f66881
@@ -111,6 +130,213 @@ def cluster_accuracy(assign:Tensor, labels:Tensor)->float: # per cent
     table = torch.bincount(a * (int(y.max()) + 1) + y, minlength=(int(a.max()) + 1) * (int(y.max()) + 1)).view(int(a.max()) + 1, -1)
     rows, cols = linear_sum_assignment(-table.numpy())
     return 100 * float(table[rows, cols].sum()) / len(y)
+
+# %% ../nbs/09_probes.ipynb #1d18d72f
+def cluster_measures(f:Tensor,      # (N, D) clustered features
+                     labels:Tensor, # (N,)
+                     pca:int=256,   # dimensions kept
+                     seed:int=0,
+                    )->dict:        # k, accuracy and accuracy_chance in per cent, nmi, nmi_chance, ami
+    "k-means with a cluster a class, held against the labels."
+    y = check_labels(labels).long()
+    if len(f) < f.shape[1]: f = torch.linalg.qr(f.T).R.T        # N points span at most N dimensions: the same points, turned into those
+    x = l2_normalize(PCA(pca).fit(f).transform(f))
+    a = kmeans(x, len(y.unique()), 20, seed).assign.cpu()
+    shuffled = a[torch.randperm(len(a), generator=generator(seed, 'chance'))]
+    return dict(k=len(y.unique()), accuracy=cluster_accuracy(a, y), accuracy_chance=cluster_accuracy(shuffled, y), nmi=nmi(a, y), nmi_chance=chance_nmi(a, y, seed), ami=ami(a, y))
+
+# %% ../nbs/09_probes.ipynb #b24fcdd4
+def probe_crop(images,     # (B, C, H, W), or a list of (C, H, W)
+               size:int,   # pixels wanted
+               generator,  # where the draws come from
+              )->Tensor:   # (B, C, size, size)
+    "Training view of the linear probes: a window of 7/8 of the central square's side, anywhere in it, mirrored half of the time."
+    sizes = image_sizes(images)
+    side, short = central_square(sizes, size), sizes.amin(1, keepdim=True).float()
+    places = max(1, round(size / 7))                                    # 256 − 224 = 32 steps at 224
+    shift = torch.randint(places + 1, (len(sizes), 2), generator=generator) / places
+    boxes = torch.cat([(sizes.flip(1) - short)/2 + (short - side)*shift, side, side], 1)
+    return resample(images, boxes, size, torch.rand(len(sizes), generator=generator) < .5)
+
+# %% ../nbs/09_probes.ipynb #878aa2d3
+def probe_lr(lr:float, weight_decay:float, t:int)->float: # t: steps done
+    "The released code's law, lr / √(1 + lr · wd · t)."
+    return lr / math.sqrt(1 + lr*weight_decay*t)
+
+# %% ../nbs/09_probes.ipynb #25a55481
+@dataclass
+class ProbeConfig:
+    "Everything that decides an evaluation; presets, the notebook `probe` and the command line use these names. The values are the paper's."
+    weights:str = ''               # a run folder or a released file; empty: the networks to compare with, alone
+    sha256:str = ''                # of the released file; empty: that of its first use
+    dataset:str = 'digits'         # one of `data.DATASETS`
+    root:str = ''                  # folder of the data; $DEEPCLUSTER_DATA where empty
+    n_images:int = 0               # training images, a random subset; 0 for all
+    n_test:int = 0                 # test images; 0 for all
+    size:int = 0                   # pixels of the crops; 0: those that the weights were trained on
+    arch:str = 'alexnet_small'     # where no weights are given
+    sobel:bool = True              # likewise
+    protocol:str = 'paper'         # 'paper': new crops in every epoch; 'cached': central crops once, `linear_probe`
+    layers:str = ''                # such as 'conv3 conv5'; empty: all
+    epochs:int = 90
+    batch_size:int = 256
+    lr:float = .01
+    momentum:float = .9
+    weight_decay:float = 1e-7
+    nesterov:bool = False
+    schedule:str = 'released'      # `probe_lr`, or 'steps': a tenth after 1/3 and after 2/3
+    head_norm:bool = False         # batch norm without weights in front of each probe
+    crops:str = 'window'           # `probe_crop`, or 'resized': `random_resized_crop`
+    ten_crops:bool = True          # test on ten crops too
+    test_every:int = 1             # epochs between tests; the last epoch is always one
+    count_padding:bool = True      # pools count the zeros of the border
+    supervised:int = 90            # epochs of the same network with labels; 0: leave it out
+    min_scale:float = .08          # its smallest crop
+    dropout:float = .5             # and its dropout
+    n_bank:int = 50_000            # training images for neighbours and k-means, at random; 0 for all
+    pca:int = 256                  # dimensions of that k-means
+    precision:str = 'auto'
+    device:str = 'auto'
+    seed:int = 0
+    run_dir:str = ''               # where everything is kept; nowhere when empty
+
+# %% ../nbs/09_probes.ipynb #ac72827c
+def resolve_probe(config:ProbeConfig)->ProbeConfig: # a checked copy, with 'auto' replaced
+    "Every impossible value is an error here, before any work starts."
+    for f in fields(config):
+        v = getattr(config, f.name)
+        check(type(v) is f.type or (f.type is float and type(v) is int), f.name, v, f"a value of type {f.type.__name__}")
+    check(config.arch in ARCHS, 'arch', config.arch, 'one of ' + ', '.join(ARCHS))
+    shared = {f.name: getattr(config, f.name) for f in fields(Config) if hasattr(config, f.name)}
+    c = resolve(Config(**shared | dict(size=config.size or usual_size(config.arch))))          # which knows what is possible
+    for name, known in dict(protocol=('paper', 'cached'), schedule=('released', 'steps'), crops=('window', 'resized')).items():
+        check(getattr(config, name) in known, name, getattr(config, name), 'one of ' + ', '.join(known))
+    for name, low in dict(epochs=1, test_every=1, supervised=0, n_bank=0).items(): check(getattr(config, name) >= low, name, getattr(config, name), f"at least {low}")
+    check(not config.nesterov or config.momentum > 0, 'nesterov', config.nesterov, "False, for momentum is 0")
+    if config.weights and not (Path(config.weights).is_file() or (Path(config.weights)/'params.yaml').is_file()):
+        raise FileNotFoundError(f"weights: no run and no file at {config.weights!r}; expected the folder of a run of train, or a released file")
+    if config.sha256: check(Path(config.weights).is_file(), 'sha256', config.sha256, "none, for weights is not a file")
+    return replace(config, device=c.device, precision=c.precision)
+
+def usual_size(arch:str)->int: return 32 if arch == 'alexnet_small' else 224
+
+# %% ../nbs/09_probes.ipynb #2bbc58b6
+class Heads(nn.Module):
+    "A linear classifier on every layer; side by side, so nothing passes from one to another."
+    def __init__(self, feats:dict,     # name → (B, D) pooled activations: their widths count
+                 channels:dict,        # name → channels, for the norm
+                 classes:int, norm:bool=False, seed:int=0):
+        super().__init__()
+        self.linear = nn.ModuleDict({n: nn.Linear(f.shape[1], classes) for n,f in feats.items()})
+        self.norm = nn.ModuleDict({n: nn.BatchNorm1d(channels[n], affine=False) for n in feats}) if norm else None
+        for n,l in self.linear.items():
+            for p in l.parameters(): nn.init.uniform_(p, -l.in_features**-.5, l.in_features**-.5, generator=generator(seed, 'probe', n, p.ndim))
+    def forward(self, feats:dict)->dict: # name → (B, D) in, name → (B, classes) out
+        if self.norm: feats = {n: self.norm[n](f.view(len(f), self.norm[n].num_features, -1)).flatten(1) for n,f in feats.items()}
+        return {n: l(feats[n]) for n,l in self.linear.items()}
+
+# %% ../nbs/09_probes.ipynb #1e7bb687
+def pooled(net, x:Tensor, config:ProbeConfig)->dict: # name → (B, D) float32
+    "What the probes see: one forward pass, each layer pooled at once."
+    wanted = config.layers.replace(',', ' ').split()
+    each = lambda name, a: pool_activation(name, a.float(), count_padding=config.count_padding) if not wanted or name in wanted else None
+    with torch.no_grad(), autocast(config.precision, config.device): feats = conv_activations(net, x.contiguous(memory_format=torch.channels_last), each, avgpool=True)
+    if missing := set(wanted) - set(feats): raise ValueError(f"layers: expected some of {', '.join(feats)}, got {', '.join(sorted(missing))}")
+    return {n: f for n,f in feats.items() if f is not None}
+
+@torch.no_grad()
+def probe_accuracies(net, heads:Heads, images:PackedImages, config:ProbeConfig)->dict: # name → center, and ten where asked: per cent
+    "Central crop, and the mean of the softmaxes of ten crops; the fifth of those is the central one."
+    heads.eval()
+    right, ten, device = {}, config.ten_crops, config.device
+    for idx in torch.arange(len(images)).split(max(1, config.batch_size // (5 if ten else 1))):
+        x, y = to_device(images.batch(idx), device), images.labels[idx].to(device)
+        x = ten_crop(x, config.size) if ten else center_crop(x, config.size)[:, None]
+        for n,l in heads(pooled(net, normalize(x.flatten(0, 1)), config)).items():
+            l, r = l.view(*x.shape[:2], -1), right.setdefault(n, dict.fromkeys(('center', 'ten') if ten else ('center',), 0))
+            r['center'] += int((l[:, 4 if ten else 0].argmax(1) == y).sum())
+            if ten: r['ten'] += int((l.softmax(2).mean(1).argmax(1) == y).sum())
+    return {n: {crop: 100*count/len(images) for crop,count in r.items()} for n,r in right.items()}
+
+# %% ../nbs/09_probes.ipynb #ddb406e4
+def last_and_best(tests:list)->dict: # of `probe_accuracies`' results, in order → name → crop → last, best
+    return {n: {crop: dict(last=r, best=max(t[n][crop] for t in tests)) for crop,r in tests[-1][n].items()} for n in tests[-1]}
+
+def train_probes(net,                # frozen
+                 train:PackedImages, # with labels
+                 test:PackedImages,  # with labels
+                 config:ProbeConfig, # resolved, with a size
+                 folder=None,        # where to keep a checkpoint an epoch, and to go on from
+                 after=None,         # called with (steps done in the epoch, steps, epoch, tests so far)
+                )->dict:             # name → 'center' and 'ten' → 'last' and 'best', per cent
+    "The paper's linear probes, all layers in one pass over the images (section 4.2 and the released script)."
+    c, y = config, check_labels(train.labels).to(config.device)
+    net.eval()
+    some = normalize(center_crop(to_device(train.batch(torch.arange(2)), c.device), c.size))
+    shapes = conv_activations(net, some, lambda n, a: a.shape[1], avgpool=True)
+    heads = Heads(pooled(net, some, c), shapes, max(int(train.labels.max()) + 1, len(train.classes)), c.head_norm, c.seed).to(c.device)
+    opt = torch.optim.SGD(heads.parameters(), c.lr, c.momentum, weight_decay=c.weight_decay, nesterov=c.nesterov)
+    saved = load_checkpoint(folder) if folder else None
+    first, tests = (saved[0], saved[3]['tests']) if saved else (0, [])
+    if saved: restore(heads, opt, saved[2])
+    for epoch in range(first, c.epochs):
+        heads.train()
+        batches = steps(torch.randperm(len(train), generator=generator(c.seed, 'probe', epoch)), c.batch_size)
+        for step,idx in enumerate(batches):
+            g, t = generator(c.seed, 'probe crop', epoch, step), epoch*len(batches) + step
+            opt.param_groups[0]['lr'] = probe_lr(c.lr, c.weight_decay, t) if c.schedule == 'released' else c.lr * .1**(3*epoch // c.epochs)
+            x = to_device(train.batch(idx), c.device)
+            x = probe_crop(x, c.size, g) if c.crops == 'window' else random_resized_crop(x, c.size, g, (c.min_scale, 1.))
+            loss = sum(F.cross_entropy(l, y[idx.to(c.device)]) for l in heads(pooled(net, normalize(x), c)).values())
+            opt.zero_grad(); loss.backward(); opt.step()
+            if after: after(step + 1, len(batches), epoch, tests)
+        if not loss.isfinite(): raise FloatingPointError(f"the probes' loss is not finite in epoch {epoch}; try a smaller lr")
+        if (epoch + 1) % c.test_every == 0 or epoch + 1 == c.epochs: tests.append(probe_accuracies(net, heads, test, c))
+        if folder:
+            momentum = {f'momentum.{i}': opt.state[p]['momentum_buffer'].cpu() for i,p in enumerate(heads.parameters()) if opt.state[p].get('momentum_buffer') is not None}
+            save_checkpoint(folder, epoch + 1, {f'net.{n}': t.cpu() for n,t in heads.state_dict().items()} | momentum, dict(tests=tests))
+    return last_and_best(tests)
+
+# %% ../nbs/09_probes.ipynb #720e5297
+def supervised(train:PackedImages, # with labels
+               config:ProbeConfig, # resolved, with arch, sobel and a size
+               folder=None,        # where to keep a checkpoint an epoch, and to go on from
+               after=None,         # called with (steps done in the epoch, steps, epoch)
+               lr:float=.05, weight_decay:float=1e-4, # at the start; larger than DeepCluster's, for these epochs are repeated
+              ):                   # → DeepClusterNet in evaluation mode
+    "The same network trained on the labels: `train_epoch` with the true partition."
+    y, classes = check_labels(train.labels), max(int(train.labels.max()) + 1, len(train.classes))
+    c = Config(arch=config.arch, sobel=config.sobel, size=config.size, k=classes, batch_size=min(config.batch_size, 128), dropout=config.dropout,
+               min_scale=config.min_scale, precision=config.precision, device=config.device, seed=config.seed)
+    net = convnet(c.arch, classes, c.sobel, c.dropout, c.seed).to(c.device, memory_format=torch.channels_last)
+    opt = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr, .9, weight_decay=weight_decay, fused=True)
+    saved = load_checkpoint(folder) if folder else None
+    if saved: restore(net, opt, saved[2])
+    for epoch in range(saved[0] if saved else 0, config.supervised):
+        opt.param_groups[0]['lr'] = lr * (1 + math.cos(math.pi*epoch/config.supervised)) / 2
+        order = torch.randperm(len(train), generator=generator(c.seed, 'supervised', epoch))
+        train_epoch(net, train, order, y, (opt,), c, epoch, after and (lambda done, n, *_: after(done, n, epoch)))
+        if folder:
+            momentum = {f'momentum.{i}': opt.state[p]['momentum_buffer'].cpu() for i,p in enumerate(opt.param_groups[0]['params'])}
+            save_checkpoint(folder, epoch + 1, {f'net.{n}': t.cpu() for n,t in net.state_dict().items()} | momentum, {})
+    return net.eval()
+
+# %% ../nbs/09_probes.ipynb #1367e05d
+def measure(net,                # any DeepClusterNet
+            train:PackedImages, test:PackedImages, # with labels
+            config:ProbeConfig, # resolved, with a size
+            folder=None, after=None, # as of `train_probes`
+           )->dict:             # probes, knn (temperature → per cent), clusters
+    "Linear probes, neighbours and clusters."
+    c, how = config, dict(device=config.device, precision=config.precision)
+    if c.protocol == 'paper': probes = train_probes(net, train, test, c, folder, after)
+    else:
+        a, b = (probe_features(net, im, c.size, count_padding=c.count_padding, avgpool=True, **how) for im in (train, test))
+        probes = {n: dict(center=linear_probe(a[n], train.labels, b[n], test.labels, seed=c.seed)) for n in c.layers.replace(',', ' ').split() or a}
+    bank = train.subset(pick(len(train), c.n_bank if c.n_bank < len(train) else 0, c.seed))
+    f, g = (compute_features(net, im, c.size, **how).to(c.device) for im in (bank, test))
+    knn = {f'{T:g}': knn_accuracy(f, bank.labels, g, test.labels, min(200, len(f)), T) for T in (.07, .1)}
+    return dict(probes=probes, knn=knn, clusters=cluster_measures(f, bank.labels, c.pca, c.seed))
 
 # %% ../nbs/09_probes.ipynb #953eb632
 def evaluate(net, train:PackedImages, test:PackedImages, size:int, device='cpu', precision='float32', seed:int=0)->dict: # probes, knn
@@ -125,10 +351,10 @@ def evaluate(net, train:PackedImages, test:PackedImages, size:int, device='cpu',
 # %% ../nbs/09_probes.ipynb #489743a4
 MOST_PROBED = 50_000   # training images of the probes
 
-def held_out(config, train:PackedImages): # (train, test) for the probes, or None where there are no labels
+def held_out(config, train:PackedImages, most:int=MOST_PROBED): # (train, test) for the probes, or None where there are no labels; `most` 0: all
     "The data set's own test split; for an own folder without one, a fifth of the training images."
     if train.labels is None: return None
-    if len(train) > MOST_PROBED: train = train.subset(pick(len(train), MOST_PROBED, config.seed))
+    if most and len(train) > most: train = train.subset(pick(len(train), most, config.seed))
     try: test = load_images(config.dataset, config.root or None, 'test', config.n_test, config.seed)
     except ValueError as e: raise ValueError(str(e).replace('n_images', 'n_test')) from None
     except FileNotFoundError:
