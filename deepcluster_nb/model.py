@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'SIZES', 'conv_stack', 'alexnet', 'alexnet_small', 'vgg16', 'resnet', 'DeepClusterNet', 'init_weights',
-           'convnet', 'reset_top_layer', 'calibrate_bn', 'load_released']
+           'convnet', 'reset_top_layer', 'calibrate_bn']
 
 # %% ../nbs/03_model.ipynb #c13c612c
-import math, pickle, torch
+import math, torch
 from collections import OrderedDict
 from functools import partial
-from pathlib import Path
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from .augment import center_crop
@@ -136,19 +135,3 @@ def calibrate_bn(net:DeepClusterNet,
     views = (normalize(center_crop(images.batch(idx), size).to(device)) for idx in batches)
     trunk = nn.Sequential(net.features, nn.Flatten(), *[m for m in net.classifier if not isinstance(m, nn.Dropout)]).train(net.training)
     update_bn((v if net.sobel is None else net.sobel(v) for v in views), trunk)
-
-# %% ../nbs/03_model.ipynb #03c567d6
-def load_released(path)->DeepClusterNet: # in evaluation mode, on the CPU
-    "The authors' weights; only tensors are read from the file, never code."
-    if not Path(path).is_file(): raise FileNotFoundError(f"path: no file {str(path)!r}")
-    try: saved = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        raise ValueError(f"path: {str(path)!r} is broken or holds more than tensors: {str(e).splitlines()[0]}") from None
-    if not isinstance(saved, dict) or not {'arch', 'state_dict'} <= saved.keys():
-        raise ValueError(f"path: expected the keys arch and state_dict in {str(path)!r}, got {list(saved)[:5] if isinstance(saved, dict) else type(saved).__name__}")
-    state = {name.replace('module.', ''): t for name,t in saved['state_dict'].items()}
-    try:
-        with torch.device('meta'): net = convnet(saved['arch'], len(state['top_layer.bias']), 'sobel.0.weight' in state)
-        net.load_state_dict(state, assign=True)
-    except (KeyError, RuntimeError) as e: raise ValueError(f"path: the tensors in {str(path)!r} are not those of {saved['arch']}: {e}") from None
-    return net.eval()

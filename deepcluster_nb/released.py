@@ -75,7 +75,7 @@ def released_state(saved,  # of `read_tensors`
 def tensors_sha256(tensors:dict)->str: # name → tensor
     "One checksum of names and numbers."
     h = hashlib.sha256()
-    for n in sorted(tensors): h.update(n.encode()); h.update(memoryview(tensors[n].contiguous().reshape(-1).view(torch.uint8).numpy()))
+    for n in sorted(tensors): h.update(n.encode()); h.update(tensors[n].numpy().tobytes())
     return h.hexdigest()
 
 def save_converted(out:Path, found:dict, sha256:str):

@@ -48,7 +48,7 @@ class Config:
     passes:int = 4                 # training passes over the images for each reassignment
     batch_size:int = 128
     lr:float = .05
-    schedule:str = 'constant'      # learning rate within each reassignment: 'constant', as in the paper, or 'cosine', from lr down to 0
+    lr_schedule:str = 'constant'   # learning rate within each reassignment: 'constant', as in the paper, or 'cosine', from lr down to 0
     momentum:float = .9
     weight_decay:float = 1e-5
     dropout:float = 0.
@@ -81,7 +81,7 @@ def resolve(config:Config)->Config: # a checked copy, with 'auto' replaced
         check(type(v) is f.type or number, f.name, v, f"a value of type {f.type.__name__}")
     c = replace(config, **{f.name: float(getattr(config, f.name)) for f in fields(config) if f.type is float})
     for name, known in (('dataset', DATASETS), ('arch', ARCHS), ('sampler', SAMPLERS), ('backend', BACKENDS), ('clusterer', CLUSTERERS),
-                        ('schedule', SCHEDULES), ('head', ('fresh', 'kept', 'centroids')), ('border', ('zeros', 'replicate')),
+                        ('lr_schedule', SCHEDULES), ('head', ('fresh', 'kept', 'centroids')), ('border', ('zeros', 'replicate')),
                         ('precision', ('auto', 'float32', 'bfloat16'))):
         check(getattr(c, name) in known, name, getattr(c, name), 'one of ' + ', '.join(known))
     for name, low in dict(n_images=0, n_test=0, k=2, pca=1, epochs=0, passes=1, batch_size=2, seed=0, threads=-1).items():
@@ -169,7 +169,7 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int,
             with autocast(config.precision, device): logits = net(x.contiguous(memory_format=torch.channels_last))
             y = labels[b]
             loss = F.cross_entropy(logits.float(), y) if weights is None else (F.cross_entropy(logits.float(), y, reduction='none') * weights[y]).mean()
-            for o in opts: o.zero_grad(); o.param_groups[0]['lr'] = o.defaults['lr'] * SCHEDULES[config.schedule](step / len(batches))
+            for o in opts: o.zero_grad(); o.param_groups[0]['lr'] = o.defaults['lr'] * SCHEDULES[config.lr_schedule](step / len(batches))
             loss.backward()
             bad += (bad + not_finite(loss, net.parameters())).clamp_max(1)    # counts the steps since the first bad one
             for o in opts: o.found_inf = bad.clamp_max(1); o.step()     # a fused step changes nothing where that is 1

@@ -58,7 +58,7 @@ def test_presets_are_possible(preset):
     from deepcluster_nb.experiments import check_parameters, gather
     says = re.match(r'# for (\w+):', preset.read_text())                              # whose it is, where it isn't train's
     notebook, given = gather(says[1] if says else 'train', preset.stem)
-    check_parameters(notebook, given, Path('nowhere'))
+    check_parameters(notebook, given | dict(device='auto'), Path('nowhere'))                # there need be no GPU here
 
 def test_readme_is_the_index_page():
     from nbconvert import MarkdownExporter

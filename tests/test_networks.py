@@ -5,7 +5,7 @@ import pytest, torch, yaml
 from torch import nn
 from deepcluster_nb.data import generator, load_images
 from deepcluster_nb.experiments import experiments_folder, gather
-from deepcluster_nb.model import ARCHS, SIZES, calibrate_bn, convnet, load_released, reset_top_layer
+from deepcluster_nb.model import ARCHS, SIZES, calibrate_bn, convnet, reset_top_layer
 from deepcluster_nb.probes import conv_activations, pool_activation, probe_features
 from deepcluster_nb.training import Config, fit, load_run, predict, resolve, trunk_parameters
 
@@ -116,15 +116,6 @@ def test_dropout_of_a_resnet_is_in_front_of_its_head():
     with torch.no_grad():
         assert torch.equal(net.embed(x), net.embed(x))         # what is clustered has none
         assert not torch.equal(net(x), net(x))
-
-@pytest.mark.parametrize('arch', ['alexnet', 'vgg16'])
-def test_released_files(tmp_path, arch): # their layout, one number a tensor
-    with torch.device('meta'): net = convnet(arch, 11)
-    state = {n.replace('features.', 'features.module.'): torch.tensor(i/8).expand(t.shape)
-             for i,(n,t) in enumerate(net.state_dict().items()) if not n.endswith('num_batches_tracked')}
-    torch.save(dict(arch=arch, epoch=1, state_dict=state), tmp_path/'c.pth.tar', _use_new_zipfile_serialization=False)
-    loaded = load_released(tmp_path/'c.pth.tar').state_dict()
-    assert all(torch.equal(loaded[n.replace('module.', '')], t) for n,t in state.items()) and not any(t.is_meta for t in loaded.values())
 
 def test_a_run_with_a_resnet(tmp_path):
     c = Config(dataset='shapes', n_images=48, arch='resnet18', k=6, pca=16, epochs=1, passes=1, batch_size=16, precision='float32', device='cpu', run_dir=str(tmp_path/'run'))

@@ -24,7 +24,7 @@ def architecture():
         yield
 
 TINY = Config(dataset='digits', arch='tiny', n_images=120, k=6, pca=8, epochs=2, passes=1, batch_size=40, precision='float32', device='cpu', checkpoint_minutes=0.)
-NEW = 'schedule', 'border', 'relu', 'calibrate', 'head', 'head_momentum', 'clusterer'
+NEW = 'lr_schedule', 'border', 'relu', 'calibrate', 'head', 'head_momentum', 'clusterer'
 
 def seen(monkeypatch, config): # what every epoch of training begins with, its learning rates, and the Run
     epochs, rates, train, step = [], [], training.train_epoch, torch.optim.SGD.step
@@ -49,12 +49,12 @@ def same(a, b, *but): # names of the tensors that differ, but for those that beg
 
 def test_defaults_are_the_papers(base):
     epochs, rates, run = base
-    assert {n: getattr(TINY, n) for n in NEW} == dict(schedule='constant', border='zeros', relu=False, calibrate=False, head='fresh', head_momentum=0., clusterer='kmeans')
+    assert {n: getattr(TINY, n) for n in NEW} == dict(lr_schedule='constant', border='zeros', relu=False, calibrate=False, head='fresh', head_momentum=0., clusterer='kmeans')
     assert [e['momentum'] for e in epochs] == [[.9, 0.]]*2 and set(rates) == {.05}
     assert epochs[0]['opts'][0] is epochs[1]['opts'][0] and epochs[0]['opts'][1] is not epochs[1]['opts'][1]
 
-def test_schedule(monkeypatch, base):
-    epochs, rates, run = seen(monkeypatch, replace(TINY, schedule='cosine'))
+def test_lr_schedule(monkeypatch, base):
+    epochs, rates, run = seen(monkeypatch, replace(TINY, lr_schedule='cosine'))
     expected = [.05*(1 + math.cos(math.pi*s/3))/2 for s in range(3)]*2                        # 120 images in batches of 40, two reassignments
     assert rates[::2] == rates[1::2] and np.allclose(rates[::2], expected, rtol=1e-12)
     assert not same(epochs[0]['start'], base[0][0]['start']) and same(epochs[0]['end'], base[0][0]['end'])
@@ -108,7 +108,7 @@ def test_calibrate(monkeypatch, base):
     changed = same(epochs[0]['start'], base[0][0]['start'])
     assert changed and all(n.split('.')[-1] in ('running_mean', 'running_var', 'num_batches_tracked') for n in changed)
 
-@pytest.mark.parametrize('change', [dict(head='kept', head_momentum=.9, schedule='cosine'), dict(head='centroids', head_momentum=.5, relu=True, calibrate=True)],
+@pytest.mark.parametrize('change', [dict(head='kept', head_momentum=.9, lr_schedule='cosine'), dict(head='centroids', head_momentum=.5, relu=True, calibrate=True)],
                          ids=['kept', 'centroids'])
 def test_stopped_and_continued(monkeypatch, tmp_path, change):
     config, batch, reads = replace(TINY, **change), PackedImages.batch, []
@@ -134,12 +134,12 @@ def test_a_run_from_before_the_switches(tmp_path):
     old = {n: v for n,v in yaml.safe_load(params.read_text()).items() if n not in NEW}
     params.write_text(yaml.safe_dump(old))
     assert load_run(tmp_path/'r').config.head == 'fresh'
-    with pytest.raises(ValueError, match="schedule: None there, 'cosine' now"): fit(replace(config, schedule='cosine'), echo=None)
+    with pytest.raises(ValueError, match="lr_schedule: None there, 'cosine' now"): fit(replace(config, lr_schedule='cosine'), echo=None)
     fit(config, echo=None)
     assert sha256(tmp_path/'r') == done
 
 @pytest.mark.parametrize('change, message', [
-    (dict(schedule='linear'), "schedule: expected one of constant, cosine, got 'linear'"), (dict(schedule=1), 'schedule: .*str'), (dict(head='old'), "head: expected one of fresh, kept, centroids, got 'old'"),
+    (dict(lr_schedule='linear'), "lr_schedule: expected one of constant, cosine, got 'linear'"), (dict(lr_schedule=1), 'lr_schedule: .*str'), (dict(head='old'), "head: expected one of fresh, kept, centroids, got 'old'"),
     (dict(head_momentum=1.), 'head_momentum: expected at least 0 and below 1'), (dict(border='black'), "border: expected one of zeros, replicate, got 'black'"), (dict(relu=1), 'relu: expected a value of type bool'),
     (dict(calibrate='yes'), 'calibrate: .*bool'), (dict(clusterer='dbscan'), "clusterer: expected one of kmeans.*'dbscan'"),
 ])
