@@ -195,7 +195,8 @@ def as_picture(x:Tensor)->Tensor: # (n, C, H, W) → in [0, 1]
     return .5 + (x - x.mean((1, 2, 3), keepdim=True)) / (6*x.std((1, 2, 3), keepdim=True).clamp_min(1e-12))
 
 # %% ../nbs/10_pictures.ipynb #17322239
-def check_images(images): check(isinstance(images, PackedImages), 'images', type(images).__name__, 'PackedImages')
+def check_images(images): # anything else is an error
+    check(isinstance(images, PackedImages), 'images', type(images).__name__, 'PackedImages')
 
 # %% ../nbs/10_pictures.ipynb #a43a7100
 def crops(images:PackedImages, # of any sizes
