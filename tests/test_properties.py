@@ -3,6 +3,7 @@ import itertools, math, tempfile
 import numpy as np, pytest, torch
 from PIL import Image
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.extra.numpy import arrays
 from deepcluster_nb.augment import center_crop, crop_boxes, image_sizes, resample, ten_crop
 from deepcluster_nb.clustering import ami, chance_nmi, entropy, kmeans, nmi, repair_empty, torch_kmeans
@@ -13,6 +14,8 @@ from deepcluster_nb.probes import cluster_accuracy, knn_accuracy, linear_probe
 from deepcluster_nb.runs import load_checkpoint, save_checkpoint
 from deepcluster_nb.sampling import balanced_draws, loss_weights, released_sample, shuffled_sample, uniform_sample
 
+HOME = tempfile.TemporaryDirectory()                               # hypothesis' own files; gone at the end
+set_hypothesis_home_dir(HOME.name)
 settings.register_profile('kit', derandomize=True, deadline=None, database=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 settings.load_profile('kit')
 few = settings(max_examples=15)
