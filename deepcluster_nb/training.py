@@ -306,7 +306,9 @@ def space(net, config, n:int)->tuple: # bytes of a checkpoint, and of the rest o
     "What a run of n images will take on the disk."
     learnt = trunk_parameters(net) + [p for p in net.top_layer.parameters() if config.head_momentum]
     weights = sum(t.numel() * t.element_size() for t in net.state_dict().values()) + 4*sum(p.numel() for p in learnt)
-    return weights + 8*n + 4*config.k*config.pca + 8*config.pca*net.dim, 2*n*net.dim + 4*n*(config.epochs + 1)
+    k = config.k if config.clusterer == 'kmeans' else max(config.k, n//8)       # PIC finds one for about every ten points
+    weights += 4*(k - config.k)*(net.dim + 1)*(2 if config.head_momentum else 1)
+    return weights + 8*n + 4*k*config.pca + 8*config.pca*net.dim, 2*n*net.dim + 4*n*(config.epochs + 1)
 
 # %% ../nbs/08_training.ipynb #c7fac636
 def fit(config:Config,  # what to do

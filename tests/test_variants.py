@@ -1,16 +1,17 @@
 "Each switch changes what it says and nothing else, and a run with it goes on in the same bits."
 import math
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 import numpy as np, pytest, torch, yaml
 from torch import nn
+import deepcluster_nb.pic                     # adds its clusterers
 from deepcluster_nb import training
 from deepcluster_nb.augment import center_crop
 from deepcluster_nb.data import PackedImages, load_images
 from deepcluster_nb.model import ARCHS, SIZES, calibrate_bn, conv_stack, convnet
 from deepcluster_nb.runs import load_checkpoint
 from deepcluster_nb.sobel import Sobel
-from deepcluster_nb.training import Config, fit, load_run, network, optimizers, resolve
+from deepcluster_nb.training import Config, fit, load_run, network, optimizers, predict, resolve
 from survive import sha256
 
 def tiny(planes, dropout): # (features, classifier): a network that trains in no time
@@ -108,8 +109,23 @@ def test_calibrate(monkeypatch, base):
     changed = same(epochs[0]['start'], base[0][0]['start'])
     assert changed and all(n.split('.')[-1] in ('running_mean', 'running_var', 'num_batches_tracked') for n in changed)
 
-@pytest.mark.parametrize('change', [dict(head='kept', head_momentum=.9, lr_schedule='cosine'), dict(head='centroids', head_momentum=.5, relu=True, calibrate=True)],
-                         ids=['kept', 'centroids'])
+def test_clusters_that_differ_in_number(monkeypatch, tmp_path):
+    config = replace(TINY, clusterer='pic', k=2, run_dir=str(tmp_path/'r'))
+    epochs, _, run = seen(monkeypatch, config)
+    ks = [int(e['assign'].max()) + 1 for e in epochs]
+    assert [len(e['start']['top_layer.bias']) for e in epochs] == ks and len(set(ks)) == 2 and min(ks) > 2    # seed 0: two different numbers
+    assert [r['ln_k'] for r in run.log] == [math.log(k) for k in ks] and all(r['n_empty'] == 0 for r in run.log)
+    again = load_run(tmp_path/'r')
+    assert not same(again.net.state_dict(), run.net.state_dict()) and len(again.net.top_layer.bias) == ks[-1]
+    assert len(again.clustering.centroids) == len(run.clustering.centroids) == int(run.clustering.assign.max()) + 1
+    found = predict(again, run.images)
+    assert float((found == run.clustering.assign).float().mean()) > .5                       # new images go to the nearest centroid
+
+@pytest.mark.parametrize('sampler', ['uniform', 'released', 'weighted'])
+def test_samplers_take_pic(sampler): assert len(fit(replace(TINY, clusterer='pic', sampler=sampler, epochs=1), echo=None).log) == 1
+
+@pytest.mark.parametrize('change', [dict(head='kept', head_momentum=.9, lr_schedule='cosine'), dict(head='centroids', head_momentum=.5, relu=True, calibrate=True), dict(clusterer='pic', head_momentum=.5)],
+                         ids=['kept', 'centroids', 'pic'])
 def test_stopped_and_continued(monkeypatch, tmp_path, change):
     config, batch, reads = replace(TINY, **change), PackedImages.batch, []
     fit(replace(config, run_dir=str(tmp_path/'whole')), echo=None)
@@ -141,7 +157,7 @@ def test_a_run_from_before_the_switches(tmp_path):
 @pytest.mark.parametrize('change, message', [
     (dict(lr_schedule='linear'), "lr_schedule: expected one of constant, cosine, got 'linear'"), (dict(lr_schedule=1), 'lr_schedule: .*str'), (dict(head='old'), "head: expected one of fresh, kept, centroids, got 'old'"),
     (dict(head_momentum=1.), 'head_momentum: expected at least 0 and below 1'), (dict(border='black'), "border: expected one of zeros, replicate, got 'black'"), (dict(relu=1), 'relu: expected a value of type bool'),
-    (dict(calibrate='yes'), 'calibrate: .*bool'), (dict(clusterer='dbscan'), "clusterer: expected one of kmeans.*'dbscan'"),
+    (dict(calibrate='yes'), 'calibrate: .*bool'), (dict(clusterer='dbscan'), "clusterer: expected one of kmeans.*'dbscan'"), (dict(clusterer='pic', head='kept'), "head: expected 'fresh' or 'centroids', for pic .*'kept'"),
 ])
 def test_impossible_values(tmp_path, change, message):
     with pytest.raises(ValueError, match=message): fit(replace(TINY, run_dir=str(tmp_path/'r'), **change))
