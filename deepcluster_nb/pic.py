@@ -8,7 +8,7 @@ __all__ = ['neighbour_graph', 'power_iteration', 'deviations', 'climb', 'join_si
 # %% ../nbs/14_pic.ipynb #26922f8c
 import numpy as np, torch
 from torch import Tensor
-from .clustering import Clustering, as_points, cluster_sums
+from .clustering import Clustering, Sums, as_points
 from .training import CLUSTERERS
 
 # %% ../nbs/14_pic.ipynb #3e97a7b3
@@ -94,7 +94,7 @@ def pic(x:Tensor,            # (N, D) points
     summits = np.unique(climb(w, flow(w, alpha, steps)), return_inverse=True)[1]
     assign = torch.from_numpy(join_singletons(summits, near)).to(x.device)
     sizes = torch.bincount(assign)
-    centroids = cluster_sums(x, assign, len(sizes)) / sizes[:, None]
+    centroids = Sums(x, len(sizes)).update(assign)[0].float() / sizes[:, None]
     return Clustering(assign, centroids, [float((x - centroids[assign]).pow(2).sum(dtype=torch.float64))])
 
 # %% ../nbs/14_pic.ipynb #9cab6a33

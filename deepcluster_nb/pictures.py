@@ -347,14 +347,14 @@ def lloyd_steps(x:Tensor,            # (N, D)
                 repair=repair_empty, # what to do about empty clusters
                )->list:              # (what happened, assign, centroids) after every move
     "k-means, move by move."
-    steps = [('start: each point to its nearest centroid', nearest(x, init)[0], init.clone())]
+    steps = [('start: each point to its nearest centroid', nearest(x, init), init.clone())]
     note = lambda what, assign, c: steps.append((what, assign, c.clone()))
     def watch(c, sizes):
         note('each centroid to the mean of its points', steps[-1][1], c)
         if (sizes == 0).any():
             repair(c, sizes)
             note('an empty cluster takes half of a large one', steps[-1][1], c)
-        note('each point to its nearest centroid', nearest(x, c)[0], c)
+        note('each point to its nearest centroid', nearest(x, c), c)
     torch_kmeans(x, niter, init, watch)
     return steps
 
