@@ -20,7 +20,7 @@ from .data import DATASETS, PackedImages, generator, load_images
 from .augment import random_resized_crop
 from .sobel import normalize
 from .model import ARCHS, SIZES, DeepClusterNet, calibrate_bn, convnet, reset_top_layer
-from .features import HalfFeatures, PCA, autocast, feature_batches, has_bfloat16, l2_normalize, to_device
+from .features import HalfFeatures, PCA, autocast, feature_batches, fetch_ahead, has_bfloat16, l2_normalize
 from .clustering import BACKENDS, Clustering, ami, chance_nmi, entropy, kmeans, nearest, nmi
 from .sampling import SAMPLERS, loss_weights
 from .runs import Guard, Progress, RunFolder, load_checkpoint
@@ -162,10 +162,10 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int,
         if n := int(bad):
             raise FloatingPointError(f"loss or gradient is not finite in epoch {epoch}, step {step - n + 1}, images {batches[step - n + 1].tolist()}; nothing was updated. Try a smaller lr, or precision='float32'")
     with torch.random.fork_rng():                                       # dropout draws from the global generator: lend it one
-        for step,b in enumerate(batches[first:], first):
+        for step,(b,x) in enumerate(fetch_ahead(images, batches[first:], device), first):
             g = generator(config.seed, 'step', epoch, step)
             torch.manual_seed(g.initial_seed())
-            x = normalize(random_resized_crop(to_device(images.batch(b), device), config.size, g, (config.min_scale, 1.)))
+            x = normalize(random_resized_crop(x, config.size, g, (config.min_scale, 1.)))
             with autocast(config.precision, device): logits = net(x.contiguous(memory_format=torch.channels_last))
             y = labels[b]
             loss = F.cross_entropy(logits.float(), y) if weights is None else (F.cross_entropy(logits.float(), y, reduction='none') * weights[y]).mean()

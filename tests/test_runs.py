@@ -3,7 +3,7 @@ import json, signal, subprocess, sys, time
 from dataclasses import asdict, replace
 import numpy as np, pytest, torch
 from PIL import Image
-from deepcluster_nb.data import load_images
+from deepcluster_nb.data import PackedImages, load_images
 from deepcluster_nb.runs import load_checkpoint
 from survive import sha256
 from deepcluster_nb.training import Config, fit, load_run, predict, resolve
@@ -134,3 +134,25 @@ def test_a_last_batch_of_one_image(tmp_path):
     config = replace(TINY, n_images=33, batch_size=16, k=4, pca=8, epochs=1, run_dir=str(tmp_path/'r'))
     fit(config, echo=None)                                              # 33 = 16 + 16 + 1: batch norm can't do with one
     assert load_checkpoint(tmp_path/'r'/'checkpoint')[:2] == (1, 0)
+
+def test_reading_ahead_changes_nothing(monkeypatch): # as for a GPU, but on the CPU
+    from functools import partial
+    from deepcluster_nb import features, training
+    config = Config(n_images=120, k=5, pca=8, epochs=1, passes=1, batch_size=40, precision='float32', device='cpu')
+    plain = fit(config, echo=None)
+    ahead = partial(features.fetch_ahead, ahead=3)
+    for module in (features, training): monkeypatch.setattr(module, 'fetch_ahead', ahead)
+    run = fit(config, echo=None)
+    assert torch.equal(run.clustering.assign, plain.clustering.assign)
+    assert all(torch.equal(a, b) for a,b in zip(run.net.state_dict().values(), plain.net.state_dict().values()))
+
+def test_an_error_while_reading_ahead_is_raised():
+    from deepcluster_nb.features import fetch_ahead
+    class Broken(PackedImages):
+        def batch(self, idx):
+            if 7 in idx: raise OSError('the disk is gone')
+            return super().batch(idx)
+    images, got = Broken(torch.zeros(12, 1, 4, 4, dtype=torch.uint8)), []
+    with pytest.raises(OSError, match='the disk is gone'):
+        for idx,x in fetch_ahead(images, torch.arange(12).split(3), 'cpu', 2): got.append(idx.tolist())
+    assert got == [[0, 1, 2], [3, 4, 5]]
