@@ -31,10 +31,12 @@ def styled(draw): # a function that returns a matplotlib figure → the same in 
     "Afterwards pyplot's settings are as before, and a drawing that failed leaves no half figure."
     @wraps(draw)
     def inner(*args, **kwargs):
-        import matplotlib.pyplot as plt
+        import matplotlib, matplotlib.pyplot as plt
         before = plt.get_fignums()
         try:
-            with plt.style.context(STYLE): return draw(*args, **kwargs)
+            with plt.style.context(STYLE): fig, interactive = draw(*args, **kwargs), plt.isinteractive()
+            matplotlib.interactive(interactive)             # a notebook's first figure switches this on, and then figures show
+            return fig
         except BaseException:
             for n in set(plt.get_fignums()) - set(before): plt.close(n)
             raise
