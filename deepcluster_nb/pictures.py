@@ -84,9 +84,10 @@ def show_tiles(tiles, cols:int, size:float=.6, rows=None, pad:int=1): # inches a
     "A mosaic with a line of text beside each row."
     import matplotlib.pyplot as plt
     n, (h, w) = -(-len(tiles) // cols), next(t.shape[1:] for t in tiles if t is not None)
-    fig, ax = plt.subplots(figsize=(cols*size*w/h + (1.9 if rows else 0), n*size + .1), layout='constrained')
+    room = .2 + .085*max(len(line) for text in rows for line in text.split('\n')) if rows else 0     # inches for the texts
+    fig, ax = plt.subplots(figsize=(cols*size*w/h + room, n*size + .1), layout='constrained')
     ax.imshow(mosaic(tiles, cols, pad)); ax.grid(False); ax.spines[:].set_visible(False)
-    ax.set(xticks=[], yticks=[])
+    ax.set(xticks=[], yticks=[], anchor='E')
     if rows: ax.set_yticks([i*(h + pad) + h/2 for i in range(n)], rows); ax.tick_params(length=0)
     return fig
 
