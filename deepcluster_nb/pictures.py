@@ -31,10 +31,12 @@ def styled(draw): # a function that returns a matplotlib figure → the same in 
     "Afterwards pyplot's settings are as before, and a drawing that failed leaves no half figure."
     @wraps(draw)
     def inner(*args, **kwargs):
-        import matplotlib.pyplot as plt
+        import matplotlib, matplotlib.pyplot as plt
         before = plt.get_fignums()
         try:
-            with plt.style.context(STYLE): return draw(*args, **kwargs)
+            with plt.style.context(STYLE): fig, interactive = draw(*args, **kwargs), plt.isinteractive()
+            matplotlib.interactive(interactive)             # a notebook's first figure switches this on, and then figures show
+            return fig
         except BaseException:
             for n in set(plt.get_fignums()) - set(before): plt.close(n)
             raise
@@ -82,9 +84,10 @@ def show_tiles(tiles, cols:int, size:float=.6, rows=None, pad:int=1): # inches a
     "A mosaic with a line of text beside each row."
     import matplotlib.pyplot as plt
     n, (h, w) = -(-len(tiles) // cols), next(t.shape[1:] for t in tiles if t is not None)
-    fig, ax = plt.subplots(figsize=(cols*size*w/h + (1.9 if rows else 0), n*size + .1), layout='constrained')
+    room = .2 + .085*max(len(line) for text in rows for line in text.split('\n')) if rows else 0     # inches for the texts
+    fig, ax = plt.subplots(figsize=(cols*size*w/h + room, n*size + .1), layout='constrained')
     ax.imshow(mosaic(tiles, cols, pad)); ax.grid(False); ax.spines[:].set_visible(False)
-    ax.set(xticks=[], yticks=[])
+    ax.set(xticks=[], yticks=[], anchor='E')
     if rows: ax.set_yticks([i*(h + pad) + h/2 for i in range(n)], rows); ax.tick_params(length=0)
     return fig
 

@@ -104,3 +104,10 @@ def test_film_has_a_frame_for_every_move():
     init = torch.tensor([[0., 0], [1, 1], [90, 90]])
     film = Image.open(io.BytesIO(P.lloyd_animation(x, init, 2)))
     assert film.format == 'PNG' and film.is_animated and film.n_frames == len(P.lloyd_steps(x, init, 2)) == 1 + 2*2 + 1
+
+def test_a_notebooks_first_figure_still_switches_showing_on():
+    @P.styled
+    def first(): matplotlib.interactive(True); return plt.figure()             # what a notebook's backend does when it wakes
+    plt.close(first())
+    assert plt.isinteractive()
+    matplotlib.interactive(False)
