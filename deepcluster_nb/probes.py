@@ -218,7 +218,8 @@ def resolve_probe(config:ProbeConfig)->ProbeConfig: # a checked copy, with 'auto
     if config.sha256: check(Path(config.weights).is_file(), 'sha256', config.sha256, "none, for weights is not a file")
     return replace(config, device=c.device, precision=c.precision)
 
-def usual_size(arch:str)->int: return 32 if arch == 'alexnet_small' else 224
+def usual_size(arch:str)->int: # pixels, where nobody says
+    return 32 if arch == 'alexnet_small' else 224
 
 # %% ../nbs/09_probes.ipynb #2bbc58b6
 class Heads(nn.Module):
