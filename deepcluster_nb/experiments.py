@@ -15,6 +15,7 @@ import torch, yaml
 from PIL import ImageFile
 from tqdm import tqdm
 from .data import PackedImages, decode, image_files, load_images
+from .probes import ProbeConfig, resolve_probe
 from .released import open_run
 from .runs import RunFolder, Stopped, duration, held_by, progress_line, signals_to, write_atomic
 from .training import FREE, Config, clusters_csv, describe, predict, resolve
@@ -57,7 +58,6 @@ def gather(name:str, preset:str=None, params:dict=None)->tuple: # (notebook, par
 def check_parameters(notebook:Path, given:dict, run_dir:Path):
     "Impossible values, and a folder that holds another run, are found before anything is started or written."
     from dataclasses import fields
-    from deepcluster_nb.probes import ProbeConfig, resolve_probe
     values, (kind, checked) = {**parameters(notebook), **given}, {'probe': (ProbeConfig, resolve_probe)}.get(notebook.stem, (Config, resolve))
     config = kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
     checked(config)

@@ -207,7 +207,7 @@ def pairs(**more): return [x for k,v in (TINY | more).items() for x in ('-p', f'
 def run_of_train(tmp_path_factory):
     from deepcluster_nb.training import fit
     where = tmp_path_factory.mktemp('train')/'r'
-    fit(Config(n_images=40, k=4, pca=8, epochs=1, passes=1, batch_size=16, device='cpu', precision='float32', run_dir=str(where)), echo=None)
+    fit(Config(n_images=40, k=4, pca=8, epochs=1, passes=1, batch_size=16, device='cpu', precision='float32', threads=1, run_dir=str(where)), echo=None)
     return where
 
 def test_a_run_beside_its_neighbours(run_of_train, tmp_path, capsys):
