@@ -179,7 +179,7 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int,
     return float(total) / len(idx)
 
 # %% ../nbs/08_training.ipynb #7d08fbbd
-def centroid_head(net, clustering, pca, T:float=.1): # T: a centroid at cosine s has the logit s / T
+def centroid_head(net, clustering, pca, T:float=.3): # T: a centroid at cosine s has the logit s / T; the trunk gets gradients of this scale
     "A head that answers with the nearest centroid, as far as a linear layer after the ReLU can."
     axes, seen, c = (t.float().cpu() for t in (pca.axes, pca.mean, clustering.centroids))
     squares = axes.pow(2).sum(0)                                        # 1 / variance of each direction, 0 for a dead one
@@ -195,7 +195,7 @@ def new_head(net, opts, clustering, pca, config, epoch:int)->tuple: # (trunk's, 
     "The head for new clusters, and its optimiser."
     if config.head == 'kept' and epoch: return opts
     reset_top_layer(net, generator(config.seed, 'top_layer', epoch), len(clustering.centroids))
-    if config.head == 'centroids': centroid_head(net, clustering, pca)
+    if config.head == 'centroids' and (epoch or config.calibrate): centroid_head(net, clustering, pca)   # batch norm has statistics
     return opts[0], sgd(net.top_layer.parameters(), config, config.head_momentum)
 
 # %% ../nbs/08_training.ipynb #f5387962

@@ -77,11 +77,18 @@ def test_a_head_from_centroids_knows_its_clusters(arch, relu):
     images, net = load_images('digits', n_images=120), network(c)
     clustering, pca, _ = training.cluster(net, images, c, 0)
     before = {n: t.clone() for n,t in net.state_dict().items()}
-    training.new_head(net, optimizers(net, c), clustering, pca, c, 0)
+    training.new_head(net, optimizers(net, c), clustering, pca, c, 1)
     assert {n[:9] for n in same(net.state_dict(), before)} == {'top_layer'}
     with torch.no_grad(): logits = net.eval()(training.normalize(center_crop(images.batch(torch.arange(120)), c.size)))
     right = float((logits.argmax(1) == clustering.assign).float().mean())
     assert right > (.95 if relu or arch == 'resnet18' else .6)                               # exact where the head sees what was clustered
+
+def test_the_first_head_is_fresh_where_batch_norm_has_no_statistics(monkeypatch, base):
+    epochs, _, run = seen(monkeypatch, replace(TINY, head='centroids'))
+    assert not same(epochs[0]['end'], base[0][0]['end']) and {n[:9] for n in same(epochs[1]['start'], base[0][1]['start'])} == {'top_layer'}
+    epochs, _, run = seen(monkeypatch, replace(TINY, head='centroids', calibrate=True, epochs=1))
+    fresh, _, _ = seen(monkeypatch, replace(TINY, calibrate=True, epochs=1))
+    assert {n[:9] for n in same(epochs[0]['start'], fresh[0]['start'])} == {'top_layer'}
 
 def test_relu_is_clustered_and_no_more(monkeypatch, base):
     epochs, _, run = seen(monkeypatch, replace(TINY, relu=True))
