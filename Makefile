@@ -33,7 +33,7 @@ test: $(READY)  ## every notebook and every test
 	@echo "== 2/3 every chapter runs from top to bottom"
 	@OMP_NUM_THREADS=1 nbdev_test --n_workers $$(python -c 'import os; print(os.cpu_count())') --timing --do_print   # a thread a notebook
 	@echo "== 3/3 what notebooks can't test"
-	@python -m pytest -q tests
+	@OMP_NUM_THREADS=1 python -m pytest -q -n $$(python -c 'import os; print(os.cpu_count())') --dist loadfile --no-loadscope-reorder --durations 10 tests
 
 lab: $(READY)  ## JupyterLab on the notebooks
 	@cd nbs && jupyter lab

@@ -2,7 +2,7 @@ import os
 import pytest, torch
 
 @pytest.fixture(autouse=True, scope='session')
-def two_threads(): torch.set_num_threads(2)
+def threads(): torch.set_num_threads(1 if 'PYTEST_XDIST_WORKER' in os.environ else 2)     # beside others one each: they would wait for one another
 
 @pytest.fixture
 def cifar_root():
