@@ -179,16 +179,17 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int,
     return float(total) / len(idx)
 
 # %% ../nbs/08_training.ipynb #7d08fbbd
-def centroid_head(net, clustering, pca, T:float=.3): # T: a centroid at cosine s has the logit s / T; the trunk gets gradients of this scale
-    "A head that answers with the nearest centroid, as far as a linear layer after the ReLU can."
+def centroid_head(net, clustering, pca):
+    "A head that answers with the nearest centroid, as far as a linear layer after the ReLU can; its rows are as long as a fresh head's."
     axes, seen, c = (t.float().cpu() for t in (pca.axes, pca.mean, clustering.centroids))
     squares = axes.pow(2).sum(0)                                        # 1 / variance of each direction, 0 for a dead one
-    w = c @ axes.T / (T * (squares > 0).sum().sqrt())                   # whitened features have about that length
+    w, length = c @ axes.T, (squares > 0).sum().sqrt()                  # of whitened features, about
     if isinstance(net.classifier[-1], nn.ReLU) and not net.relu:
         std = (axes / squares.clamp_min(1e-30)).norm(dim=1).clamp_min(1e-12)
         w, seen = 2*w, std * (-(seen/std)**2/2).exp() / math.sqrt(2*math.pi) + seen * torch.special.ndtr(seen/std)
-    net.top_layer.weight.data.copy_(w)
-    net.top_layer.bias.data.copy_(-c.pow(2).sum(1)/(2*T) - w @ seen)
+    scale = .01 * net.dim**.5 / w.norm(dim=1).mean().clamp_min(1e-12)   # so the trunk gets gradients of the usual size
+    net.top_layer.weight.data.copy_(scale * w)
+    net.top_layer.bias.data.copy_(scale * (-length*c.pow(2).sum(1)/2 - w @ seen))
 
 # %% ../nbs/08_training.ipynb #a5f6b026
 def new_head(net, opts, clustering, pca, config, epoch:int)->tuple: # (trunk's, head's) optimiser
