@@ -23,7 +23,7 @@ from .features import PCA, autocast, compute_features, l2_normalize
 from .clustering import Clustering, kmeans
 from .sampling import SAMPLERS
 from .runs import duration, save_checkpoint
-from .training import Config, agreement, check, resolve, sgd, train_epoch, trunk_parameters
+from .training import Config, agreement, check, network, resolve, sgd, train_epoch, trunk_parameters
 from .probes import MOST_PROBED, conv_activations, knn_accuracy, linear_probe, pool_activation
 
 # %% ../nbs/19_estimate.ipynb #c7fa19ba
@@ -150,7 +150,7 @@ def sample_probes(net, facts:dict, c:Config, seconds:float)->dict: # kind of wor
 def measure(c:Config, images, facts:dict, seconds:float, echo=None)->dict: # kind of work → seconds a unit, a number a repetition
     "All samples; what else was seen on the way goes into `facts`."
     say = echo or (lambda line: None)
-    net = convnet(c.arch, c.k, c.sobel, c.dropout, c.seed).to(c.device, memory_format=torch.channels_last)
+    net = network(c)
     check(c.pca <= net.dim, 'pca', c.pca, f"at most {net.dim}, the features' dimension")
     x = normalize(center_crop(images.batch(torch.arange(4) % len(images)), c.size)).to(c.device)
     with torch.inference_mode(): facts['probes'] = [pool_activation(name, a.float()).shape[1] for name,a in conv_activations(net.eval(), x[:1]).items()]

@@ -18,7 +18,8 @@ from .data import PackedImages, decode, image_files, load_images
 from .probes import ProbeConfig, resolve_probe
 from .released import open_run
 from .runs import RunFolder, Stopped, duration, held_by, progress_line, signals_to, write_atomic
-from .training import FREE, Config, clusters_csv, describe, predict, resolve
+from . import pic                      # adds its clusterers
+from .training import Config, clusters_csv, describe, free, predict, resolve
 
 # %% ../nbs/20_experiments.ipynb #f10743b4
 def experiments_folder()->Path: # nbs/experiments of the clone
@@ -63,7 +64,7 @@ def check_parameters(notebook:Path, given:dict, run_dir:Path):
     checked(config)
     if config.root and not Path(config.root).exists(): load_images(config.dataset, config.root)    # which says what is missing
     if who := held_by(run_dir): raise ValueError(f"run_dir: {str(run_dir)!r} is in use by {who}; let it finish, or choose another folder")
-    if (run_dir/'params.yaml').exists(): RunFolder(run_dir, values, FREE)
+    if (run_dir/'params.yaml').exists(): RunFolder(run_dir, values, free(run_dir, values))
 
 # %% ../nbs/20_experiments.ipynb #80515722
 def parse_pair(text:str)->tuple: # 'k=200' → ('k', 200)

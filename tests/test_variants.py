@@ -176,3 +176,16 @@ def test_the_preset_released_names_every_switch():
     assert left == {'root', 'n_images', 'n_test', 'device', 'seed', 'run_dir', 'checkpoint_minutes', 'threads'}
     assert given['sampler'] == 'released' and all(given[n] == getattr(Config(), n) for n in NEW)
     resolve(Config(**given))
+
+def test_the_command_knows_pic(tmp_path):
+    from deepcluster_nb.experiments import check_parameters, gather
+    check_parameters(*gather('train', 'digits', dict(clusterer='pic')), tmp_path/'r')
+    with pytest.raises(ValueError, match="clusterer: expected one of kmeans, pic, pic_released, got 'dbscan'"): check_parameters(*gather('train', 'digits', dict(clusterer='dbscan')), tmp_path/'r')
+
+def test_the_command_continues_a_run_from_before_the_switches(tmp_path):
+    from deepcluster_nb.experiments import check_parameters, gather, parameters
+    notebook, given = gather('train', 'digits')
+    old = {n: v for n,v in (parameters(notebook) | given).items() if n not in NEW}
+    (tmp_path/'params.yaml').write_text(yaml.safe_dump(old))
+    check_parameters(notebook, given, tmp_path)
+    with pytest.raises(ValueError, match='relu: None there, True now'): check_parameters(notebook, given | dict(relu=True), tmp_path)
