@@ -18,7 +18,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from .data import PackedImages, find_folder, generator, image_files, load_images
 from .augment import center_crop
 from .sobel import normalize
-from .model import convnet
 from .features import PCA, autocast, compute_features, l2_normalize
 from .clustering import Clustering, kmeans
 from .sampling import SAMPLERS

@@ -25,8 +25,9 @@ def has_bfloat16(device)->bool: # in hardware
 # %% ../nbs/04_features.ipynb #de46f145
 def to_device(x, device): # a tensor, or a list of images of different sizes
     if not isinstance(x, list): return x.to(device)
-    flat = torch.cat([o.reshape(-1) for o in x]) if torch.device(device).type == 'cuda' else None      # one copy instead of hundreds
-    return x if flat is None else [p.view(o.shape) for p,o in zip(flat.to(device).split([o.numel() for o in x]), x)]
+    if torch.device(device).type == 'cpu': return x
+    flat = torch.cat([o.reshape(-1) for o in x]).to(device)                              # one copy instead of hundreds
+    return [p.view(o.shape) for p,o in zip(flat.split([o.numel() for o in x]), x)]
 
 # %% ../nbs/04_features.ipynb #d8e7106d
 def fetch_ahead(images:PackedImages,  # what is read from

@@ -6,7 +6,7 @@
 __all__ = ['PAPER_POOLS', 'PAPER_MAPS', 'POOLS', 'MOST_PROBED', 'conv_activations', 'pool_activation', 'probe_features',
            'check_labels', 'linear_probe', 'knn_accuracy', 'cluster_accuracy', 'cluster_measures', 'probe_crop',
            'probe_lr', 'ProbeConfig', 'resolve_probe', 'usual_size', 'Heads', 'pooled', 'probe_accuracies',
-           'last_and_best', 'put_back', 'train_probes', 'supervised', 'measure', 'evaluate', 'held_out']
+           'last_and_best', 'train_probes', 'supervised', 'measure', 'evaluate', 'held_out']
 
 # %% ../nbs/09_probes.ipynb #b43b5df7
 import math
@@ -22,7 +22,7 @@ from .model import ARCHS, convnet
 from .features import PCA, autocast, compute_features, l2_normalize, to_device
 from .clustering import ami, chance_nmi, kmeans, nmi
 from .runs import load_checkpoint, save_checkpoint
-from .training import Config, check, resolve, steps, train_epoch
+from .training import Config, check, learnt, put_back, resolve, steps, train_epoch
 
 # %% ../nbs/09_probes.ipynb #e9fe5c8c
 def conv_activations(net,       # a DeepClusterNet
@@ -263,12 +263,6 @@ def probe_accuracies(net, heads:Heads, images:PackedImages, config:ProbeConfig)-
 def last_and_best(tests:list)->dict: # of `probe_accuracies`' results, in order → name → crop → last, best
     return {n: {crop: dict(last=r, best=max(t[n][crop] for t in tests)) for crop,r in tests[-1][n].items()} for n in tests[-1]}
 
-def put_back(net, opt, tensors:dict): # name → tensor
-    "Weights and momentum from an epoch's checkpoint."
-    net.load_state_dict({n[4:]: t for n,t in tensors.items() if n.startswith('net.')})
-    for i,p in enumerate(opt.param_groups[0]['params']):
-        if f'momentum.{i}' in tensors: opt.state[p]['momentum_buffer'] = torch.empty_like(p).copy_(tensors[f'momentum.{i}'])   # in p's memory layout
-
 def train_probes(net,                # frozen
                  train:PackedImages, # with labels
                  test:PackedImages,  # with labels
@@ -285,7 +279,7 @@ def train_probes(net,                # frozen
     opt = torch.optim.SGD(heads.parameters(), c.lr, c.momentum, weight_decay=c.weight_decay, nesterov=c.nesterov)
     saved = load_checkpoint(folder) if folder else None
     first, tests = (saved[0], saved[3]['tests']) if saved else (0, [])
-    if saved: put_back(heads, opt, saved[2])
+    if saved: put_back(heads, (opt,), saved[2])
     for epoch in range(first, c.epochs):
         heads.train()
         batches = steps(torch.randperm(len(train), generator=generator(c.seed, 'probe', epoch)), c.batch_size)
@@ -299,9 +293,7 @@ def train_probes(net,                # frozen
             if after: after(step + 1, len(batches), epoch, tests)
         if not loss.isfinite(): raise FloatingPointError(f"the probes' loss is not finite in epoch {epoch}; try a smaller lr")
         if (epoch + 1) % c.test_every == 0 or epoch + 1 == c.epochs: tests.append(probe_accuracies(net, heads, test, c))
-        if folder:
-            momentum = {f'momentum.{i}': opt.state[p]['momentum_buffer'].cpu() for i,p in enumerate(heads.parameters()) if opt.state[p].get('momentum_buffer') is not None}
-            save_checkpoint(folder, epoch + 1, {f'net.{n}': t.cpu() for n,t in heads.state_dict().items()} | momentum, dict(tests=tests))
+        if folder: save_checkpoint(folder, epoch + 1, learnt(heads, (opt,)), dict(tests=tests))
     return last_and_best(tests)
 
 # %% ../nbs/09_probes.ipynb #720e5297
@@ -318,14 +310,12 @@ def supervised(train:PackedImages, # with labels
     net = convnet(c.arch, classes, c.sobel, c.dropout, c.seed).to(c.device, memory_format=torch.channels_last)
     opt = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr, .9, weight_decay=weight_decay, fused=True)
     saved = load_checkpoint(folder) if folder else None
-    if saved: put_back(net, opt, saved[2])
+    if saved: put_back(net, (opt,), saved[2])
     for epoch in range(saved[0] if saved else 0, config.supervised):
         opt.defaults['lr'] = lr * (1 + math.cos(math.pi*epoch/config.supervised)) / 2       # where `train_epoch` looks
         order = torch.randperm(len(train), generator=generator(c.seed, 'supervised', epoch))
         train_epoch(net, train, order, y, (opt,), c, epoch, after and (lambda done, n, *_: after(done, n, epoch)))
-        if folder:
-            momentum = {f'momentum.{i}': opt.state[p]['momentum_buffer'].cpu() for i,p in enumerate(opt.param_groups[0]['params'])}
-            save_checkpoint(folder, epoch + 1, {f'net.{n}': t.cpu() for n,t in net.state_dict().items()} | momentum, {})
+        if folder: save_checkpoint(folder, epoch + 1, learnt(net, (opt,)), {})
     return net.eval()
 
 # %% ../nbs/09_probes.ipynb #1367e05d

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['file_sha256', 'check_sha256', 'read_tensors', 'released_state', 'tensors_sha256', 'save_converted', 'read_converted',
-           'load_released', 'open_run', 'load_weights']
+           'load_released', 'open_run', 'load_weights', 'random_twin']
 
 # %% ../nbs/17_released.ipynb #412a8e81
-import hashlib, json, os, re, warnings
+import copy, hashlib, json, os, re, warnings
 from pathlib import Path
 import torch
+from torch import nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from .model import DeepClusterNet, convnet
+from .data import generator
+from .model import DeepClusterNet, convnet, init_weights
 from .runs import write_atomic
 from .training import load_run
 
@@ -140,3 +142,12 @@ def load_weights(path,         # a run folder, or a file for `load_released`
     if sha256: raise ValueError(f"sha256: it is for the authors' files, but {str(path)!r} is a run folder, whose checkpoints have checksums of their own")
     run = open_run(path)
     return run.net.eval(), run.config.size, run.config.arch
+
+# %% ../nbs/17_released.ipynb #9550bf0f
+def random_twin(net, seed:int=0): # → DeepClusterNet in evaluation mode
+    "A copy with weights that the network could have begun with."
+    net = copy.deepcopy(net)
+    for m in net.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.reset_parameters()
+    init_weights(net, generator(seed, 'weights'))
+    return net.eval()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'CLUSTERERS', 'LOOK', 'FREE', 'Config', 'check', 'resolve', 'network', 'cluster', 'trunk_parameters',
            'sgd', 'optimizers', 'not_finite', 'steps', 'train_epoch', 'centroid_head', 'new_head', 'agreement',
-           'describe', 'momenta', 'snapshot', 'restore', 'saved_clusters', 'free', 'resume', 'as_npy', 'clusters_csv',
-           'Run', 'prepare', 'space', 'fit', 'predict', 'load_run']
+           'describe', 'momenta', 'learnt', 'put_back', 'snapshot', 'restore', 'saved_clusters', 'free', 'resume',
+           'as_npy', 'clusters_csv', 'Run', 'prepare', 'space', 'fit', 'predict', 'load_run']
 
 # %% ../nbs/08_training.ipynb #8d8fb548
 import csv, io, math, time, warnings
@@ -224,20 +224,26 @@ def describe(r:dict, epochs:int)->str: # one line of the log for people
 def momenta(opts)->dict: # name → (optimiser, parameter)
     return {f'{name}.{i}': (o, p) for name,o in zip(('momentum', 'head_momentum'), opts) for i,p in enumerate(o.param_groups[0]['params'])}
 
+def learnt(net, opts)->dict: # name → tensor, on the CPU
+    "Weights and momentum."
+    momentum = {name: m for name,(o,p) in momenta(opts).items() if (m := o.state[p].get('momentum_buffer')) is not None}
+    return {k: v.cpu() for k,v in ({f'net.{k}': v for k,v in net.state_dict().items()} | momentum).items()}
+
+def put_back(net, opts, tensors:dict):
+    "The inverse of `learnt`, in place."
+    net.load_state_dict({k[4:]: v for k,v in tensors.items() if k.startswith('net.')})
+    for name,(o,p) in momenta(opts).items():
+        if name in tensors: o.state[p]['momentum_buffer'] = torch.empty_like(p).copy_(tensors[name])   # in p's memory layout
+
 def snapshot(net, opts, clustering, pca)->dict: # name → tensor: all that a run is, but for its configuration
-    out = {f'net.{k}': v for k,v in net.state_dict().items()}
-    out |= {name: m for name,(o,p) in momenta(opts).items() if (m := o.state[p].get('momentum_buffer')) is not None}
-    out |= dict(assign=clustering.assign, centroids=clustering.centroids, pca_mean=pca.mean, pca_axes=pca.axes)
-    return {k: v.cpu() for k,v in out.items()}
+    return learnt(net, opts) | dict(assign=clustering.assign.cpu(), centroids=clustering.centroids.cpu(), pca_mean=pca.mean.cpu(), pca_axes=pca.axes.cpu())
 
 # %% ../nbs/08_training.ipynb #ee605631
 def restore(net, config, tensors:dict)->tuple: # (trunk's, head's) optimiser
     "Weights and momentum of a `snapshot`, put back."
     reset_top_layer(net, generator(config.seed), len(tensors['net.top_layer.bias']))
-    net.load_state_dict({k[4:]: v for k,v in tensors.items() if k.startswith('net.')})
     opts = optimizers(net, config)
-    for name,(o,p) in momenta(opts).items():
-        if name in tensors: o.state[p]['momentum_buffer'] = torch.empty_like(p).copy_(tensors[name])   # in p's memory layout
+    put_back(net, opts, tensors)
     return opts
 
 # %% ../nbs/08_training.ipynb #2746aed7

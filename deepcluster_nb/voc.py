@@ -19,7 +19,7 @@ from .data import OUTLINES, PackedImages, check_memory, generator, pick, read_im
 from .augment import random_resized_crop
 from .sobel import normalize
 from .features import autocast, l2_normalize, to_device
-from .training import steps
+from .training import learnt, put_back, steps
 
 # %% ../nbs/12_voc.ipynb #4583b888
 OBJECT = """<object><name>{}</name><pose>Unspecified</pose><truncated>0</truncated><difficult>{}</difficult>
@@ -257,12 +257,9 @@ def finetune(net, images:PackedImages, # from `transfer_net`; labels (N, C) of â
              start=(0, None),          # steps done and their state, to go on from
             ):                         # the same net, trained
     "Classification as in the released code: SGD with momentum .9, batch norm in evaluation mode."
-    learning = {name: p for name,p in net.named_parameters() if p.requires_grad}
-    opt = torch.optim.SGD(learning.values(), 1., .9, weight_decay=weight_decay)
-    if start[1]:
-        net.load_state_dict({k[4:]: v for k,v in start[1].items() if k.startswith('net.')})
-        for name,p in learning.items(): opt.state[p]['momentum_buffer'] = torch.empty_like(p).copy_(start[1][f'momentum.{name}'])
-    state = lambda: {f'net.{k}': v.cpu() for k,v in net.state_dict().items()} | {f'momentum.{name}': opt.state[p]['momentum_buffer'].cpu() for name,p in learning.items()}
+    learning = [p for p in net.parameters() if p.requires_grad]
+    opt = torch.optim.SGD(learning, 1., .9, weight_decay=weight_decay)
+    if start[1]: put_back(net, (opt,), start[1])
     per, batches = len(steps(torch.arange(len(images)), batch_size)), None
     net.train(); net.features.eval()                                    # dropout on, batch norm off
     with torch.random.fork_rng():
@@ -277,9 +274,9 @@ def finetune(net, images:PackedImages, # from `transfer_net`; labels (N, C) of â
             if step % 50 == 0 and not loss.isfinite(): raise FloatingPointError(f"loss is not finite in step {step}; try precision='float32'")
             opt.param_groups[0]['lr'] = learning_rate(what, step, n)
             opt.zero_grad(); loss.backward()
-            nn.utils.clip_grad_norm_(learning.values(), clip)
+            nn.utils.clip_grad_norm_(learning, clip)
             opt.step()
-            if after: after(step + 1, n, state)
+            if after: after(step + 1, n, lambda: learnt(net, (opt,)))
     return net.eval()
 
 # %% ../nbs/12_voc.ipynb #86db36f1

@@ -4,6 +4,13 @@ import pytest, torch
 @pytest.fixture(autouse=True, scope='session')
 def threads(): torch.set_num_threads(1 if 'PYTEST_XDIST_WORKER' in os.environ else 2)     # beside others one each: they would wait for one another
 
+@pytest.fixture(scope='module')
+def one_thread(): # for inputs so small that threads would mostly wait for each other
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
 @pytest.fixture
 def cifar_root():
     "The data root with CIFAR-10 as a folder of JPEGs, where there is one."

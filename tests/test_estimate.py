@@ -12,12 +12,7 @@ FACTS  = dict(n=1000, n_test=100, classes=10, real=True, decoded=False, listing=
 PHASES = ['loading', 'features', 'pca', 'kmeans', 'training', 'bookkeeping', 'probes']
 TINY   = Config(dataset='shapes', n_images=200, k=5, pca=8, epochs=2, passes=1, batch_size=16, device='cpu', precision='float32')
 
-@pytest.fixture(autouse=True)
-def one_thread(): # samples are short and many: threads that wait for each other would only make them slow
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 def fake(samples=KINDS, facts=FACTS, **change): return Estimate(resolve(replace(TINY, **change)), samples, facts)
 

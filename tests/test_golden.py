@@ -15,12 +15,7 @@ GOLDEN = Path(__file__).parent/'golden'
 NETWORKS, SOBEL, PROBES, SAMPLING, CLUSTERING = (yaml.safe_load((GOLDEN/f'{n}.yaml').read_text()) for n in ('networks', 'sobel', 'probes', 'sampling', 'clustering'))
 ARCHS = ['alexnet', 'vgg16', 'resnet18', 'resnet50']
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 def close(got, expected, rel=1e-5, abs=1e-6): return got == pytest.approx(expected, rel=rel, abs=abs)
 

@@ -13,12 +13,7 @@ DIMS  = dict(alexnet=4096, alexnet_small=1024, vgg16=4096, resnet18=512, resnet5
 CONVS = dict(alexnet=5, alexnet_small=5, vgg16=13, resnet18=5, resnet50=5)
 LIGHT = ['alexnet_small', 'resnet18']             # built with numbers in them; the others on `meta`, where tensors have sizes only
 
-@pytest.fixture(autouse=True)
-def one_thread(): # the inputs are so small that threads would mostly wait for each other
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 def test_every_network_is_here(): assert set(ARCHS) == set(SIZES) == set(DIMS)
 

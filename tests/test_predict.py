@@ -1,6 +1,6 @@
 "deepcluster-nb predict, as people call it."
 import csv, subprocess, sys
-import numpy as np, pytest, torch
+import numpy as np, pytest
 from PIL import Image
 from deepcluster_nb.data import load_images
 from deepcluster_nb.experiments import predict_folder
@@ -11,12 +11,7 @@ def command(*args, cwd): # → (exit status, stdout, stderr)
                        capture_output=True, text=True, cwd=cwd, timeout=300)
     return p.returncode, p.stdout, p.stderr
 
-@pytest.fixture(autouse=True)
-def one_thread(): # the images are so small that threads would mostly wait for each other
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.fixture(scope='module')
 def room(tmp_path_factory): # photos (flat), tree (ImageFolder), run (trained on the tree)

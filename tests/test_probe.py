@@ -8,12 +8,12 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 from deepcluster_nb.augment import center_crop, ten_crop
-from deepcluster_nb.data import PackedImages, generator, load_images
+from deepcluster_nb.data import generator, load_images
 from deepcluster_nb.experiments import experiments_folder, gather, main, parameters
 from deepcluster_nb.features import PCA, l2_normalize
 from deepcluster_nb.clustering import kmeans
 from deepcluster_nb.model import convnet
-from deepcluster_nb.probes import (Heads, ProbeConfig, cluster_measures, conv_activations, held_out, knn_accuracy, measure, pool_activation, probe_crop, probe_lr,
+from deepcluster_nb.probes import (Heads, ProbeConfig, cluster_measures, conv_activations, held_out, knn_accuracy, pool_activation, probe_crop, probe_lr,
                                    resolve_probe, supervised, train_probes)
 from deepcluster_nb.runs import load_checkpoint
 from deepcluster_nb.sobel import normalize
@@ -21,12 +21,7 @@ from deepcluster_nb.training import Config
 
 QUICK = resolve_probe(ProbeConfig(size=32, epochs=3, batch_size=16, lr=.1, weight_decay=.01, layers='conv2 conv5', device='cpu', precision='float32'))
 
-@pytest.fixture(autouse=True)
-def one_thread(): # the inputs are so small that threads would mostly wait for each other
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.fixture(scope='module')
 def data(): return convnet('alexnet_small', 4, dropout=0., seed=1).eval(), load_images('digits', n_images=50), load_images('digits', split='test', n_images=20)

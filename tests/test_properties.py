@@ -20,12 +20,7 @@ settings.register_profile('kit', derandomize=True, deadline=None, database=None,
 settings.load_profile('kit')
 few = settings(max_examples=15)
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread(): # the inputs are so small that threads would mostly wait for each other
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 seeds = st.integers(0, 2**32)
 def noise(seed, *shape): return torch.randn(shape, generator=generator(seed, 'noise', *shape))

@@ -6,17 +6,12 @@ from PIL import Image
 from torchvision.ops import roi_pool
 from deepcluster_nb.data import decode
 from deepcluster_nb.experiments import main
-from deepcluster_nb.features import PCA, l2_normalize
+from deepcluster_nb.features import PCA
 from deepcluster_nb.model import convnet
-from deepcluster_nb.retrieval import (BROKEN, aggregate, descriptors, learn_whitening, made_city, ranked_ap, read_oxford, read_queries, region_vectors, retrieval_map,
+from deepcluster_nb.retrieval import (BROKEN, aggregate, descriptors, learn_whitening, made_city, ranked_ap, read_oxford, read_queries, region_vectors,
                                       rmac, rmac_regions, scaled, search)
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.fixture(scope='module')
 def city(tmp_path_factory): return made_city(tmp_path_factory.mktemp('city'), landmarks=3, others=5)

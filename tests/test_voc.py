@@ -10,12 +10,7 @@ from deepcluster_nb.model import convnet
 from deepcluster_nb.voc import (COSTS, average_precision, crop_scores, finetune, learning_rate, linear_svm, low_shot, made_voc, mean_ap, read_voc, shot_rows,
                                 transfer_net, unit_rows, voc_folder, voc_labels, voc_loss, voc_objects)
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.fixture(scope='module')
 def top(tmp_path_factory): return made_voc(tmp_path_factory.mktemp('voc'), 20)
