@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from .data import PackedImages, find_folder, generator, image_files, load_images
 from .augment import center_crop
 from .sobel import normalize
-from .features import PCA, autocast, compute_features, l2_normalize
+from .features import PCA, autocast, compute_features, keep_memory, l2_normalize
 from .clustering import Clustering, kmeans
 from .sampling import SAMPLERS
 from .runs import duration, save_checkpoint
@@ -266,6 +266,7 @@ def estimate(config:Config,     # of the run
     c = resolve(config)
     check(n_images is None or n_images >= 2, 'n_images', n_images, 'at least 2 images')
     check(seconds > 0, 'seconds', seconds, 'a time above 0')
+    if c.device == 'cpu': keep_memory()                                 # as `fit` does
     images, facts = material(c, n_images or 0)
     check(c.k <= facts['n'], 'k', c.k, f"at most {facts['n']:,}, the number of images")
     return Estimate(c, measure(c, images, facts, seconds, echo), facts)

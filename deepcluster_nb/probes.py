@@ -19,7 +19,7 @@ from .data import PackedImages, generator, load_images, pick
 from .augment import center_crop, central_square, image_sizes, random_resized_crop, resample, ten_crop
 from .sobel import normalize
 from .model import ARCHS, convnet
-from .features import PCA, autocast, compute_features, l2_normalize, to_device
+from .features import PCA, autocast, compute_features, keep_memory, l2_normalize, to_device
 from .clustering import ami, chance_nmi, kmeans, nmi
 from .runs import load_checkpoint, save_checkpoint
 from .training import Config, check, learnt, put_back, resolve, steps, train_epoch
@@ -90,7 +90,9 @@ def linear_probe(train_x:Tensor, train_y:Tensor, # (N, D) frozen features and th
     var  = sum((b.float() - mean).pow(2).sum(0) for b in train_x.split(4096)) / n
     scale = 1 / ((var + .01*var.mean()).sqrt() * d**.5)                # rows of length about 1, whatever D
     w = torch.zeros(int(train_y.max()) + 1, d, requires_grad=True); b = torch.zeros(len(w), requires_grad=True)
-    logits = lambda x: F.linear((x.float() - mean) * scale, w, b)
+    def logits(x): # the weights are standardised, not each batch
+        v = w * scale
+        return F.linear(x.float(), v, b - v @ mean)
     opt = torch.optim.SGD([w, b], lr, momentum=.9, weight_decay=weight_decay)
     steps = -(-n // batch_size)                                         # in an epoch
     epochs = epochs or min(100, max(15, -(-1000 // steps)))
@@ -326,6 +328,7 @@ def measure(net,                # any DeepClusterNet
            )->dict:             # probes, knn (temperature → per cent), clusters
     "Linear probes, neighbours and clusters."
     c, how = config, dict(device=config.device, precision=config.precision)
+    if c.device == 'cpu': keep_memory()
     if c.protocol == 'paper': probes = train_probes(net, train, test, c, folder, after)
     else:
         a, b = (probe_features(net, im, c.size, count_padding=c.count_padding, avgpool=True, **how) for im in (train, test))

@@ -20,7 +20,7 @@ from .data import DATASETS, PackedImages, generator, load_images
 from .augment import random_resized_crop
 from .sobel import normalize
 from .model import ARCHS, SIZES, DeepClusterNet, calibrate_bn, convnet, reset_top_layer
-from .features import HalfFeatures, PCA, autocast, feature_batches, fetch_ahead, has_bfloat16, l2_normalize
+from .features import HalfFeatures, PCA, autocast, feature_batches, fetch_ahead, has_bfloat16, keep_memory, l2_normalize
 from .clustering import BACKENDS, Clustering, ami, chance_nmi, entropy, kmeans, nearest, nmi
 from .sampling import SAMPLERS, loss_weights
 from .runs import Guard, Progress, RunFolder, load_checkpoint
@@ -300,12 +300,14 @@ class Run:
 
 # %% ../nbs/08_training.ipynb #a967a8b5
 def prepare(config:Config, images=None): # (checked config, images)
-    "Everything that can be wrong with the input is found here."
+    "Everything that can be wrong with the input is found here; then threads and memory are set up."
     c = resolve(config)
     if images is None: images = load_images(c.dataset, c.root or None, 'train', c.n_images, c.seed)
     check(c.k <= len(images) or c.clusterer != 'kmeans', 'k', c.k, f"at most {len(images):,}, the number of images")
     smallest = int(images.shapes[:, 1:].min())
     check(smallest >= 8, 'dataset', f"an image of {smallest} pixels", "images of at least 8 pixels a side")
+    if c.threads > 0: torch.set_num_threads(c.threads)
+    if c.device == 'cpu': keep_memory()
     return c, images
 
 # %% ../nbs/08_training.ipynb #1bd20205
@@ -324,7 +326,6 @@ def fit(config:Config,  # what to do
        )->Run:
     "DeepCluster (paper, section 3): cluster the features, train on the cluster ids, again and again. Continues a run that was stopped."
     c, images = prepare(config, images)
-    if c.threads > 0: torch.set_num_threads(c.threads)
     net = network(c)
     check(c.pca <= net.dim, 'pca', c.pca, f"at most {net.dim}, the features' dimension")
     folder = RunFolder(c.run_dir, asdict(config), free(c.run_dir, asdict(config))) if c.run_dir else None
