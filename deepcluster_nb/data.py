@@ -63,7 +63,7 @@ class PackedImages:
     def batch(self, idx): # (B, C, H, W) uint8 where all images share a size, else a list of (C, H, W)
         if self.size is None: return [self[int(i)] for i in idx]
         rows = self.starts[idx] // int(np.prod(self.size))
-        return self.pixels.view(-1, *self.size)[rows]
+        return self.pixels.view(-1, *self.size).index_select(0, rows)       # image by image; `[rows]` would go number by number
 
     def subset(self, idx)->'PackedImages': # the same buffer, fewer images
         idx, res = torch.arange(len(self))[idx].reshape(-1), copy.copy(self)

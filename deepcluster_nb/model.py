@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from .augment import center_crop
 from .data import generator
-from .sobel import Sobel, normalize
+from .sobel import Sobel, network_input
 
 # %% ../nbs/03_model.ipynb #0990b8a5
 def conv_stack(layers, planes:int)->nn.Sequential:
@@ -77,9 +77,9 @@ class DeepClusterNet(nn.Module):
         width  = [m.num_features for m in features.modules() if isinstance(m, nn.BatchNorm2d)][-1]
         self.flat, self.dim = (linear[0].in_features, linear[-1].out_features) if linear else (width, width)
         self.top_layer = nn.Linear(self.dim, k)
-    def trunk(self, x:Tensor)->Tensor: # (B, 3, H, W) normalised → (B, dim), before the last ReLU
+    def trunk(self, x:Tensor)->Tensor: # (B, 3, H, W) normalised, or (B, 1, H, W) that Sobel takes, → (B, dim), before the last ReLU
         "All but the last activation and the head."
-        if x.ndim != 4 or x.shape[1] != 3: raise ValueError(f"x: expected (B, 3, H, W), got {tuple(x.shape)}")
+        if x.ndim != 4 or x.shape[1] not in ((3,) if self.sobel is None else (1, 3)): raise ValueError(f"x: expected (B, 3, H, W), got {tuple(x.shape)}")
         f = self.features(x if self.sobel is None else self.sobel(x)).flatten(1)
         if f.shape[1] != self.flat: raise ValueError(f"x: {x.shape[2]} × {x.shape[3]} pixels end in {f.shape[1]} features, expected {self.flat} (see SIZES)")
         return self.classifier[:-1](f)
@@ -132,6 +132,6 @@ def calibrate_bn(net:DeepClusterNet,
     "Give batch norm the statistics of these images, all layers in one pass; no weight is touched."
     device = net.top_layer.weight.device
     batches = torch.arange(len(images)).split(batch_size)
-    views = (normalize(center_crop(images.batch(idx), size).to(device)) for idx in batches)
+    views = (network_input(images.batch(idx), lambda im: center_crop(im, size), net.sobel is not None).to(device) for idx in batches)
     trunk = nn.Sequential(net.features, nn.Flatten(), *[m for m in net.classifier if not isinstance(m, nn.Dropout)]).train(net.training)
     update_bn((v if net.sobel is None else net.sobel(v) for v in views), trunk)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from .data import PackedImages, generator, load_images, pick
 from .augment import center_crop, central_square, image_sizes, random_resized_crop, resample, ten_crop
-from .sobel import normalize
+from .sobel import network_input, normalize
 from .model import ARCHS, convnet
 from .features import PCA, autocast, compute_features, keep_memory, l2_normalize, to_device
 from .clustering import ami, chance_nmi, kmeans, nmi
@@ -66,7 +66,7 @@ def probe_features(net, images:PackedImages, size:int, batch_size:int=256, devic
     net.eval()
     out = {}
     for idx in torch.arange(len(images)).split(batch_size):
-        x = normalize(center_crop(to_device(images.batch(idx), device), size))
+        x = network_input(to_device(images.batch(idx), device), lambda im: center_crop(im, size), net.sobel is not None)
         each = lambda name, a: pool_activation(name, a.float(), count_padding=count_padding).half().cpu()
         with autocast(precision, device): acts = conv_activations(net, x.contiguous(memory_format=torch.channels_last), each, avgpool)
         for name,a in acts.items(): out.setdefault(name, []).append(a)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from .data import DATASETS, PackedImages, generator, load_images
 from .augment import random_resized_crop
-from .sobel import normalize
+from .sobel import network_input
 from .model import ARCHS, SIZES, DeepClusterNet, calibrate_bn, convnet, reset_top_layer
 from .features import HalfFeatures, PCA, autocast, feature_batches, fetch_ahead, has_bfloat16, keep_memory, l2_normalize
 from .clustering import BACKENDS, Clustering, ami, chance_nmi, entropy, kmeans, nearest, nmi
@@ -165,7 +165,7 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int,
         for step,(b,x) in enumerate(fetch_ahead(images, batches[first:], device), first):
             g = generator(config.seed, 'step', epoch, step)
             torch.manual_seed(g.initial_seed())
-            x = normalize(random_resized_crop(x, config.size, g, (config.min_scale, 1.)))
+            x = network_input(x, lambda im: random_resized_crop(im, config.size, g, (config.min_scale, 1.)), net.sobel is not None)
             with autocast(config.precision, device): logits = net(x.contiguous(memory_format=torch.channels_last))
             y = labels[b]
             loss = F.cross_entropy(logits.float(), y) if weights is None else (F.cross_entropy(logits.float(), y, reduction='none') * weights[y]).mean()

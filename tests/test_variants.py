@@ -79,7 +79,7 @@ def test_a_head_from_centroids_knows_its_clusters(arch, relu):
     before = {n: t.clone() for n,t in net.state_dict().items()}
     training.new_head(net, optimizers(net, c), clustering, pca, c, 1)
     assert {n[:9] for n in same(net.state_dict(), before)} == {'top_layer'}
-    with torch.no_grad(): logits = net.eval()(training.normalize(center_crop(images.batch(torch.arange(120)), c.size)))
+    with torch.no_grad(): logits = net.eval()(normalize(center_crop(images.batch(torch.arange(120)), c.size)))
     right = float((logits.argmax(1) == clustering.assign).float().mean())
     assert right > (.95 if relu or arch == 'resnet18' else .6)                               # exact where the head sees what was clustered
 
