@@ -31,10 +31,11 @@ def resize_weights(start:Tensor, length:Tensor, # (B,) as for `triangles`
                   )->Tensor:      # (B, n_out, most of n_in), rows sum to 1
     "The antialiased triangle filter as a matrix: row j averages the pixels around output pixel j, as Pillow does."
     centre, reach = triangles(start, length, n_out, flip)
-    n_in  = torch.as_tensor(n_in, device=start.device).view(-1, 1, 1)
+    n_in  = torch.as_tensor(n_in).view(-1, 1, 1)                        # on the CPU: a GPU need not be waited for
     pixel = torch.arange(int(n_in.max()), device=start.device)
     w = (pixel + .5 - centre[..., None]).abs_().div_(reach[..., None])
-    w = (1 - w).clamp_min_(0) * (pixel < n_in)
+    w = (1 - w).clamp_min_(0)
+    if n_in.numel() > 1: w = w * (pixel < n_in.to(start.device))
     return w.div_(w.sum(-1, keepdim=True))
 
 # %% ../nbs/01_augment.ipynb #865e7749
