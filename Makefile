@@ -6,10 +6,10 @@ READY  := $(VENV)/.ready
 NEED_GB := 9
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab docs readme setup
+.PHONY: help demo test lab docs readme setup browser quarto
 
 help:  ## what can be done here
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## the environment alone (the others do it by themselves)
 
@@ -38,9 +38,17 @@ test: $(READY)  ## every notebook and every test
 lab: $(READY)  ## JupyterLab on the notebooks
 	@cd nbs && jupyter lab
 
-docs: $(READY)  ## the book, with Quarto
-	@command -v quarto >/dev/null || { echo "the book is made by Quarto, which is not installed: see https://quarto.org/docs/get-started, then run make docs again"; exit 1; }
+docs: quarto $(READY)  ## the book, with Quarto
+	@touch README.md   # younger than its notebook: nbdev would have Quarto make it anew, in its own way
 	@nbdev_docs
+	@echo "== the book is in _docs: open _docs/index.html"
+
+quarto:
+	@command -v quarto >/dev/null || { echo "the book is made by Quarto, which is not installed: see https://quarto.org/docs/get-started (or pip install quarto-cli), then run make docs again"; exit 1; }
+
+browser: $(READY)  ## chapter 05 in JupyterLab and a run's report, in a real browser
+	@python -c 'import playwright' 2>/dev/null || python -m pip install --disable-pip-version-check -q 'playwright>=1.49,<2'
+	@python tests/browser.py --out runs/browser
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	@jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README nbs/index.ipynb

@@ -347,7 +347,7 @@ def pack_folder(src,                    # an ImageFolder tree, or a list of imag
                 workers:int=None,       # processes; as many as there are cores where not given
                 echo=print,             # called with a line at the start and the end; None: silence, no progress bar
                )->PackedImages:
-    "Decode every image once into one file that `PackedImages.load` maps. Goes on where it was stopped, to the same bytes."
+    "Decode every image once into one file that `PackedImages` can map. Goes on where it was stopped, to the same bytes."
     recipe, out, say = Recipe(max_side, short_side, size, grey, center, upright), Path(out), echo or (lambda line: None)
     if workers is None: workers = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     if workers < 0: raise ValueError(f"workers: expected 0 or more, got {workers}")
