@@ -1,5 +1,5 @@
 "The command, papermill, and the folder that they leave."
-import json, os, signal, subprocess, sys, time
+import json, os, re, signal, subprocess, sys, time
 import numpy as np, pytest
 from PIL import Image
 from deepcluster_nb.experiments import experiments_folder, main, parse_pair
@@ -15,9 +15,12 @@ def table_and_folder(out, where):
     m = json.loads((where/'metrics.json').read_text())
     assert list(m['probes']['random']) == list(m['probes']['deepcluster']) == [f'conv{i}' for i in range(1, 6)]
     assert all(0 <= v <= 100 for net in m['probes'].values() for v in net.values()) and set(m['knn']) == {'random', 'random_calibrated', 'deepcluster'}
-    assert {p.name for p in (where/'figures').iterdir()} == {'curves.png', 'clusters.png', 'probes.png'}
+    assert {p.name for p in (where/'figures').iterdir()} == {'curves.png', 'clusters_before.png', 'clusters.png', 'neighbours_before.png', 'neighbours.png', 'probes.png'}
     html = (where/'report.html').read_text()
-    assert html.count('<img') >= 3 and 'What to make of it' in html
+    assert html.count('<img') == 6 and m['verdict'] and all(line in html and line in out for line in m['verdict']) and 'The answer comes here' not in html
+    assert '<title>DeepCluster, start to finish</title>' in html and 'cluster_montage(' not in html
+    code = [c for c in json.loads((where/'notebook.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
+    assert all(c['metadata']['jupyter']['source_hidden'] for c in code)                                  # the notebook is a report too
 
 def test_command_runs_and_can_be_repeated(tmp_path, capsys):
     where = tmp_path/'run'
@@ -56,6 +59,30 @@ def test_list(capsys):
     out = capsys.readouterr().out
     assert all(word in out for word in ('train', 'digits', 'cifar10_small', 'cifar10', 'imagenet_alexnet', 'imagenet_vgg16', 'imagenet_resnet50', 'weight_decay'))
 
+def test_list_of_one_experiment(capsys):
+    assert main(['list', 'voc']) == 0
+    out = capsys.readouterr().out
+    assert 'voc_small' in out and 'train_bn' in out and 'imagenet_alexnet' not in out and 'checkpoint_minutes' not in out
+    assert main(['list', 'train']) == 0 and 'imagenet_alexnet' in (out := capsys.readouterr().out) and 'voc_small' not in out
+    assert main(['list', 'trane']) == 2 and "got 'trane'" in capsys.readouterr().err
+
+@pytest.mark.parametrize('notebook', sorted(experiments_folder().glob('*.ipynb')), ids=lambda p: p.stem)
+def test_every_parameter_says_what_it_is(notebook):
+    from papermill import inspect_notebook
+    found = inspect_notebook(str(notebook)).values()
+    assert 1 < len(found) and [p['name'] for p in found if len(p['help']) < 5 or p['inferred_type_name'] not in ('str', 'int', 'float', 'bool', 'list')] == []
+
+def test_papermills_own_help(tmp_path):
+    out = subprocess.run(['papermill', '--help-notebook', str(experiments_folder()/'train.ipynb')], capture_output=True, text=True).stdout
+    assert re.search(r"k: int \(default 100\) +clusters\n", out) and re.search(r"min_scale: float \(default 0.2\)\n +smallest share", out)
+
+@pytest.mark.parametrize('command', ['list', 'run', 'estimate', 'predict', 'watch'])
+def test_every_argument_of_the_command_says_what_it_is(command, capsys):
+    with pytest.raises(SystemExit): main([command, '--help'])
+    lines = capsys.readouterr().out.splitlines()
+    named = [(l, after) for l,after in zip(lines, lines[1:] + ['']) if re.match(r'  \S', l)]
+    assert len(named) > 1 and [l for l,after in named if not re.search(r'\S  +\S', l) and not after.startswith(' '*20)] == []       # the text stands behind, or on the next line
+
 @pytest.mark.parametrize('args, message', [
     (['trane'], "experiment: expected one of .*train.*'trane'"), (['train', '--preset', 'mnist'], "preset: expected one of .*digits.*'mnist'"),
     (['train', '-p', 'clusters=3'], "parameter: expected one of .*'clusters'"), (['train', '-p', 'k'], "-p: expected key=value, got 'k'"),
@@ -65,7 +92,6 @@ def test_list(capsys):
     (['train', '-p', 'dataset=folder', '-p', 'root=/no/such/place'], "root: no folder '/no/such/place'"),
 ])
 def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path, capsys, args, message):
-    import re
     assert main(['run', *args, '--out', str(tmp_path/'run')]) != 0
     err = capsys.readouterr().err.strip()
     assert re.search(message, err) and len(err.splitlines()) == 1

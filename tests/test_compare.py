@@ -1,0 +1,97 @@
+"Several runs in one notebook: what differs, seeds, published numbers, and runs that are not finished."
+import json, re, shutil, statistics
+from dataclasses import asdict
+from pathlib import Path
+import pytest, yaml
+from deepcluster_nb.data import load_images
+from deepcluster_nb.experiments import find_runs, main, run_params
+from deepcluster_nb.runs import RunFolder
+from deepcluster_nb.training import Config, fit
+
+LAYERS = [f'conv{i}' for i in range(1, 6)]
+SMALL = dict(dataset='digits', n_images=60, n_test=40, k=5, pca=8, epochs=2, passes=1, batch_size=30, device='cpu', threads=1)
+
+def measured(path, level, **more): # metrics.json with this mean of the probes over random's 50
+    probes = dict(random={l: 50. for l in LAYERS}, random_calibrated={l: 49. for l in LAYERS}, deepcluster={l: level + i - 2 for i,l in enumerate(LAYERS)})
+    metrics = dict(n_images=60, classes=10, probes=probes, knn=dict(random=30., random_calibrated=35., deepcluster=level - 10), seconds=dict(probes=3., total=9.)) | more
+    (Path(path)/'metrics.json').write_text(json.dumps(metrics))
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory): # three that are finished, and one that was stopped
+    top = tmp_path_factory.mktemp('runs')
+    images = load_images('digits', n_images=60)
+    for name,change,level in (('seed0', {}, 60.), ('seed1', dict(seed=1), 61.), ('ten', dict(k=6), 66.)):
+        fit(Config(**SMALL | change, run_dir=str(top/name)), images, echo=None)
+        measured(top/name, level)
+    shutil.copytree(top/'seed0', top/'stopped')
+    params = yaml.safe_load((top/'stopped'/'params.yaml').read_text())
+    (top/'stopped'/'params.yaml').write_text(yaml.safe_dump(params | dict(lr=.01)))
+    for name in ('metrics.json', 'clusters.csv', 'assignments/epoch_002.npy'): (top/'stopped'/name).unlink()
+    log = (top/'stopped'/'log.jsonl').read_text().splitlines()
+    (top/'stopped'/'log.jsonl').write_text(log[0] + '\n')
+    (top/'another').mkdir(); (top/'another'/'params.yaml').write_text('protocol: paper\n')
+    return top
+
+def everything(where): # what the notebook shows, as text
+    cells = json.loads((where/'notebook.ipynb').read_text())['cells']
+    outputs = [o for c in cells if c['cell_type'] == 'code' for o in c['outputs']]
+    return '\n'.join(''.join(o.get('data', {}).get('text/markdown', '')) for o in outputs), outputs
+
+def test_runs_side_by_side(runs, tmp_path, capsys):
+    before = {p: p.read_bytes() for p in runs.rglob('*') if p.is_file() and p.name != 'lock'}
+    assert main(['run', 'compare', '-p', f'runs={runs}/*', '-p', 'n_images=0', '-p', 'most=4', '--out', str(tmp_path/'out')]) == 0
+    out, (text, outputs) = capsys.readouterr().out, everything(tmp_path/'out')
+    assert before == {p: p.read_bytes() for p in runs.rglob('*') if p.is_file() and p.name != 'lock'}
+    m = json.loads((tmp_path/'out'/'metrics.json').read_text())
+    assert set(m['runs']) == {'seed0', 'seed1', 'ten', 'stopped'} and m['runs']['stopped']['state'] == 'stopped' and m['runs']['ten']['settings'] == dict(k=6, lr=.05, seed=0)
+    (means,) = m['means'].values()
+    both = means['k = 5, lr = 0.05']['conv3']
+    assert both == dict(mean=60.5, std=pytest.approx(statistics.stdev([60., 61.])), n=2) and means['k = 6, lr = 0.05']['conv3'] == dict(mean=66., std=None, n=1) and means['random']['kNN']['n'] == 2
+    assert '60.5 ± 0.7' in text and 'ours, 2 seeds' in text and 'ours, one seed' in text
+    verdict = ' '.join(m['verdict'])
+    assert '4 runs, 3 finished; stopped is stopped after 1 of 2 epochs' in verdict and 'k = 6, lr = 0.05 leads with 66.0 %, +16.0 points' in verdict
+    assert 'differ by 0.7 points' in verdict and '5.5 behind: more than twice that' in verdict and verdict in text and all(line in out for line in m['verdict'])
+    assert 'not running: it was stopped after 1 of 2 epochs' in text and 'published' not in text
+    figures = {p.name for p in (tmp_path/'out'/'figures').iterdir()}
+    assert figures == {'curves.png', 'probes.png'} | {f'clusters_{i}_{when}.png' for i in range(4) for when in ('before', 'after')}
+    html = (tmp_path/'out'/'report.html').read_text()
+    assert html.count('<img') == 10 and '<title>Runs side by side</title>' in html and 'def curves' not in html
+
+def test_luck_and_losses_are_called_that(runs, tmp_path):
+    for name,seed,level in (('a', 0, 60.), ('b', 1, 63.)): shutil.copytree(runs/f'seed{seed}', tmp_path/name); measured(tmp_path/name, level)
+    shutil.copytree(runs/'ten', tmp_path/'c'); measured(tmp_path/'c', 62.)
+    rows = [json.loads(l) for l in (tmp_path/'c'/'log.jsonl').read_text().splitlines()]
+    (tmp_path/'c'/'log.jsonl').write_text(''.join(json.dumps(r | dict(loss=r['ln_k'])) + '\n' for r in rows))
+    assert main(['run', 'compare', '-p', f'runs={tmp_path}/a {tmp_path}/b {tmp_path}/c', '-p', 'most=0', '--out', str(tmp_path/'out')]) == 0
+    verdict = ' '.join(json.loads((tmp_path/'out'/'metrics.json').read_text())['verdict'])
+    assert 'k = 6 leads with 62.0' in verdict and '0.5 behind: not more than twice that, so it may be luck' in verdict and 'stayed near ln k in c' in verdict
+
+def test_published_numbers_stand_beside_the_papers_network(tmp_path):
+    c = Config(dataset='packed', root=str(tmp_path/'gone'), size=224, arch='alexnet', k=10_000, pca=256, epochs=500, passes=1, batch_size=256, dropout=.5)
+    folder = RunFolder(tmp_path/'paper', asdict(c))
+    measured(folder.path, 38., n_images=1_281_167, classes=1000)
+    assert main(['run', 'compare', '-p', f'runs={folder.path}', '--out', str(tmp_path/'out')]) == 0
+    text, _ = everything(tmp_path/'out')
+    row = next(l for l in text.splitlines() if 'ECCV' in l)
+    assert [c.strip() for c in row.split('|')[2:8]] == ['13.4', '32.3', '41.0', '39.6', '38.2', '26.8'] and 'third parties' in row       # FACTS: printed by others
+    assert 'no clusters yet' in text and 'one seed' in text
+
+@pytest.mark.parametrize('given, message', [('{0}/nothing', 'no run in .*nothing'), ('{0}/seed0 {0}/another', 'another experiment than train'), ('{0}/no*', "no run of train at .*no\\*'")])
+def test_a_folder_that_is_no_run(runs, tmp_path, capsys, given, message):
+    assert main(['run', 'compare', '-p', 'runs=' + given.format(runs), '--out', str(tmp_path/'out')]) == 2
+    err = capsys.readouterr().err.strip()
+    assert re.search(message, err) and len(err.splitlines()) == 1 and not (tmp_path/'out').exists()
+
+def test_finding_runs(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    assert [p.name for p in find_runs('seed? seed0')] == ['seed0', 'seed1'] and find_runs('') == []
+    assert {p.name for p in find_runs('*')} == {'seed0', 'seed1', 'ten', 'stopped'}            # `another` is left out
+    spaced = runs/'with a space'
+    shutil.copytree(runs/'seed0', spaced)
+    try: assert find_runs(str(spaced)) == [spaced]
+    finally: shutil.rmtree(spaced)
+
+def test_a_run_from_before_a_setting_came(tmp_path):
+    old = {k: v for k,v in asdict(Config()).items() if k not in ('relu', 'head')}
+    (tmp_path/'params.yaml').write_text(yaml.safe_dump(old | dict(k=7)))
+    assert run_params(tmp_path) == asdict(Config(k=7))
