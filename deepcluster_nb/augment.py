@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['triangles', 'resize_weights', 'crop_batch', 'resize_taps', 'weigh_rows', 'crop_taps', 'both_ways', 'image_sizes',
-           'framed', 'check_crops', 'cut_windows', 'resample', 'crop_boxes', 'random_resized_crop', 'central_square',
-           'center_crop', 'ten_crop']
+           'framed', 'check_crops', 'cut_windows', 'resample', 'check_ranges', 'crop_boxes', 'random_resized_crop',
+           'central_square', 'center_crop', 'ten_crop']
 
 # %% ../nbs/01_augment.ipynb #182db529
 import math, torch
@@ -22,7 +22,7 @@ def triangles(start:Tensor,  # (B,) first pixel of the window, may be fractional
     "Where the filter of each output pixel lies."
     step   = (length / n_out)[:, None]                                # input pixels an output pixel
     centre = start[:, None] + (torch.arange(n_out, device=start.device) + .5) * step
-    if flip is not None: centre = torch.where(flip[:, None], centre.flip(1), centre)
+    if flip is not None: centre = torch.where(flip[:, None].to(centre.device), centre.flip(1), centre)
     return centre, step.clamp_min(1)
 
 def resize_weights(start:Tensor, length:Tensor, # (B,) as for `triangles`
@@ -34,8 +34,7 @@ def resize_weights(start:Tensor, length:Tensor, # (B,) as for `triangles`
     n_in  = torch.as_tensor(n_in).view(-1, 1, 1)                        # on the CPU: a GPU need not be waited for
     pixel = torch.arange(int(n_in.max()), device=start.device)
     w = (pixel + .5 - centre[..., None]).abs_().div_(reach[..., None])
-    w = (1 - w).clamp_min_(0)
-    if n_in.numel() > 1: w = w * (pixel < n_in.to(start.device))
+    w = (1 - w).clamp_min_(0) * (pixel < n_in.to(start.device))
     return w.div_(w.sum(-1, keepdim=True))
 
 # %% ../nbs/01_augment.ipynb #865e7749
@@ -47,7 +46,6 @@ def crop_batch(images:Tensor, # (B, C, H, W)
               )->Tensor:      # (B, C, size, size) float32
     "Crop, resize and flip: `Wy @ image @ Wx.T`."
     left, top, width, height = boxes.to(images.device, torch.float32).unbind(1)
-    if flip is not None: flip = flip.to(images.device)
     h, w = images.shape[2:] if sizes is None else sizes.unbind(1)
     wy, wx = resize_weights(top, height, h, size), resize_weights(left, width, w, size, flip)
     return torch.stack([wy @ c @ wx.mT for c in images.float().unbind(1)], 1)
@@ -92,8 +90,10 @@ def image_sizes(images)->Tensor: # (B, 2) height and width
     if isinstance(images, list): return torch.tensor([im.shape[-2:] for im in images])
     return torch.tensor(images.shape[-2:]).expand(len(images), 2)
 
-def framed(images:list)->Tensor: # (C, H, W) each → (B, C, most H, most W), zeros beyond
+# %% ../nbs/01_augment.ipynb #a47363f4
+def framed(images)->Tensor: # list of (C, H, W) → (B, C, most H, most W), zeros beyond; a batch stays as it is
     "Images of different sizes in the corner of one frame."
+    if not isinstance(images, list): return images
     h, w = image_sizes(images).amax(0).tolist()
     out = images[0].new_zeros(len(images), len(images[0]), h, w)
     for o,im in zip(out, images): o[:, :im.shape[1], :im.shape[2]] = im
@@ -132,13 +132,18 @@ def resample(images,           # (B, C, H, W) uint8 or float, or a list of (C, H
             )->Tensor:         # (B, C, size, size) float32 on the images' scale
     "Crop, resize and flip a batch, or a list of images of any sizes."
     check_crops(images, boxes, size, flip)
-    boxes = boxes.float()
-    listed = isinstance(images, list)
-    if listed: images, boxes = cut_windows(images, boxes, size)
+    images, boxes = cut_windows(images, boxes.float(), size) if isinstance(images, list) else (images, boxes.float())
     if images[0].device.type == 'cpu': return crop_taps(images, boxes, size, flip)
-    return crop_batch(framed(images), boxes, size, flip, image_sizes(images)) if listed else crop_batch(images, boxes, size, flip)
+    return crop_batch(framed(images), boxes, size, flip, image_sizes(images))
 
 # %% ../nbs/01_augment.ipynb #af3a0624
+def check_ranges(sizes, scale, ratio):
+    "Bad input to `crop_boxes` is an error with its name on it."
+    if sizes.shape[1:] != (2,): raise ValueError(f"sizes: expected (B, 2), height and width, got {tuple(sizes.shape)}")
+    if not 0 < scale[0] <= scale[1] <= 1: raise ValueError(f"scale: expected 0 < low <= high <= 1, got {scale}")
+    if not 0 < ratio[0] <= ratio[1]: raise ValueError(f"ratio: expected 0 < low <= high, got {ratio}")
+
+# %% ../nbs/01_augment.ipynb #fb250b09
 def crop_boxes(sizes:Tensor,      # (B, 2) height and width of each image, pixels
                generator,         # where the draws come from
                scale=(.08, 1.),   # share of the image's area
@@ -146,9 +151,7 @@ def crop_boxes(sizes:Tensor,      # (B, 2) height and width of each image, pixel
                tries:int=10,      # draws before the central fallback
               )->Tensor:          # (B, 4) left, top, width, height, whole pixels
     "Random resized crops as torchvision draws them, for a whole batch."
-    if sizes.shape[1:] != (2,): raise ValueError(f"sizes: expected (B, 2), height and width, got {tuple(sizes.shape)}")
-    if not 0 < scale[0] <= scale[1] <= 1: raise ValueError(f"scale: expected 0 < low <= high <= 1, got {scale}")
-    if not 0 < ratio[0] <= ratio[1]: raise ValueError(f"ratio: expected 0 < low <= high, got {ratio}")
+    check_ranges(sizes, scale, ratio)
     H, W = sizes.float()[..., None].unbind(1)
     u = torch.rand(4, len(sizes), tries, generator=generator)
     area = H * W * (scale[0] + (scale[1] - scale[0]) * u[0])
