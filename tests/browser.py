@@ -27,6 +27,8 @@ def jupyterlab(folder, home):
                JUPYTERLAB_SETTINGS_DIR=f'{home}/settings', JUPYTERLAB_WORKSPACES_DIR=f'{home}/workspaces', PYTHONPATH=str(folder.parent))
     command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', f'--ServerApp.port={port}', '--ServerApp.port_retries=0', '--IdentityProvider.token=', f'--ServerApp.root_dir={folder}']
     with open(home/'server.log', 'w') as log: server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    quiet = home/'settings'/'@jupyterlab'/'apputils-extension'; quiet.mkdir(parents=True)
+    (quiet/'notification.jupyterlab-settings').write_text('{"fetchNews": "false", "checkForUpdates": false}')
     url = f'http://127.0.0.1:{port}'
     try:
         for _ in range(240):
@@ -56,7 +58,7 @@ def run_chapter(b, name, out, minutes):
             page = b.new_page(viewport=dict(width=1280, height=1000))
             page.goto(f'{url}/lab/tree/{name}.ipynb?reset', timeout=120_000)
             page.wait_for_selector('.jp-Notebook .jp-CodeCell', timeout=120_000)
-            page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', state='attached', timeout=120_000)
+            page.get_by_text(re.compile(r'\| Idle$')).wait_for(timeout=120_000)              # the status bar: a kernel is there, and waits
             page.locator('.lm-MenuBar-item', has_text=re.compile('^Run$')).click()
             page.locator('li[data-command="runmenu:run-all"]').click()
             end = time.monotonic() + 60*minutes
@@ -65,7 +67,8 @@ def run_chapter(b, name, out, minutes):
                 page.wait_for_timeout(2000)
                 page.keyboard.press('Control+s')
                 page.wait_for_timeout(1000)
-                cells = code_cells(path)
+                try: cells = code_cells(path)
+                except json.JSONDecodeError: continue          # it is being written
                 if any(o['output_type'] == 'error' for c in cells for o in c['outputs']) or all(c['execution_count'] for c in cells): break
             page.locator('.jp-Notebook').first.evaluate("n => { const s = n.querySelector('.jp-WindowedPanel-outer') || n; s.scrollTop = 0 }")
             for i,at in enumerate((0, .35, .7, 1)):

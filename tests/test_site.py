@@ -4,7 +4,7 @@ import ast, json, os, re, shutil, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 import pytest, yaml
-from outputs import differences
+from outputs import MEASURED, differences
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = ConfigParser(delimiters=['='])
@@ -373,6 +373,11 @@ def picture(shade):
     (code('f()', printed('a\n'), printed('b\n')), code('f()', printed('a\nb\n')), 0), (code('f()', printed('a\n')), code('f()', printed('a\nb\n')), 1), (code('f()'), code('f()', dict(output_type='error', ename='E', evalue='')), 1),
 ])
 def test_stale_outputs_are_found(stored, fresh, n): assert len(differences([stored], [fresh])) == n
+
+def test_measured_pages_show_the_same_kinds_of_outputs():
+    stored = code('fit()', result(text_plain='[3, 4]'))
+    assert [len(differences([stored], [code('fit()', *f)], kinds_only=True)) for f in ([result(text_plain='[90, 1]')], [], [dict(output_type='error', ename='E', evalue='')])] == [0, 1, 1]
+    for name in MEASURED: assert (ROOT/'nbs'/name).exists(), name
 
 # ---------------------------------------------------------------- by hand
 
