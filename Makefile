@@ -6,10 +6,10 @@ READY  := $(VENV)/.ready
 NEED_GB := 9
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab docs readme setup
+.PHONY: help demo test lab docs exercises readme setup
 
 help:  ## what can be done here
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## the environment alone (the others do it by themselves)
 
@@ -41,6 +41,9 @@ lab: $(READY)  ## JupyterLab on the notebooks
 docs: $(READY)  ## the book, with Quarto
 	@command -v quarto >/dev/null || { echo "the book is made by Quarto, which is not installed: see https://quarto.org/docs/get-started, then run make docs again"; exit 1; }
 	@nbdev_docs
+
+exercises: $(READY)  ## notebooks of the chapters' exercises without the answers, to teach from
+	@python exercises/make.py
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	@jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README nbs/index.ipynb
