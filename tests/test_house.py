@@ -47,6 +47,18 @@ def test_stored_notebooks(path):
     text = ''.join(''.join(o.get('text', '')) for c in nb['cells'] if c['cell_type'] == 'code' for o in c['outputs'])
     assert 'it/s]' not in text and 'Warning' not in text, 'progress bars or warnings in the stored outputs'
 
+GUIDES = ['how_to_read', 'glossary', '21_own_images', '22_not_learning', '23_cost']     # pages beside the chapters: they lead to them and define nothing
+
+@pytest.mark.parametrize('name', GUIDES)
+def test_guides_define_nothing_and_lead_to_the_chapters(name):
+    cells = json.loads((ROOT/'nbs'/f'{name}.ipynb').read_text())['cells']
+    text, code = ('\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == kind) for kind in ('markdown', 'code'))
+    assert re.match(r'# .+\n> .+\.\n', text) and not re.search(r'^#\| *(default_exp|exports?)\b', code, re.M)
+    files = {l.split('#')[0] for l in re.findall(r'\]\(([^)\s]+)\)', text) if not l.startswith(('http', '#'))}
+    assert len(files) >= 5 and all((ROOT/'nbs'/f).is_file() for f in files)
+    drawn = [''.join(c['source']) for c in cells if any('image/png' in o.get('data', {}) for o in c.get('outputs', []))]
+    assert all(re.search(r'^#\| fig-cap: ".+"$', s, re.M) and re.search(r'^#\| fig-alt: ".+"$', s, re.M) for s in drawn)
+
 def test_train_takes_the_names_of_config():
     from dataclasses import asdict
     from deepcluster_nb.experiments import experiments_folder, parameters
