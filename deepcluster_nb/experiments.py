@@ -134,11 +134,16 @@ class Watcher(threading.Thread):
 PAGE = '<style>body {max-width: 64rem; margin: auto !important; padding: 1rem} .jp-RenderedImage img {max-width: 100%; height: auto} summary {cursor: pointer}</style>'
 
 def write_report(notebook:Path, html:Path):
-    "The executed notebook as one HTML page, without its code."
+    "The executed notebook as one HTML page, without its code; figures with their captions."
     import nbformat
     from nbconvert import HTMLExporter
     nb = nbformat.read(notebook, 4)
     title = next((m[1] for c in nb.cells if c.cell_type == 'markdown' and (m := re.match('# (.*)', c.source))), notebook.stem)
+    for c in nb.cells:
+        says = dict(re.findall('^#\\| fig-(cap|alt): "(.*)"', c.source, re.M))
+        figures = [o for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
+        for o in figures: o.metadata['alt'] = says.get('alt', '')
+        if figures and 'cap' in says: c.outputs.append(nbformat.v4.new_output('display_data', {'text/markdown': f"*{says['cap']}*"}))
     body, _ = HTMLExporter(exclude_input=True, exclude_output_prompt=True, exclude_input_prompt=True).from_notebook_node(nb, dict(metadata=dict(name=title)))
     html.write_text(body.replace('</head>', PAGE + '</head>', 1), encoding='utf-8')
 
