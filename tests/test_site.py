@@ -107,7 +107,7 @@ def bare_figures(page):
 def debris(page):
     "Errors, warnings and the remains of progress bars."
     found = [f"{c.get('id', '?')}: {o.get('ename')}" for c in page.cells for o in c.get('outputs', []) if o['output_type'] == 'error' or o.get('name') == 'stderr']
-    return found + [f"{c.get('id', '?')}: {m[0]!r}" for c in page.cells if (m := re.search(r'\r|\x1b\[|[█▏▎▍▌▋▊▉]|\dit/s\b|\ds/it\b|\w*Warning:', streams(c)))]
+    return found + [f"{c.get('id', '?')}: {m[0]!r}" for c in page.cells if (m := re.search(r'\r|\x1b\[|%\|[█▏▎▍▌▋▊▉ ]*\||\dit/s\b|\ds/it\b|\w*Warning:', streams(c)))]
 
 def not_run(page):
     "Outputs that can't be those of the code above them. Whether they are is found out by running it: see tests/outputs.py."
@@ -119,7 +119,7 @@ def not_run(page):
         result = any(o['output_type'] == 'execute_result' for o in c['outputs'])
         shows = isinstance(last, ast.Expr) and not code.rstrip().endswith(';')
         if shows and not result and isinstance(last.value, (ast.Tuple, ast.List, ast.Dict, ast.BinOp, ast.Compare, ast.JoinedStr)): found.append(f"{c.get('id', '?')}: never run")
-        if result and not shows: found.append(f"{c.get('id', '?')}: a result that nothing in it gives")
+        if result and not shows and 'display(' not in code: found.append(f"{c.get('id', '?')}: a result that nothing in it gives")
         if 'plt.show()' in code and not outputs(c, 'image/'): found.append(f"{c.get('id', '?')}: a figure that is not there")
     return found
 
