@@ -55,7 +55,7 @@ def test_guides_define_nothing_and_lead_to_the_chapters(name):
     text, code = ('\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == kind) for kind in ('markdown', 'code'))
     assert re.match(r'# .+\n> .+\.\n', text) and not re.search(r'^#\| *(default_exp|exports?)\b', code, re.M)
     files = {l.split('#')[0] for l in re.findall(r'\]\(([^)\s]+)\)', text) if not l.startswith(('http', '#'))}
-    assert len(files) >= 5 and all((ROOT/'nbs'/f).is_file() for f in files)
+    assert len(files) >= 4 and all((ROOT/'nbs'/f).is_file() for f in files)
     drawn = [''.join(c['source']) for c in cells if any('image/png' in o.get('data', {}) for o in c.get('outputs', []))]
     assert all(re.search(r'^#\| fig-cap: ".+"$', s, re.M) and re.search(r'^#\| fig-alt: ".+"$', s, re.M) for s in drawn)
 
