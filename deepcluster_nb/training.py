@@ -44,7 +44,7 @@ class Config:
     pca:int = 128                  # dimensions that are clustered
     relu:bool = False              # cluster features after the last ReLU, not before
     calibrate:bool = False         # batch norm gets the statistics of the images before the first clustering
-    epochs:int = 10                # reassignments
+    epochs:int = 10                # reassignments: a clustering and the training after it
     passes:int = 4                 # training passes over the images for each reassignment
     batch_size:int = 128
     lr:float = .05
