@@ -197,7 +197,8 @@ def summary(run_dir:Path)->str: # the table that ends a run
     gain, titles = 'deepcluster' in names, dict(random='random', supervised='labels', deepcluster='DeepCluster')
     lines = [f"{'accuracy, %':22}{'random':>8}" + ''.join(f'{titles[n]:>13}' for n in names[1:]) + (f"{'gain':>8}" if gain else '')] if rows else []
     lines += [f"{name:22}{v[0]:8.1f}" + ''.join(f'{x:13.1f}' for x in v[1:]) + (f"{v[-1]-v[0]:+8.1f}" if gain else '') for name,*v in rows]
-    return '\n'.join(lines + [*m.get('verdict', []), f"seconds in all: {m['seconds']['total']:.0f}"])
+    lines += [*m.get('verdict', []), *([f"seconds in all: {m['seconds']['total']:.0f}"] if 'seconds' in m else [])]
+    return '\n'.join(lines)
 
 # %% ../nbs/20_experiments.ipynb #2c9178dc
 @dataclass

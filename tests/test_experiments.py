@@ -2,7 +2,7 @@
 import json, os, re, signal, subprocess, sys, time
 import numpy as np, pytest
 from PIL import Image
-from deepcluster_nb.experiments import experiments_folder, main, parse_pair
+from deepcluster_nb.experiments import experiments_folder, main, parse_pair, summary
 from deepcluster_nb.runs import Guard, RunFolder, held_by
 from survive import sha256
 
@@ -141,3 +141,7 @@ def test_a_run_in_use_is_refused_at_once(tmp_path, capsys):
     with Guard(RunFolder(where, {})).held():
         assert main(['run', 'train', '--out', str(where), *SAVING]) == 2
     assert f'is in use by process {os.getpid()}' in capsys.readouterr().err and not (where/'notebook.ipynb').exists()
+
+def test_what_measures_no_seconds_has_a_summary(tmp_path): # `speed`, for one
+    (tmp_path/'metrics.json').write_text('{"speed": {}}')
+    assert summary(tmp_path) == ''
