@@ -2,8 +2,10 @@
 `make docs` runs with a stand-in, so nbdev processes the notebooks as for the real one, and the processed ones are read. `python tests/test_site.py` prints the pages with their reading times, and every figure."""
 import ast, json, os, re, shutil, subprocess, sys
 from configparser import ConfigParser
+from dataclasses import replace
 from pathlib import Path
 import pytest, yaml
+from PIL import Image
 from outputs import MEASURED, differences
 
 ROOT = Path(__file__).parent.parent
@@ -261,13 +263,28 @@ def test_only_keys_that_quarto_knows(): assert unknown_keys(QUARTO) == []
 def test_files_that_the_site_uses_are_there(built): assert missing_files(QUARTO, built[0]/'_proc') == []
 def test_the_paper_at_the_foot_of_every_page_is_in_the_bibliography(): assert re.findall(r'@(\w+)', QUARTO['nocite']) == cited(ROOT/'nbs')
 
-def test_home_page_pictures_are_drawn_from_its_table():
+def script(name): # one of images/
     import importlib.util
-    spec = importlib.util.spec_from_file_location('draw', ROOT/'images'/'draw.py')
-    draw = importlib.util.module_from_spec(spec); spec.loader.exec_module(draw)
-    for name, svg in draw.pictures().items():
+    spec = importlib.util.spec_from_file_location(name, ROOT/'images'/f'{name}.py')
+    spec.loader.exec_module(found := importlib.util.module_from_spec(spec))
+    return found
+
+def test_home_page_pictures_are_drawn_from_its_table():
+    for name, svg in script('draw').pictures().items():
         assert (ROOT/'images'/name).read_text() == svg, 'run python images/draw.py'
         assert (ROOT/'nbs'/'images'/name).resolve() == ROOT/'images'/name                # the site and README.md show one file
+
+def test_a_picture_grows_through_the_chapters(tmp_path):
+    story = script('story')
+    story.main(tmp_path, story.pieces(48), replace(story.CONFIG, k=3, pca=8, epochs=1, passes=1))
+    drawn, before = sorted(tmp_path.iterdir()), 0
+    assert [p.name for p in drawn] == sorted(p.name for p in (ROOT/'images').glob('story_*.png'))
+    for p in drawn:
+        stored = Image.open(ROOT/'images'/p.name)
+        assert Image.open(p).size == stored.size and stored.height > before              # a row more than in the chapter before
+        before = stored.height
+        (page,) = [STORED[n] for n in STORED if n.startswith(p.stem[-2:] + '_')]
+        assert [t for t in targets(page) if 'story_' in t] == [f'images/{p.name}']
 
 def test_readme_shows_what_is_there(): # on GitHub, where paths start at the root
     readme = Page('README.md', [dict(cell_type='markdown', source=(ROOT/'README.md').read_text())])
@@ -394,4 +411,4 @@ if __name__ == '__main__':
     print(f'\ntogether {sum(minutes(STORED[n]) for n in order):.0f} minutes, at 200 words and 20 lines of code a minute\n\nfigures: page, cell, caption')
     for n in order:
         for c in STORED[n].figures(): print(n, c['id'], option(c, 'fig-cap') or '-', sep='  ')
-    print('index.ipynb  images/draw.py  pipeline.svg, gains.svg')
+    print('index.ipynb  images/draw.py  pipeline.svg, gains.svg\n00 to 10    images/story.py  story_00.png to story_10.png')
