@@ -65,7 +65,7 @@ def kept_bytes(forward, # a batch → anything with a graph
     def kept(x):
         seen = {}
         def note(t): seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(); return t
-        with saved_tensors_hooks(note, lambda t: t): out = forward(x)
+        with saved_tensors_hooks(note, lambda t: t): forward(x)
         return sum(seen.values())
     return (kept(x.clone()) - kept(x[:len(x)//2].clone())) / (len(x) - len(x)//2)
 

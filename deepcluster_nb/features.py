@@ -14,9 +14,8 @@ from itertools import pairwise
 import numpy as np, torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
-from .augment import center_crop
 from .data import PackedImages
-from .sobel import network_input
+from .model import center_input
 
 # %% ../nbs/04_features.ipynb #3695120a
 def has_bfloat16(device)->bool: # in hardware
@@ -96,7 +95,7 @@ def feature_batches(net,                    # with an `embed` method: (B, 3, H, 
     if images.center is not None and images.center.size[-1] == size: images = images.center   # exact central crops, packed beside the images
     net = fold_batchnorm(net.eval())
     for idx,x in fetch_ahead(images, torch.arange(len(images)).split(batch_size), device):
-        x = network_input(x, lambda im: center_crop(im, size), net.sobel is not None)
+        x = center_input(net, x, size)
         with autocast(precision, device): f = net.embed(x.contiguous(memory_format=torch.channels_last))
         yield f
         if progress: progress(int(idx[-1]) + 1, len(images))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'SIZES', 'conv_stack', 'alexnet', 'alexnet_small', 'vgg16', 'resnet', 'DeepClusterNet', 'init_weights',
-           'convnet', 'reset_top_layer', 'calibrate_bn']
+           'convnet', 'reset_top_layer', 'center_input', 'calibrate_bn']
 
 # %% ../nbs/03_model.ipynb #c13c612c
 import math, torch
@@ -123,6 +123,14 @@ def reset_top_layer(net:DeepClusterNet, g:torch.Generator, k:int=None): # k: out
     w.data.copy_(torch.empty(w.shape).normal_(0, .01, generator=g))
     nn.init.zeros_(net.top_layer.bias)
 
+# %% ../nbs/03_model.ipynb #c3e41d02
+def center_input(net:DeepClusterNet,
+                 images,             # (B, 1 or 3, H, W) uint8, or a list of (C, H, W)
+                 size:int,           # pixels of the central crop
+                )->Tensor:           # (B, 1 or 3, size, size), where the images are
+    "Central crops as this network takes them."
+    return network_input(images, lambda im: center_crop(im, size), net.sobel is not None)
+
 # %% ../nbs/03_model.ipynb #f5b56362
 def calibrate_bn(net:DeepClusterNet,
                  images,             # PackedImages
@@ -132,6 +140,6 @@ def calibrate_bn(net:DeepClusterNet,
     "Give batch norm the statistics of these images, all layers in one pass; no weight is touched."
     device = net.top_layer.weight.device
     batches = torch.arange(len(images)).split(batch_size)
-    views = (network_input(images.batch(idx), lambda im: center_crop(im, size), net.sobel is not None).to(device) for idx in batches)
+    views = (center_input(net, images.batch(idx), size).to(device) for idx in batches)
     trunk = nn.Sequential(net.features, nn.Flatten(), *[m for m in net.classifier if not isinstance(m, nn.Dropout)]).train(net.training)
     update_bn((v if net.sobel is None else net.sobel(v) for v in views), trunk)

@@ -21,7 +21,7 @@ from .clustering import nearest, repair_empty, torch_kmeans
 from .data import PackedImages, generator
 from .features import l2_normalize, to_device
 from .runs import training_curves as draw_log
-from .sobel import network_input
+from .model import center_input
 from .training import check
 
 # %% ../nbs/10_pictures.ipynb #f86e568b
@@ -218,7 +218,7 @@ def excitement(net, images:PackedImages, layer:str, size:int, batch_size:int=256
     "The mean of each map after the ReLU, for every image."
     net.eval()
     device = net.top_layer.weight.device
-    views = (network_input(to_device(images.batch(b), device), lambda im: center_crop(im, size), net.sobel is not None) for b in torch.arange(len(images)).split(batch_size))
+    views = (center_input(net, to_device(images.batch(b), device), size) for b in torch.arange(len(images)).split(batch_size))
     return torch.cat([responses(net, v, layer).relu().mean((2, 3)).float().cpu() for v in views])
 
 # %% ../nbs/10_pictures.ipynb #2dd31bc6

@@ -10,15 +10,15 @@ __all__ = ['PAPER_POOLS', 'PAPER_MAPS', 'POOLS', 'MOST_PROBED', 'conv_activation
 
 # %% ../nbs/09_probes.ipynb #b43b5df7
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .data import PackedImages, generator, load_images, pick
 from .augment import center_crop, central_square, image_sizes, random_resized_crop, resample, ten_crop
-from .sobel import network_input, normalize
-from .model import ARCHS, convnet
+from .sobel import normalize
+from .model import ARCHS, center_input, convnet
 from .features import PCA, autocast, compute_features, keep_memory, l2_normalize, to_device
 from .clustering import ami, chance_nmi, kmeans, nmi
 from .runs import load_checkpoint, save_checkpoint
@@ -66,7 +66,7 @@ def probe_features(net, images:PackedImages, size:int, batch_size:int=256, devic
     net.eval()
     out = {}
     for idx in torch.arange(len(images)).split(batch_size):
-        x = network_input(to_device(images.batch(idx), device), lambda im: center_crop(im, size), net.sobel is not None)
+        x = center_input(net, to_device(images.batch(idx), device), size)
         each = lambda name, a: pool_activation(name, a.float(), count_padding=count_padding).half().cpu()
         with autocast(precision, device): acts = conv_activations(net, x.contiguous(memory_format=torch.channels_last), each, avgpool)
         for name,a in acts.items(): out.setdefault(name, []).append(a)

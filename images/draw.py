@@ -1,5 +1,5 @@
 "The home page's two pictures, drawn from what stands on it: `python images/draw.py` after its table has changed."
-import json, re
+import json
 from pathlib import Path
 
 HERE = Path(__file__).parent

@@ -48,7 +48,6 @@ def differences(stored, fresh, kinds_only=False):
 
 def run(path, copy):
     "The cells of a notebook of the copy, freshly run and cleaned like the stored ones."
-    from execnb.nbio import read_nb
     from nbdev.clean import clean_nb
     out = copy/'fresh.ipynb'
     env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(copy)); env.pop('DEEPCLUSTER_DATA', None)        # stored outputs need no data set

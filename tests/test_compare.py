@@ -40,7 +40,7 @@ def everything(where): # what the notebook shows, as text
 def test_runs_side_by_side(runs, tmp_path, capsys):
     before = {p: p.read_bytes() for p in runs.rglob('*') if p.is_file() and p.name != 'lock'}
     assert main(['run', 'compare', '-p', f'runs={runs}/*', '-p', 'n_images=0', '-p', 'most=4', '--out', str(tmp_path/'out')]) == 0
-    out, (text, outputs) = capsys.readouterr().out, everything(tmp_path/'out')
+    out, (text, _) = capsys.readouterr().out, everything(tmp_path/'out')
     assert before == {p: p.read_bytes() for p in runs.rglob('*') if p.is_file() and p.name != 'lock'}
     m = json.loads((tmp_path/'out'/'metrics.json').read_text())
     assert set(m['runs']) == {'seed0', 'seed1', 'ten', 'stopped'} and m['runs']['stopped']['state'] == 'stopped' and m['runs']['ten']['settings'] == dict(k=6, lr=.05, seed=0)
