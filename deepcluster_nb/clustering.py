@@ -36,7 +36,7 @@ def as_points(x, k:int)->Tensor: # (N, D) float32
     x = torch.as_tensor(x)
     if x.ndim != 2: raise ValueError(f"x: expected (N, D) points, got {tuple(x.shape)}")
     if not 1 <= k <= len(x): raise ValueError(f"k: expected 1 to {len(x):,}, the number of points, got {k:,}")
-    bad = torch.cat([~(b.abs() < 1e15).all(1) for b in x.split(65536)])     # their squares must be finite too
+    bad = torch.cat([~(b.abs() < 1e15).all(1) for b in x.split(8192)])     # their squares must be finite too
     if bad.any(): raise ValueError(f"x: expected finite points, got {int(bad.sum()):,} with NaN or values of 1e15 or more, the first in row {int(bad.nonzero()[0])}")
     return x.float()
 
@@ -108,7 +108,7 @@ def nearest(x:Tensor,          # (N, D) float32
         a[rows] = cols
         doubt = torch.bincount(rows, minlength=len(b))[rows] > 1
         rows, cols = rows[doubt], cols[doubt]
-        exact = torch.cat([(b[r]*c[j]).sum(1, dtype=torch.float64) - half[j] for r,j in zip(rows.split(2**16), cols.split(2**16))])
+        exact = torch.cat([(b[r]*c[j]).sum(1, dtype=torch.float64) - half[j] for r,j in zip(rows.split(2**14), cols.split(2**14))])
         top = exact.new_full((len(b),), -torch.inf).scatter_reduce(0, rows, exact, 'amax')
         first = exact == top[rows]
         a.scatter_reduce_(0, rows[first], cols[first], 'amin', include_self=False)
@@ -173,7 +173,7 @@ def torch_kmeans(x:Tensor,             # (N, D) float32
                 )->Clustering:
     "Lloyd's algorithm in PyTorch; a repair after every update. The same bits for any number of threads and any order of the points."
     centroids, sums, objective, k = init.clone(), Sums(x, len(init)), [], len(init)
-    squares = sum(b.double().pow(2).sum().item() for b in x.split(65536))
+    squares = sum(b.double().pow(2).sum().item() for b in x.split(8192))
     for i in range(niter + 1):
         assign = nearest(x, centroids)
         (total, moved), sizes, c = sums.update(assign), torch.bincount(assign, minlength=k).float(), centroids.double()

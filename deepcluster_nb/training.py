@@ -20,7 +20,7 @@ from .data import DATASETS, PackedImages, generator, load_images
 from .augment import random_resized_crop
 from .sobel import network_input
 from .model import ARCHS, SIZES, DeepClusterNet, calibrate_bn, convnet, reset_top_layer
-from .features import HalfFeatures, PCA, autocast, feature_batches, fetch_ahead, has_bfloat16, keep_memory, l2_normalize
+from .features import HalfFeatures, PCA, autocast, feature_batches, fetch_ahead, has_bfloat16, keep_memory, l2_normalize, return_memory
 from .clustering import BACKENDS, Clustering, ami, chance_nmi, entropy, kmeans, nearest, nmi
 from .sampling import SAMPLERS, loss_weights
 from .runs import Guard, Progress, RunFolder, load_checkpoint
@@ -125,6 +125,7 @@ def cluster(net, images, config, epoch:int, progress=None, folder=None): # (Clus
     u = time.time()
     clustering = CLUSTERERS[config.clusterer](x, config, epoch).cpu()
     phases = dict(features=t - start - in_pca, pca=u - t + in_pca, kmeans=time.time() - u)
+    del x, out; return_memory()
     return clustering, pca, {name: round(s, 3) for name,s in phases.items()}
 
 # %% ../nbs/08_training.ipynb #4ba28677
