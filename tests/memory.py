@@ -36,9 +36,11 @@ def main(sizes, say=print):
             rows.append(json.loads(out))
             say(f"N = {n:,}: " + ', '.join(f"{name} {rows[-1][name]/2**20:,.0f} MiB" for name in ('start', 'clustering', 'training')), flush=True)
     a, b = rows[0], rows[-1]
-    for phase in ('start', 'clustering', 'training'):
-        say(f"{phase}: {(b[phase] - a[phase]) / (b['n'] - a['n']):,.0f} bytes an image")
+    slope = {phase: (b[phase] - a[phase]) / (b['n'] - a['n']) for phase in ('start', 'clustering', 'training')}
+    for phase, value in slope.items(): say(f"{phase}: {value:,.0f} bytes an image")
     say(f"points of k-means {4*a['points']:,}, the mapped image {a['file']//a['n']:,}, features in half precision {2*a['features']:,}, in single {4*a['features']:,}")
+    most = 2*4*a['points']                         # the points, and as much again for the mapped image, labels, paths and what a phase leaves behind
+    if max(slope.values()) > most: sys.exit(f"memory: expected at most {most:,} bytes an image, got {', '.join(f'{name} {value:,.0f}' for name, value in slope.items())}")
 
 if __name__ == '__main__':
     if sys.argv[1:2] in (['make'], ['one']): print(json.dumps(one(int(sys.argv[2]), Path(sys.argv[3]))) if sys.argv[1] == 'one' else make(int(sys.argv[2]), Path(sys.argv[3])))
