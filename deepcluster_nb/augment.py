@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['triangles', 'resize_weights', 'crop_batch', 'resize_taps', 'weigh_rows', 'crop_taps', 'both_ways', 'image_sizes',
-           'framed', 'check_crops', 'cut_windows', 'resample', 'check_ranges', 'crop_boxes', 'random_resized_crop',
-           'central_square', 'center_crop', 'ten_crop']
+           'framed', 'check_crops', 'cut_windows', 'plain_cut', 'resample', 'check_ranges', 'crop_boxes',
+           'random_resized_crop', 'central_square', 'center_crop', 'ten_crop']
 
 # %% ../nbs/01_augment.ipynb #182db529
 import math, torch
@@ -123,6 +123,13 @@ def cut_windows(images:list,  # (C, H, W) each
     cuts  = [im[:, y:y1, x:x1] for im,(x,y),(x1,y1) in zip(images, start.long().tolist(), end.long().tolist())]
     return cuts, torch.cat([boxes[:, :2] - start, boxes[:, 2:]], 1)
 
+# %% ../nbs/01_augment.ipynb #c3e41d05
+def plain_cut(images, boxes, size, flip): # (B, C, size, size) where all want the same window, of whole pixels, at its own size; else None
+    "What needs no resizing is cut out."
+    if isinstance(images, list) or flip is not None or not len(boxes) or (boxes[:, 2:] != size).any() or (boxes != boxes[:1].floor()).any(): return None
+    x, y = boxes[0, :2].int().tolist()
+    return images[..., y:y + size, x:x + size].float()
+
 # %% ../nbs/01_augment.ipynb #a7425ae3
 def resample(images,           # (B, C, H, W) uint8 or float, or a list of (C, H, W)
              boxes:Tensor,     # (B, 4) left, top, width, height in pixels, inside the image
@@ -131,9 +138,7 @@ def resample(images,           # (B, C, H, W) uint8 or float, or a list of (C, H
             )->Tensor:         # (B, C, size, size) float32 on the images' scale
     "Crop, resize and flip a batch, or a list of images of any sizes."
     check_crops(images, boxes, size, flip)
-    if flip is None and not isinstance(images, list) and (boxes[:, 2:] == size).all() and (boxes == boxes[:1].floor()).all():   # one window for all, nothing to resize
-        x, y = boxes[0, :2].int().tolist()
-        return images[..., y:y + size, x:x + size].float()
+    if (cut := plain_cut(images, boxes, size, flip)) is not None: return cut
     images, boxes = cut_windows(images, boxes.float(), size) if isinstance(images, list) else (images, boxes.float())
     if images[0].device.type == 'cpu': return crop_taps(images, boxes, size, flip)
     return crop_batch(framed(images), boxes, size, flip, image_sizes(images))

@@ -125,7 +125,6 @@ def cluster(net, images, config, epoch:int, progress=None, folder=None): # (Clus
     u = time.time()
     clustering = CLUSTERERS[config.clusterer](x, config, epoch).cpu()
     phases = dict(features=t - start - in_pca, pca=u - t + in_pca, kmeans=time.time() - u)
-    del x, out; return_memory()
     return clustering, pca, {name: round(s, 3) for name,s in phases.items()}
 
 # %% ../nbs/08_training.ipynb #4ba28677
@@ -346,6 +345,7 @@ def fit(config:Config,  # what to do
             if step == 0:                                               # not in the middle of an epoch that was stopped
                 prev = clustering
                 clustering, pca, seconds = cluster(net, images, c, epoch, lambda i,n: after('features', i, n), folder and folder.path)
+                return_memory()
                 opts = new_head(net, opts, clustering, pca, c, epoch)
                 record = dict(epoch=epoch, loss=None, ln_k=math.log(len(clustering.centroids)), seconds=dict(seconds, training=0.), objective=clustering.objective[-1],
                               **agreement(clustering, prev and prev.assign, images.labels))
