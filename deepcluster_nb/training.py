@@ -345,8 +345,7 @@ def fit(config:Config,  # what to do
             if step == 0:                                               # not in the middle of an epoch that was stopped
                 prev = clustering
                 clustering, pca, seconds = cluster(net, images, c, epoch, lambda i,n: after('features', i, n), folder and folder.path)
-                return_memory()
-                opts = new_head(net, opts, clustering, pca, c, epoch)
+                opts = new_head(net, opts, clustering, pca, c, epoch); return_memory()
                 record = dict(epoch=epoch, loss=None, ln_k=math.log(len(clustering.centroids)), seconds=dict(seconds, training=0.), objective=clustering.objective[-1],
                               **agreement(clustering, prev and prev.assign, images.labels))
                 if folder: folder.write(f'assignments/epoch_{epoch:03d}.npy', as_npy(clustering.assign))
