@@ -9,14 +9,14 @@ from deepcluster_nb.augment import random_resized_crop, resample
 from deepcluster_nb.data import PackedImages, generator
 from deepcluster_nb.features import PCA, compute_features, l2_normalize
 from deepcluster_nb.model import convnet
-from deepcluster_nb.pictures import nearest_rows
+from deepcluster_nb.pictures import STYLE, nearest_rows
 from deepcluster_nb.sampling import uniform_sample
 from deepcluster_nb.sobel import Sobel, normalize
 from deepcluster_nb.training import Config, cluster, fit, resolve
 
-HERE, STYLE = Path(__file__).parent, Path(__file__).parents[1]/'deepcluster_nb'/'deepcluster.mplstyle'
+HERE = Path(__file__).parent
 CONFIG = Config(arch='alexnet_small', size=32, k=12, pca=32, epochs=8, batch_size=64, min_scale=.3, device='cpu')
-SHOWN = range(8)                                        # of the pieces
+SHOWN = torch.arange(8)                                 # of the pieces
 
 def pieces(n=1200, side=96): # windows on both photographs, drawn by chance, in 32 × 32 pixels
     photos = [torch.from_numpy(p.copy()).permute(2, 0, 1) for p in load_sample_images().images]
@@ -26,8 +26,7 @@ def pieces(n=1200, side=96): # windows on both photographs, drawn by chance, in 
     return PackedImages(small.round().byte(), labels=which, classes=['palace', 'flower'])
 
 def rows(images, config): # (chapter, title, eight pictures or numbers of clusters)
-    i = torch.tensor(list(SHOWN))
-    x = images.batch(i)
+    i, x = SHOWN, images.batch(SHOWN)
     yield 0, 'pixels', list(x)
     views = random_resized_crop(x, 32, generator(0, 'views'), (config.min_scale, 1.))
     yield 1, 'a view', list(views.byte())
@@ -70,8 +69,8 @@ def draw(rows, path):
     Image.open(picture).convert('RGB').quantize(128).save(path, optimize=True)
 
 def main(out=HERE, images=None, config=CONFIG):
-    plt.style.use(STYLE)
     done = list(rows(images or pieces(), resolve(config)))
-    for chapter in sorted({r[0] for r in done}): draw([r for r in done if r[0] <= chapter], Path(out)/f'story_{chapter:02}.png')
+    with plt.style.context(STYLE):
+        for chapter in sorted({r[0] for r in done}): draw([r for r in done if r[0] <= chapter], Path(out)/f'story_{chapter:02}.png')
 
 if __name__ == '__main__': main()
