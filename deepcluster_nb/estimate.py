@@ -219,7 +219,7 @@ class Estimate:
     def disk(self)->dict: # what → bytes
         f = self.facts
         images = {'packed images': f['n']*f['image_bytes']} if self.config.dataset == 'packed' else {}
-        return images | {'two checkpoints and the reserve': 3*f['checkpoint'], 'features in half precision': 2*f['n']*f['dim'], 'assignments': 4*f['n']*(self.config.epochs + 1)}
+        return images | {'three checkpoints and the reserve': 4*f['checkpoint'], 'features in half precision': 2*f['n']*f['dim'], 'assignments': 4*f['n']*(self.config.epochs + 1)}
 
     @property
     def memory(self)->dict: # what → bytes

@@ -188,7 +188,7 @@ class Guard:
             raise ValueError(f"run_dir: {str(self.folder.path)!r} is in use by {held_by(self.folder.path)}; let it finish, or choose another folder") from None
         try:
             there = sum(p.stat().st_size for p in room.iterdir())
-            need, free = 3*size + more - there, shutil.disk_usage(room).free       # two checkpoints and the reserve
+            need, free = 4*size + more - there, shutil.disk_usage(room).free       # the last two checkpoints, the one being written, and the reserve
             if need > free: raise ValueError(f"run_dir: this run needs {need/1e9:.2f} GB more in {str(self.folder.path)!r}, but {free/1e9:.2f} GB are free")
             with open(self.folder.reserve, 'wb') as f:
                 if size and hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, size)

@@ -50,7 +50,7 @@ def test_without_labels_no_probes():
 
 def test_disk_and_memory_by_hand():
     found = fake(epochs=3)
-    assert found.disk == {'two checkpoints and the reserve': 2400, 'features in half precision': 2*1000*4096, 'assignments': 4*1000*4}
+    assert found.disk == {'three checkpoints and the reserve': 3200, 'features in half precision': 2*1000*4096, 'assignments': 4*1000*4}
     assert found.memory == {'images': 3072e3, 'weights, gradients, momentum': 1200, 'activations of 16 images': 1600,
                             'features after PCA': 4*1000*8, 'features of the probes': 1100*(2*18816 + 4*4096)}
     packed = Estimate(replace(found.config, dataset='packed'), KINDS, FACTS)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, torch
 from deepcluster_nb import features, runs
 from deepcluster_nb.runs import load_checkpoint, save_checkpoint
-from deepcluster_nb.training import fit
+from deepcluster_nb.training import fit, space
 from survive import SMALL, sha256
 
 @pytest.fixture(scope='module')
@@ -109,6 +109,16 @@ def test_no_room_from_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(runs.shutil, 'disk_usage', lambda path: type('U', (), dict(free=10**7)))
     with pytest.raises(ValueError, match=r"run_dir: this run needs 0\.\d+ GB more in .*, but 0.01 GB are free"): fit(replace(SMALL, run_dir=str(tmp_path/'r')), echo=None)
     assert not list((tmp_path/'r').glob('checkpoint/0*'))
+
+def test_no_run_takes_more_room_than_it_asked_for(tmp_path, monkeypatch):
+    config, rename, most = replace(SMALL, run_dir=str(tmp_path/'r')), os.replace, []
+    def measured(new, old): # when the new file is whole and the old ones are there still
+        most.append(sum(p.stat().st_size for p in (tmp_path/'r').rglob('*') if p.is_file()))
+        rename(new, old)
+    monkeypatch.setattr(runs.os, 'replace', measured)
+    run = fit(config, echo=None)
+    size, more = space(run.net, run.config, len(run.images))
+    assert 3.9*size < max(most) <= 4*size + more
 
 def test_a_full_disk_under_the_features(tmp_path, monkeypatch, whole):
     config = replace(SMALL, run_dir=str(tmp_path/'r'))
