@@ -109,11 +109,11 @@ def material(c:Config, n_images:int=0): # (images to measure with, facts)
 # %% ../nbs/19_estimate.ipynb #bc5306f9
 def sample_clustering(c:Config, n:int, dim:int, seconds:float)->dict: # kind of work → samples
     "PCA to `pca` dimensions and k-means, on random points."
-    g, d, D = generator(0, 'estimate'), min(c.pca, dim), min(dim, 2048)
-    x, rows = torch.randn(4096, D, generator=g), (256, 4096)
+    g, d, D, less = generator(0, 'estimate'), min(c.pca, dim), min(dim, 2048), min(n, dim)
+    x, rows = torch.randn(4096, D, generator=g), (max(D, 256), 4096)
     few, many = (sample(lambda _: PCA(d).fit(x[:r]), 1, seconds/8)[0] for r in rows)
-    row = [max(m - median(few), 1e-9) / (rows[1] - rows[0]) * (dim/D)**2 for m in many]
-    axes = [max(f - rows[0]*median(row)*(D/dim)**2, 0) * (dim/D)**3 for f in few]
+    row = [max(m - median(few), 1e-9) / (rows[1] - rows[0]) for m in many]
+    axes = [max(f - rows[0]*median(row), 0) * (less/D)**3 for f in few]
     pca, x = PCA(d), torch.randn(1024, dim, generator=g)
     pca.mean, pca.axes = torch.zeros(dim), torch.randn(dim, d, generator=g)
     project = median(sample(lambda m: l2_normalize(pca.transform(x[:m])), len(x), seconds/8)[0])
@@ -124,7 +124,7 @@ def sample_clustering(c:Config, n:int, dim:int, seconds:float)->dict: # kind of 
     prev = torch.randint(0, c.k, (m,), generator=g)
     found = Clustering(torch.randint(0, c.k, (m,), generator=g), torch.empty(c.k, d), [])
     def books(_): agreement(found, prev, prev); SAMPLERS[c.sampler](prev, c.passes*m, 0, 0)
-    return dict(pca=[r + project for r in row], axes=axes, kmeans=[t*21/(niter + 1)/m for t in times], books=[t/m for t in sample(books, 1, seconds/16)[0]])
+    return dict(pca=[r*less*dim/D**2 + project for r in row], axes=axes, kmeans=[t*21/(niter + 1)/m for t in times], books=[t/m for t in sample(books, 1, seconds/16)[0]])
 
 # %% ../nbs/19_estimate.ipynb #f65881f3
 def sample_training(net, images, c:Config, seconds:float)->list: # seconds an image, in steps of the real batch size

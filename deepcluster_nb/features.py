@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['has_bfloat16', 'to_device', 'fetch_ahead', 'keep_memory', 'return_memory', 'fold_batchnorm', 'autocast',
-           'feature_batches', 'compute_features', 'check_features', 'PCA', 'HalfFeatures', 'l2_normalize']
+           'feature_batches', 'compute_features', 'check_features', 'few_directions', 'PCA', 'HalfFeatures',
+           'l2_normalize']
 
 # %% ../nbs/04_features.ipynb #c3a45471
 import copy, ctypes, tempfile
@@ -12,7 +13,7 @@ from collections import deque
 from contextlib import suppress
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-import numpy as np, torch
+import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from .data import PackedImages
@@ -116,6 +117,13 @@ def check_features(x:Tensor, width=None):
     if x.ndim != 2 or width not in (None, x.shape[1]):
         raise ValueError(f"x: expected (N, {width or 'D'}) features, got {tuple(x.shape)}")
 
+# %% ../nbs/04_features.ipynb #6d1b0a04
+def few_directions(c:Tensor, dim:int)->tuple: # (N, D) centred points, N < D → variances, ascending, and directions as columns, up to `dim` or D with zeros before them
+    "What `eigh` says of the covariance, from the smaller matrix of the points' products."
+    variance, u = torch.linalg.eigh(c @ c.T / len(c))
+    more = max(0, min(dim, c.shape[1]) - len(c))                   # directions that so few points don't have
+    return F.pad(variance, (more, 0)), F.pad(F.normalize(c.T @ u, dim=0, eps=1e-300), (more, 0))
+
 # %% ../nbs/04_features.ipynb #292b48b8
 class PCA:
     "Project onto the directions of largest variance; with `whiten`, give each the same variance (paper, 'Implementation details')."
@@ -130,16 +138,19 @@ class PCA:
     def add(self, x:Tensor): # (B, D) of any float type: one more batch of the features to fit
         check_features(x, len(self.sum) if self.count else None)
         x = x.double()
-        if not self.count: self.shift, self.sum, self.outer = x.mean(0), torch.zeros_like(x[0]), torch.zeros_like(x[0].outer(x[0]))
-        c = x - self.shift                                                      # near the mean, so that nothing cancels
+        if not self.count: self.shift, self.sum, self.few, self.outer = x.mean(0), torch.zeros_like(x[0]), [], x.new_zeros(x.shape[1], x.shape[1])
+        self.few.append(x - self.shift)                                         # near the mean, so that nothing cancels
         self.count += len(x); self.bad = self.bad + (~x.isfinite()).sum()
-        self.sum += c.sum(0); self.outer.addmm_(c.T, c)
+        self.sum += self.few[-1].sum(0)
+        if self.count >= len(self.sum):                                         # the points are kept while they are fewer than D
+            for c in self.few: self.outer.addmm_(c.T, c)
+            self.few = []
 
     def solve(self)->'PCA': # mean and directions of all that was added
         if self.count < 2: raise ValueError(f"x: PCA needs at least 2 points, got {self.count}")
         if self.bad: raise ValueError(f"x: expected finite features, got {int(self.bad):,} NaN or infinite values")
         off = self.sum / self.count
-        variance, axes = torch.linalg.eigh(self.outer / self.count - off.outer(off))   # ascending
+        variance, axes = few_directions(torch.cat(self.few) - off, self.dim) if self.few else torch.linalg.eigh(self.outer / self.count - off.outer(off))   # ascending
         variance, axes = variance.flip(0)[:self.dim].clamp_min(0), axes.flip(1)[:, :self.dim]
         axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign() # an eigenvector has no sign: fix one
         alive = variance > self.eps * variance[0]
