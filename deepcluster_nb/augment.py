@@ -53,10 +53,10 @@ def crop_batch(images:Tensor, # (B, C, H, W)
 def resize_taps(start:Tensor, length:Tensor, n_in, n_out:int, flip=None)->tuple: # (B, n_out, T) pixels, and (B, n_out, T) weights
     "The rows of `resize_weights` without their zeros."
     centre, reach = triangles(start, length, n_out, flip)
-    pixel = (centre - reach + .5).floor()[..., None] + torch.arange(int((2*reach.max()).ceil()))
-    n_in  = torch.as_tensor(n_in).view(-1, 1, 1)
-    w = (1 - (pixel + .5 - centre[..., None]).abs_().div_(reach[..., None])).clamp_min_(0) * ((pixel >= 0) & (pixel < n_in))
-    return torch.minimum(pixel.clamp_min_(0), n_in - 1).int(), w.div_(w.sum(-1, keepdim=True))
+    pixel = (centre - reach + .5).floor() + torch.arange(int((2*reach.max()).ceil()))[:, None, None]   # (T, B, n_out), as long rows are quick
+    inside = torch.minimum(pixel.clamp_min(0), torch.as_tensor(n_in).view(-1, 1) - 1.)
+    w = (1 - (pixel + .5 - centre).abs_().div_(reach)).clamp_min_(0).masked_fill_(pixel != inside, 0)
+    return inside.permute(1, 2, 0).int(), w.div_(w.sum(0)).permute(1, 2, 0)
 
 # %% ../nbs/01_augment.ipynb #8a35d069
 def weigh_rows(x:Tensor,       # (B, H, n)
@@ -159,20 +159,17 @@ def crop_boxes(sizes:Tensor,      # (B, 2) height and width of each image, pixel
               )->Tensor:          # (B, 4) left, top, width, height, whole pixels
     "Random resized crops as torchvision draws them, for a whole batch."
     check_ranges(sizes, scale, ratio)
-    H, W = sizes.float()[..., None].unbind(1)
-    u = torch.rand(4, len(sizes), tries, generator=generator)
-    area = H * W * (scale[0] + (scale[1] - scale[0]) * u[0])
+    full, row, u = sizes.flip(1).float(), torch.arange(len(sizes)), torch.rand(4, len(sizes), tries, generator=generator)
+    area = full.prod(1, keepdim=True) * (scale[0] + (scale[1] - scale[0]) * u[0])
     aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1]/ratio[0]) * u[1])
-    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    fits = (w > 0) & (w <= W) & (h > 0) & (h <= H)
-    left, top = (u[2] * (W - w + 1)).floor(), (u[3] * (H - h + 1)).floor()
-    box = torch.stack([left, top, w, h], -1)                          # (B, tries, 4)
+    wh = torch.stack([area * aspect, area / aspect]).sqrt_().round_()         # (2, B, tries)
+    fits = ((wh > 0) & (wh <= full.T[..., None])).all(0)
     first = fits.int().argmax(1)
-    box = box[torch.arange(len(box)), first]
-    H, W = H[:, 0], W[:, 0]                                           # the fallback: the largest central crop in the ratio
-    fw, fh = torch.minimum(W, (H * ratio[1]).round()), torch.minimum(H, (W / ratio[0]).round())
-    central = torch.stack([((W - fw) / 2).floor(), ((H - fh) / 2).floor(), fw, fh], -1)
-    return torch.where(fits.any(1)[:, None], box, central)
+    wh = wh[:, row, first].T
+    at = (u[2:, row, first].T * (full - wh + 1)).floor()
+    most = torch.minimum(full, (full.flip(1) * torch.tensor([ratio[1], 1/ratio[0]])).round())   # the fallback: the largest central crop in the ratio
+    central = torch.cat([((full - most) / 2).floor(), most], 1)
+    return torch.where(fits.any(1)[:, None], torch.cat([at, wh], 1), central)
 
 # %% ../nbs/01_augment.ipynb #3de80da0
 def random_resized_crop(images,            # (B, C, H, W), or a list of (C, H, W)
