@@ -308,6 +308,7 @@ def prepare(config:Config, images=None): # (checked config, images)
     check(smallest >= 8, 'dataset', f"an image of {smallest} pixels", "images of at least 8 pixels a side")
     if c.threads > 0: torch.set_num_threads(c.threads)
     if c.device == 'cpu': keep_memory()
+    else: torch.backends.cudnn.deterministic = True                          # the same call, the same bits
     return c, images
 
 # %% ../nbs/08_training.ipynb #1bd20205
