@@ -3,6 +3,7 @@ import json, signal, subprocess, sys, time
 from dataclasses import asdict, replace
 import numpy as np, pytest, torch
 from PIL import Image
+from deepcluster_nb import training
 from deepcluster_nb.data import PackedImages, load_images
 from deepcluster_nb.runs import load_checkpoint
 from survive import sha256
@@ -156,3 +157,9 @@ def test_an_error_while_reading_ahead_is_raised():
     with pytest.raises(OSError, match='the disk is gone'):
         for idx,x in fetch_ahead(images, torch.arange(12).split(3), 'cpu', 2): got.append(idx.tolist())
     assert got == [[0, 1, 2], [3, 4, 5]]
+
+def test_a_gpu_is_asked_for_the_same_bits_again(monkeypatch):
+    monkeypatch.setattr(training, 'resolve', lambda c: replace(c, device='cuda'))
+    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', False)
+    training.prepare(TINY, load_images('digits', n_images=50))
+    assert torch.backends.cudnn.deterministic
