@@ -140,8 +140,7 @@ class PCA:
         x = x.double()
         if not self.count: self.shift, self.sum, self.few, self.outer = x.mean(0), torch.zeros_like(x[0]), [], x.new_zeros(x.shape[1], x.shape[1])
         self.few.append(x - self.shift)                                         # near the mean, so that nothing cancels
-        self.count += len(x); self.bad = self.bad + (~x.isfinite()).sum()
-        self.sum += self.few[-1].sum(0)
+        self.count += len(x); self.sum += self.few[-1].sum(0); self.bad = self.bad + (~x.isfinite()).sum()
         if self.count >= len(self.sum):                                         # the points are kept while they are fewer than D
             for c in self.few: self.outer.addmm_(c.T, c)
             self.few = []
@@ -153,9 +152,8 @@ class PCA:
         variance, axes = few_directions(torch.cat(self.few) - off, self.dim) if self.few else torch.linalg.eigh(self.outer / self.count - off.outer(off))   # ascending
         variance, axes = variance.flip(0)[:self.dim].clamp_min(0), axes.flip(1)[:, :self.dim]
         axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign() # an eigenvector has no sign: fix one
-        alive = variance > self.eps * variance[0]
-        scale = variance.rsqrt() if self.whiten else torch.ones_like(variance)
-        self.mean, self.variance, self.axes = self.shift + off, variance, axes * torch.where(alive, scale, 0.)
+        scale = torch.where(variance > self.eps * variance[0], variance.rsqrt() if self.whiten else 1., 0.)
+        self.mean, self.variance, self.axes = self.shift + off, variance, axes * scale
         return self
 
     def fit(self, x:Tensor, batch:int=8192)->'PCA': # (N, D)
@@ -170,8 +168,7 @@ class PCA:
         mean, axes = (t.to(x.device, torch.float32) for t in (self.mean, self.axes))
         z = x.new_empty(len(x), axes.shape[1], dtype=torch.float32)
         for b,out in zip(x.split(batch), z.split(batch)): torch.mm(b.float() - mean, axes, out=out)
-        bad = int((~z.isfinite()).any(1).sum())
-        if bad: raise ValueError(f"x: expected finite features, got NaN or infinite values in {bad:,} rows")
+        if bad := int((~z.isfinite()).any(1).sum()): raise ValueError(f"x: expected finite features, got NaN or infinite values in {bad:,} rows")
         return z
 
 # %% ../nbs/04_features.ipynb #0360cd57
