@@ -3,9 +3,11 @@ import pytest, torch
 from deepcluster_nb.runs import Stopped
 
 @pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call(): # a run that stops, on a disk that is really full for one, fails its own test; as a KeyboardInterrupt it would end all of them
+def pytest_runtest_call(): # a run that stops, on a disk that is really full for one, fails its own test; as a KeyboardInterrupt it would end all of them
     try: return (yield)
     except Stopped as e: pytest.fail(f'Stopped: {e}')
+
+pytest_runtest_setup = pytest_runtest_call                          # in a fixture too
 
 @pytest.fixture(autouse=True, scope='session')
 def threads(): torch.set_num_threads(1 if 'PYTEST_XDIST_WORKER' in os.environ else 2)     # beside others one each: they would wait for one another
