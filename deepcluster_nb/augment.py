@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['triangles', 'resize_weights', 'crop_batch', 'resize_taps', 'weigh_rows', 'crop_taps', 'both_ways', 'image_sizes',
-           'framed', 'check_crops', 'cut_windows', 'plain_cut', 'resample', 'check_ranges', 'crop_boxes',
-           'random_resized_crop', 'central_square', 'center_crop', 'ten_crop']
+           'check_crops', 'cut_windows', 'plain_cut', 'resample', 'check_ranges', 'crop_boxes', 'random_resized_crop',
+           'central_square', 'center_crop', 'ten_crop']
 
 # %% ../nbs/01_augment.ipynb #182db529
 import math, torch
 from torch import Tensor
 from torch.nn import functional as F
+from .feeding import Ragged, to_device, windows
 
 # %% ../nbs/01_augment.ipynb #6a1141e9
 def triangles(start:Tensor,  # (B,) first pixel of the window, may be fractional
@@ -21,7 +22,7 @@ def triangles(start:Tensor,  # (B,) first pixel of the window, may be fractional
     "Where the filter of each output pixel lies."
     step   = (length / n_out)[:, None]                                # input pixels an output pixel
     centre = start[:, None] + (torch.arange(n_out, device=start.device) + .5) * step
-    if flip is not None: centre = torch.where(flip[:, None].to(centre.device), centre.flip(1), centre)
+    if flip is not None: centre = torch.where(to_device(flip, start.device)[:, None], centre.flip(1), centre)
     return centre, step.clamp_min(1)
 
 def resize_weights(start:Tensor, length:Tensor, # (B,) as for `triangles`
@@ -33,7 +34,7 @@ def resize_weights(start:Tensor, length:Tensor, # (B,) as for `triangles`
     n_in  = torch.as_tensor(n_in).view(-1, 1, 1)                        # on the CPU: a GPU need not be waited for
     pixel = torch.arange(int(n_in.max()), device=start.device)
     w = (pixel + .5 - centre[..., None]).abs_().div_(reach[..., None])
-    w = (1 - w).clamp_min_(0) * (pixel < n_in.to(start.device))
+    w = (1 - w).clamp_min_(0) * (pixel < to_device(n_in, start.device))
     return w.div_(w.sum(-1, keepdim=True))
 
 # %% ../nbs/01_augment.ipynb #865e7749
@@ -44,7 +45,7 @@ def crop_batch(images:Tensor, # (B, C, H, W)
                sizes=None,    # (B, 2) height and width, of images that stand in the corner of a larger frame
               )->Tensor:      # (B, C, size, size) float32
     "Crop, resize and flip: `Wy @ image @ Wx.T`."
-    left, top, width, height = boxes.to(images.device, torch.float32).unbind(1)
+    left, top, width, height = to_device(boxes.float(), images.device).unbind(1)
     h, w = images.shape[2:] if sizes is None else sizes.unbind(1)
     wy, wx = resize_weights(top, height, h, size), resize_weights(left, width, w, size, flip)
     return torch.stack([wy @ c @ wx.mT for c in images.float().unbind(1)], 1)
@@ -85,53 +86,45 @@ def both_ways(images:Tensor, px, wx, py, wy)->Tensor: # (B, C, H, W), and its ta
 
 # %% ../nbs/01_augment.ipynb #9138e651
 def image_sizes(images)->Tensor: # (B, 2) height and width
-    "Sizes of a (B, C, H, W) batch, or of a list of (C, H, W)."
+    "Sizes of a (B, C, H, W) batch, of a list of (C, H, W), or of a `Ragged`."
+    if isinstance(images, Ragged): return images.sizes
     if isinstance(images, list): return torch.tensor([im.shape[-2:] for im in images])
     return torch.tensor(images.shape[-2:]).expand(len(images), 2)
-
-# %% ../nbs/01_augment.ipynb #a47363f4
-def framed(images)->Tensor: # list of (C, H, W) → (B, C, most H, most W), zeros beyond; a batch stays as it is
-    "Images of different sizes in the corner of one frame."
-    if not isinstance(images, list): return images
-    h, w = image_sizes(images).amax(0).tolist()
-    out = images[0].new_zeros(len(images), len(images[0]), h, w)
-    for o,im in zip(out, images): o[:, :im.shape[1], :im.shape[2]] = im
-    return out
 
 # %% ../nbs/01_augment.ipynb #0185a4bf
 def check_crops(images, boxes, size, flip):
     "Bad input to `resample` is an error with its name on it."
-    B, listed = len(images), isinstance(images, list)
+    B, listed, flat = len(images), isinstance(images, list), isinstance(images, Ragged)
     if size < 1: raise ValueError(f"size: expected at least 1 pixel, got {size}")
     if boxes.shape != (B, 4): raise ValueError(f"boxes: expected ({B}, 4), left, top, width and height for each image, got {tuple(boxes.shape)}")
     if flip is not None and flip.shape != (B,): raise ValueError(f"flip: expected ({B},), got {tuple(flip.shape)}")
-    if any(im.ndim != 3 for im in images) if listed else images.ndim != 4:
+    if any(im.ndim != 3 for im in images) if listed else not flat and images.ndim != 4:
         raise ValueError(f"images: expected (B, C, H, W) or a list of (C, H, W), got {tuple(images[0].shape) if listed else tuple(images.shape)}")
     at, wh, full = boxes[:, :2], boxes[:, 2:], image_sizes(images).flip(1).to(boxes.device)
     ok = ((at >= 0) & (wh > 0) & (at + wh <= full + .01)).all(1)      # .01: the rounding of floats
     if not ok.all(): raise ValueError(f"boxes: expected windows inside the image, {full[~ok][0].tolist()}, got {boxes[~ok][0].tolist()}")
 
 # %% ../nbs/01_augment.ipynb #5ed49daa
-def cut_windows(images:list,  # (C, H, W) each
+def cut_windows(images,       # (B, C, H, W), which stays as it is, a list of (C, H, W), or `Ragged`
                 boxes:Tensor, # (B, 4) left, top, width, height in pixels
                 size:int,     # height and width wanted
-               ):             # (list of (C, h, w) views, (B, 4) the boxes within them)
+               ):             # (list of (C, h, w) views, (B, 4) the boxes within them, None), or frames and the windows' sizes in them
     "Of each image the pixels that the filter can ask for, and no others."
-    reach = (boxes[:, 2:] / size).clamp_min(1)
-    start = (boxes[:, :2] - reach).floor().clamp_min(0)
-    end   = (boxes[:, :2] + boxes[:, 2:] + reach).ceil()
-    cuts  = [im[:, y:y1, x:x1] for im,(x,y),(x1,y1) in zip(images, start.long().tolist(), end.long().tolist())]
-    return cuts, torch.cat([boxes[:, :2] - start, boxes[:, 2:]], 1)
+    if isinstance(images, Ragged): return images.cut(boxes, size)
+    if not isinstance(images, list): return images, boxes, None
+    start, end = windows(boxes, size, image_sizes(images))
+    cuts = [im[:, y:y1, x:x1] for im,(x,y),(x1,y1) in zip(images, start.long().tolist(), end.long().tolist())]
+    return cuts, torch.cat([boxes[:, :2] - start, boxes[:, 2:]], 1), None
 
 # %% ../nbs/01_augment.ipynb #c3e41d05
 def plain_cut(images, boxes, size, flip): # (B, C, size, size) where all want the same window, of whole pixels, at its own size; else None
     "What needs no resizing is cut out."
-    if isinstance(images, list) or flip is not None or not len(boxes) or (boxes[:, 2:] != size).any() or (boxes != boxes[:1].floor()).any(): return None
+    if isinstance(images, (list, Ragged)) or flip is not None or not len(boxes) or (boxes[:, 2:] != size).any() or (boxes != boxes[:1].floor()).any(): return None
     x, y = boxes[0, :2].int().tolist()
     return images[..., y:y + size, x:x + size].float()
 
 # %% ../nbs/01_augment.ipynb #a7425ae3
-def resample(images,           # (B, C, H, W) uint8 or float, or a list of (C, H, W)
+def resample(images,           # (B, C, H, W) uint8 or float, a list of (C, H, W), or `Ragged`
              boxes:Tensor,     # (B, 4) left, top, width, height in pixels, inside the image
              size:int,         # height and width wanted
              flip=None,        # (B,) bool, mirror these
@@ -139,9 +132,9 @@ def resample(images,           # (B, C, H, W) uint8 or float, or a list of (C, H
     "Crop, resize and flip a batch, or a list of images of any sizes."
     check_crops(images, boxes, size, flip)
     if (cut := plain_cut(images, boxes, size, flip)) is not None: return cut
-    images, boxes = cut_windows(images, boxes.float(), size) if isinstance(images, list) else (images, boxes.float())
-    if images[0].device.type == 'cpu': return crop_taps(images, boxes, size, flip)
-    return crop_batch(framed(images), boxes, size, flip, image_sizes(images))
+    images, boxes, sizes = cut_windows(images, boxes.float(), size)
+    if sizes is None and images[0].device.type == 'cpu': return crop_taps(images, boxes, size, flip)
+    return crop_batch(images, boxes, size, flip, sizes)
 
 # %% ../nbs/01_augment.ipynb #af3a0624
 def check_ranges(sizes, scale, ratio):

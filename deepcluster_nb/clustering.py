@@ -92,7 +92,7 @@ def nearest(x:Tensor,          # (N, D) float32
            )->Tensor:          # (N,) index; the first of several that are equally near
     "The nearest centroid of each point: rough scores, and exact ones where those leave a doubt."
     (k, d), low = centroids.shape, low or (torch.bfloat16 if has_bfloat16(x.device) else torch.float32)
-    tile = tile or max(64, 2**(20 if x.device.type == 'cpu' else 29) // k)
+    tile, pairs = (tile or max(64, 2**20 // k), 2**14) if x.device.type == 'cpu' else (tile or max(64, 2**29 // k), 2**18)
     c    = F.pad(centroids, (0, 0, 0, -k % 256))                             # to a width that suits processors
     half = F.pad(centroids.double().pow(2).sum(1) / 2, (0, -k % 256), value=torch.inf)
     length, rough_c = c.norm(dim=1).max(), c.to(low)
@@ -108,7 +108,7 @@ def nearest(x:Tensor,          # (N, D) float32
         a[rows] = cols
         doubt = torch.bincount(rows, minlength=len(b))[rows] > 1
         rows, cols = rows[doubt], cols[doubt]
-        exact = torch.cat([(b[r]*c[j]).sum(1, dtype=torch.float64) - half[j] for r,j in zip(rows.split(2**14), cols.split(2**14))])
+        exact = torch.cat([(b[r]*c[j]).sum(1, dtype=torch.float64) - half[j] for r,j in zip(rows.split(pairs), cols.split(pairs))])
         top = exact.new_full((len(b),), -torch.inf).scatter_reduce(0, rows, exact, 'amax')
         first = exact == top[rows]
         a.scatter_reduce_(0, rows[first], cols[first], 'amin', include_self=False)
@@ -123,7 +123,7 @@ class Sums:
         self.unit = 2.**(size(max(abs(v.item()) for v in x.aminmax())) + size(len(x)) - 52)
     def update(self, assign:Tensor): # (N,) clusters → (k, D) float64 sums, number of points that moved
         moved = (torch.ones_like(assign) if self.assign is None else assign != self.assign).nonzero().flatten()
-        for rows in moved.split(16384):
+        for rows in moved.split(2**14 if moved.device.type == 'cpu' else 2**18):
             p = (self.x[rows] / self.unit).round_().double()
             self.whole.index_add_(0, assign[rows], p)
             if self.assign is not None: self.whole.index_add_(0, self.assign[rows], p, alpha=-1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from .data import PackedImages, find_folder, generator, image_files, load_images
+from .feeding import resident
 from .augment import center_crop
 from .sobel import normalize
 from .features import PCA, autocast, compute_features, keep_memory, l2_normalize
@@ -158,7 +159,7 @@ def measure(c:Config, images, facts:dict, seconds:float, echo=None)->dict: # kin
     learnt = [p.numel() for p in net.parameters() if p.requires_grad]
     trunk  = [p.numel() for p in trunk_parameters(net)]
     facts |= dict(dim=net.dim, activations=kept_bytes(forward, x), network=4*(2*sum(learnt) + sum(trunk)), checkpoint=4*(sum(learnt) + sum(trunk)))
-    rows = torch.arange(16*512) % len(images)
+    rows, images = torch.arange(16*512) % len(images), resident(images, c.device)
     say('measuring features')
     out = dict(features=per_image(lambda n: compute_features(net, images.subset(rows[:n]), c.size, 512, c.device, c.precision), min(512, facts['n']), .2*seconds))
     say('measuring PCA and k-means')

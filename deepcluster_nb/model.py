@@ -125,7 +125,7 @@ def reset_top_layer(net:DeepClusterNet, g:torch.Generator, k:int=None): # k: out
 
 # %% ../nbs/03_model.ipynb #c3e41d02
 def center_input(net:DeepClusterNet,
-                 images,             # (B, 1 or 3, H, W) uint8, or a list of (C, H, W)
+                 images,             # (B, 1 or 3, H, W) uint8, a list of (C, H, W), or `Ragged`
                  size:int,           # pixels of the central crop
                 )->Tensor:           # (B, 1 or 3, size, size), where the images are
     "Central crops as this network takes them."

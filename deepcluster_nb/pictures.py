@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from .augment import center_crop
 from .clustering import nearest, repair_empty, torch_kmeans
 from .data import PackedImages, generator
-from .features import l2_normalize, to_device
+from .feeding import to_device
+from .features import l2_normalize
 from .runs import training_curves as draw_log
 from .model import center_input
 from .training import check

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .data import PackedImages, generator, load_images, pick
+from .feeding import to_device
 from .augment import center_crop, central_square, image_sizes, random_resized_crop, resample, ten_crop
 from .sobel import normalize
 from .model import ARCHS, center_input, convnet
-from .features import PCA, autocast, compute_features, keep_memory, l2_normalize, to_device
+from .features import PCA, autocast, compute_features, keep_memory, l2_normalize
 from .clustering import ami, chance_nmi, kmeans, nmi
 from .runs import load_checkpoint, save_checkpoint
 from .training import Config, check, learnt, put_back, resolve, steps, train_epoch

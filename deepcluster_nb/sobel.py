@@ -8,6 +8,7 @@ __all__ = ['MEAN', 'STD', 'GREY', 'SCALE', 'SHIFT', 'check_planes', 'normalize',
 # %% ../nbs/02_sobel.ipynb #95c3c0ad
 import torch
 from torch import Tensor, nn
+from .feeding import Ragged, to_device
 
 # %% ../nbs/02_sobel.ipynb #048b37c8
 MEAN, STD = (.485, .456, .406), (.229, .224, .225)   # of ImageNet's RGB values in [0, 1]
@@ -20,7 +21,7 @@ def normalize(x:Tensor,  # (B, 1 or 3, H, W) on the scale 0 to 255
              )->Tensor:  # (B, 3, H, W)
     "ImageNet's mean and standard deviation, whatever the data set, as the released code does."
     check_planes(x)
-    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (MEAN, STD))
+    mean, std = (to_device(torch.tensor(v), x.device)[:, None, None] for v in (MEAN, STD))
     return (x/255 - mean) / std
 
 # %% ../nbs/02_sobel.ipynb #a381cbcf
@@ -40,15 +41,16 @@ GREY  = tuple(1/s / sum(1/s for s in STD) for s in STD)                 # the sh
 SCALE = sum(1/s for s in STD) / 3 / 255
 SHIFT = sum(m/s for m,s in zip(MEAN, STD)) / 3
 
-def to_grey(x): # (B, 3, H, W), or a list of (3, H, W) → one plane each, float32, on the same scale; what has one plane stays as it is
+def to_grey(x): # (B, 3, H, W), a list of (3, H, W), or `Ragged` → one plane each, float32, on the same scale; what has one plane stays as it is
     "What Sobel makes of an image, before mean and standard deviation."
     if isinstance(x, list): return [to_grey(im[None])[0] for im in x]
+    if isinstance(x, Ragged): return x.each(to_grey)
     check_planes(x)
     if x.shape[1] == 1: return x
     return (x[:, :1] * GREY[0]).add_(x[:, 1:2], alpha=GREY[1]).add_(x[:, 2:], alpha=GREY[2])
 
 # %% ../nbs/02_sobel.ipynb #1fce3401
-def network_input(images,     # (B, 1 or 3, H, W) uint8, or a list of (C, H, W)
+def network_input(images,     # (B, 1 or 3, H, W) uint8, a list of (C, H, W), or `Ragged`
                   crop,       # of such images, → (B, C, size, size)
                   sobel:bool, # is that the network's first layer?
                  )->Tensor:   # (B, 3, size, size) normalised; with `sobel` (B, 1, size, size), already grey

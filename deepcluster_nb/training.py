@@ -17,10 +17,11 @@ import numpy as np, torch, yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .data import DATASETS, PackedImages, generator, load_images
+from .feeding import compiled, fetch_ahead, resident, to_device
 from .augment import random_resized_crop
 from .sobel import network_input
 from .model import ARCHS, SIZES, DeepClusterNet, calibrate_bn, convnet, reset_top_layer
-from .features import HalfFeatures, PCA, autocast, feature_batches, fetch_ahead, has_bfloat16, keep_memory, l2_normalize, return_memory
+from .features import HalfFeatures, PCA, autocast, feature_batches, has_bfloat16, keep_memory, l2_normalize, return_memory
 from .clustering import BACKENDS, Clustering, ami, chance_nmi, entropy, kmeans, nearest, nmi
 from .sampling import SAMPLERS, loss_weights
 from .runs import Guard, Progress, RunFolder, load_checkpoint
@@ -60,6 +61,7 @@ class Config:
     backend:str = 'torch'          # one of `clustering.BACKENDS`
     precision:str = 'auto'         # 'float32', 'bfloat16', or 'auto': bfloat16 where the device has it
     device:str = 'auto'            # 'cpu', 'cuda', or 'auto': cuda where there is one
+    compile:bool = False           # training steps through torch.compile, where that works
     seed:int = 0
     run_dir:str = ''               # where the run is kept; nowhere when empty
     checkpoint_minutes:float = 10. # between checkpoints inside an epoch; there is one at every epoch's end
@@ -156,8 +158,8 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int,
     net.train()
     device = next(net.parameters()).device
     weights = loss_weights(assign, len(net.top_layer.bias)).to(device) if config.sampler == 'weighted' else None
-    labels, total, bad = assign.to(device), torch.as_tensor(total, device=device), torch.zeros((), device=device)
-    batches = steps(idx, config.batch_size)
+    total, bad = torch.as_tensor(total, device=device), torch.zeros((), device=device)
+    batches, forward = steps(idx, config.batch_size), compiled(net) if config.compile else net
     def sound(): # an error once a step was bad; waits for the device
         if n := int(bad):
             raise FloatingPointError(f"loss or gradient is not finite in epoch {epoch}, step {step - n + 1}, images {batches[step - n + 1].tolist()}; nothing was updated. Try a smaller lr, or precision='float32'")
@@ -166,8 +168,8 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int,
             g = generator(config.seed, 'step', epoch, step)
             torch.manual_seed(g.initial_seed())
             x = network_input(x, lambda im: random_resized_crop(im, config.size, g, (config.min_scale, 1.)), net.sobel is not None)
-            with autocast(config.precision, device): logits = net(x.contiguous(memory_format=torch.channels_last))
-            y = labels[b]
+            with autocast(config.precision, device): logits = forward(x.contiguous(memory_format=torch.channels_last))
+            y = to_device(assign[b], device)
             loss = F.cross_entropy(logits.float(), y) if weights is None else (F.cross_entropy(logits.float(), y, reduction='none') * weights[y]).mean()
             for o in opts: o.zero_grad(); o.param_groups[0]['lr'] = o.defaults['lr'] * SCHEDULES[config.lr_schedule](step / len(batches))
             loss.backward()
@@ -327,7 +329,7 @@ def fit(config:Config,  # what to do
        )->Run:
     "DeepCluster (paper, section 3): cluster the features, train on the cluster ids, again and again. Continues a run that was stopped."
     c, images = prepare(config, images)
-    net = network(c)
+    net, near = network(c), resident(images, c.device)
     check(c.pca <= net.dim, 'pca', c.pca, f"at most {net.dim}, the features' dimension")
     folder = RunFolder(c.run_dir, asdict(config), free(c.run_dir, asdict(config))) if c.run_dir else None
     with Guard(folder, c.checkpoint_minutes).held(*space(net, c, len(images))) if folder else nullcontext() as guard:
@@ -345,7 +347,7 @@ def fit(config:Config,  # what to do
         for epoch in range(first, c.epochs):
             if step == 0:                                               # not in the middle of an epoch that was stopped
                 prev = clustering
-                clustering, pca, seconds = cluster(net, images, c, epoch, lambda i,n: after('features', i, n), folder and folder.path)
+                clustering, pca, seconds = cluster(net, near, c, epoch, lambda i,n: after('features', i, n), folder and folder.path)
                 opts = new_head(net, opts, clustering, pca, c, epoch); return_memory()
                 record = dict(epoch=epoch, loss=None, ln_k=math.log(len(clustering.centroids)), seconds=dict(seconds, training=0.), objective=clustering.objective[-1],
                               **agreement(clustering, prev and prev.assign, images.labels))
@@ -355,13 +357,13 @@ def fit(config:Config,  # what to do
             def each(done, n, total, sound):
                 record['seconds']['training'] = round(time.time() - clock, 3)
                 after('training', done, n, lambda: (sound(), save(epoch, done, total=total)))   # never a checkpoint after a bad step
-            record['loss'] = train_epoch(net, images, idx, clustering.assign, opts, c, epoch, each, step, total)
+            record['loss'] = train_epoch(net, near, idx, clustering.assign, opts, c, epoch, each, step, total)
             step, total = 0, 0.
             log.append(record)
             if folder: folder.append(record); guard(lambda: save(epoch + 1), due=True)
             if echo: echo(describe(record, c.epochs))
         if progress: progress.close()
-        clustering, pca, _ = cluster(net, images, c, c.epochs, guard and (lambda i,n: guard()), folder and folder.path)   # the finished network's own
+        clustering, pca, _ = cluster(net, near, c, c.epochs, guard and (lambda i,n: guard()), folder and folder.path)   # the finished network's own
         if folder:
             folder.write(f'assignments/epoch_{c.epochs:03d}.npy', as_npy(clustering.assign))
             folder.write('clusters.csv', clusters_csv(images.paths, clustering.assign))

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from PIL import Image
 from .data import OUTLINES, PackedImages, check_memory, generator, pick, read_images
+from .feeding import to_device
 from .augment import random_resized_crop
 from .sobel import normalize
-from .features import autocast, l2_normalize, to_device
+from .features import autocast, l2_normalize
 from .training import learnt, put_back, steps
 
 # %% ../nbs/12_voc.ipynb #4583b888

@@ -5,7 +5,8 @@ from PIL import Image
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.extra.numpy import arrays
-from deepcluster_nb.augment import center_crop, crop_batch, crop_boxes, cut_windows, framed, image_sizes, resample, ten_crop
+from deepcluster_nb.augment import center_crop, crop_boxes, image_sizes, resample, ten_crop
+from deepcluster_nb.feeding import Ragged
 from deepcluster_nb.clustering import ami, chance_nmi, entropy, kmeans, nmi, repair_empty, torch_kmeans
 from deepcluster_nb.data import PackedImages, generator
 from deepcluster_nb.features import PCA, HalfFeatures, l2_normalize
@@ -274,11 +275,10 @@ def test_crops_are_pillows(case):
     assert (resample(image[None], box[None], size)[0].round() - pillow(*case)).abs().max() <= 1
 
 @given(crops(), crops())
-def test_a_gpus_way_is_the_cpus(a, b): # whole matrices, in a frame, against the pixels that count; two images of different sizes
+def test_a_gpus_way_is_the_cpus(a, b): # whole matrices, windows of a flat buffer, against the pixels that count; two images of different sizes
     size, channels = a[2], min(len(a[0]), len(b[0]))
     images, boxes, flip = [c[0][:channels] for c in (a, b)], torch.stack([c[1] for c in (a, b)]), torch.tensor([False, True])
-    cuts, inside = cut_windows(images, boxes, size)
-    torch.testing.assert_close(crop_batch(framed(cuts), inside, size, flip, image_sizes(cuts)), resample(images, boxes, size, flip), rtol=0, atol=256*1e-5)
+    torch.testing.assert_close(resample(Ragged.of(images), boxes, size, flip), resample(images, boxes, size, flip), rtol=0, atol=256*1e-5)
 
 @given(crops())
 def test_crops_in_a_list_and_in_a_batch(case): # of the window alone, and of the whole image

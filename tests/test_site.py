@@ -373,8 +373,8 @@ def test_unknown_keys_are_found(quarto, bad): assert unknown_keys(quarto) == bad
 SIGNATURE = '### fetch_ahead\n\n> fetch_ahead (batches, make)\n\n|    | **Type** | **Details** |\n| -- | -- | -- |\n| batches | list | |\n'
 @pytest.mark.parametrize('cells, bad', [([], ['']), ([code('show_doc(x)', result(text_markdown='### x'))], ['']), ([code('show_doc(x)', result(text_markdown=SIGNATURE))], [': parameters'])])
 def test_names_without_a_place_are_found(cells, bad):
-    syms = {'deepcluster_nb.features': {'deepcluster_nb.features.fetch_ahead': ('features.html#fetch_ahead', 'deepcluster_nb/features.py')}}
-    assert without_place(syms, {'04_features.ipynb': Page('04_features.ipynb', cells)}) == [f'deepcluster_nb.features.fetch_ahead{b}' for b in bad]
+    syms = {'deepcluster_nb.feeding': {'deepcluster_nb.feeding.fetch_ahead': ('feeding.html#fetch_ahead', 'deepcluster_nb/feeding.py')}}
+    assert without_place(syms, {'18_feeding.ipynb': Page('18_feeding.ipynb', cells)}) == [f'deepcluster_nb.feeding.fetch_ahead{b}' for b in bad]
 
 def picture(shade):
     import base64, io

@@ -1,0 +1,139 @@
+"""What a GPU must not wait for, on a GPU that isn't there: PyTorch's fake tensors give every order and compute nothing. PyTorch's own backward pass needs a real one and is left out.
+And the flat batch against the list that it stands for."""
+import warnings
+from dataclasses import replace
+import pytest, torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from deepcluster_nb import features, feeding, training
+from deepcluster_nb.augment import center_crop, random_resized_crop
+from deepcluster_nb.data import PackedImages, generator, load_images
+from deepcluster_nb.clustering import nmi
+from deepcluster_nb.features import PCA, HalfFeatures, feature_batches
+from deepcluster_nb.feeding import Ragged, pick_batch, resident
+from deepcluster_nb.sobel import network_input
+from deepcluster_nb.training import Config, fit, sgd, train_epoch, trunk_parameters
+
+class FakeGPU(TorchDispatchMode):
+    "A device 'cuda' that takes every order. Counts the numbers that Python asks it for, and the copies that Python waits for; the CPU's own work is done as always."
+    def __init__(self): super().__init__(); self.numbers, self.copies, self.orders, self.fake = 0, 0, 0, FakeTensorMode(allow_non_fake_inputs=True)
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs, given = kwargs or {}, [a for a in tree_leaves(args) if isinstance(a, Tensor)]
+        if not any(isinstance(t, FakeTensor) for t in given) and torch.device(kwargs.get('device') or 'cpu').type == 'cpu': return op(*args, **kwargs)
+        self.orders += 1
+        if op is torch.ops.aten._local_scalar_dense.default: self.numbers += 1; return 0
+        if op is torch.ops.aten._fused_sgd_.default: return                                                     # which fake tensors don't know
+        with self.fake: out = op(*args, **kwargs)
+        if op is torch.ops.aten._to_copy.default: self.copies += given[0].device != out.device and not kwargs.get('non_blocking')
+        if op is torch.ops.aten.copy_.default: self.copies += given[0].device != given[1].device and not (args[2:3] == (True,) or kwargs.get('non_blocking'))
+        if op.name().startswith('aten::index') or op is torch.ops.aten.take.default: self.copies += len({t.device for t in given if t.ndim}) > 1      # numbers that are brought over
+        return out
+
+@pytest.fixture
+def gpu(monkeypatch): # nothing is pinned for it, and its backward pass is taken for granted
+    monkeypatch.setattr(Tensor, 'pin_memory', lambda t, *_: t)
+    monkeypatch.setattr(torch.cuda, '_lazy_init', lambda: None)
+    torch._C._set_only_lift_cpu_tensors(True)                                # torch.tensor(…, device='cuda') is made on the CPU and brought over, as fake tensors need it
+    try:
+        with FakeGPU() as fake: yield fake
+    finally: torch._C._set_only_lift_cpu_tensors(False)
+
+def there(ragged, n=24): # images in the fake GPU's memory
+    shapes = [(1, 40 + i % 7, 50 - i % 5) for i in range(n)] if ragged else [(3, 32, 32)]*n
+    images = PackedImages(torch.zeros(sum(c*h*w for c,h,w in shapes), dtype=torch.uint8), shapes)
+    images.pixels = torch.empty(len(images.pixels), dtype=torch.uint8, device='cuda')
+    return images
+
+def network_there(sobel=True):
+    with torch.device('cuda'): net = training.convnet('alexnet_small', 5, sobel, .5)
+    assert net.top_layer.weight.is_cuda
+    return net
+
+@pytest.mark.parametrize('ragged', [False, True])
+@pytest.mark.parametrize('sampler', ['uniform', 'weighted'])
+def test_training_asks_for_nothing_between_two_looks(gpu, monkeypatch, ragged, sampler):
+    images, net = there(ragged), network_there()
+    c = replace(Config(sampler=sampler, batch_size=4, precision='float32', device='cuda'))
+    opts = sgd(trunk_parameters(net), c, .9), sgd(net.top_layer.parameters(), c)
+    def backward(loss):
+        for p in net.parameters(): p.grad = torch.empty_like(p) if p.requires_grad else None
+    monkeypatch.setattr(Tensor, 'backward', backward)
+    monkeypatch.setitem(training.LOOK, 'cuda', 4)
+    gpu.numbers = gpu.copies = 0
+    seen = []
+    train_epoch(net, images, torch.arange(40) % len(images), torch.arange(len(images)) % 5, opts, c, 0, lambda done, n, total, sound: seen.append((gpu.numbers, gpu.copies)))
+    looked = [1, 1, 1, 1, 2, 2, 2, 2, 3, 4]                                  # at steps 0, 4 and 8, and at the last
+    start = seen[0][1]
+    assert [n for n,_ in seen] == looked and all(copies == start for _,copies in seen) and start <= 2 and gpu.numbers == 5        # and the epoch's mean loss
+
+def test_a_wait_is_seen(gpu):
+    x = torch.empty(3, device='cuda')
+    for wait in (lambda: float(x.sum()), lambda: bool((x > 0).any()), lambda: torch.zeros(3).to('cuda'), lambda: x.cpu(), lambda: x[torch.tensor([0, 2])], lambda: x.copy_(torch.zeros(3))):
+        before = gpu.numbers + gpu.copies
+        wait()
+        assert gpu.numbers + gpu.copies == before + 1
+    before = gpu.numbers + gpu.copies
+    torch.zeros(3).to('cuda', non_blocking=True); x.sum(); x.copy_(torch.zeros(3), non_blocking=True); x.index_select(0, torch.empty(2, dtype=torch.long, device='cuda')); torch.zeros(3).sum().item()
+    assert gpu.numbers + gpu.copies == before
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")                # by deepcopy
+@pytest.mark.parametrize('sobel', [False, True])
+@pytest.mark.parametrize('ragged', [False, True])
+def test_extraction_asks_for_nothing(gpu, ragged, sobel):
+    images, net, pca, seen = there(ragged and sobel), network_there(sobel), PCA(4), []
+    kept = HalfFeatures(len(images), room=2**30)
+    for f in feature_batches(net, images, 32, 4, 'cuda', progress=lambda done, n: seen.append((gpu.numbers, gpu.copies))): pca.add(kept.add(f).float())
+    assert len(seen) == 6 and len(set(seen)) == 1 and kept.file is None and f.is_cuda
+
+def test_flat_batches_are_grey_and_cropped_as_lists_are():
+    g = generator(0)
+    images = [torch.randint(0, 256, (3, h, w), generator=g).byte() for h,w in ((40, 60), (61, 35), (33, 33))]
+    for crop in (lambda im: center_crop(im, 32), lambda im: random_resized_crop(im, 32, generator(1))):
+        for sobel in (False, True):
+            a, b = (network_input(x, crop, sobel) for x in (images, Ragged.of(images)))
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+@pytest.mark.parametrize('ragged', [False, True])
+def test_a_resident_run_is_the_same_run(monkeypatch, ragged): # the way of a GPU, on the CPU
+    images = load_images('shapes', n_images=60)
+    if ragged: images = PackedImages(torch.cat([im[:, i % 3:].reshape(-1) for i,im in enumerate(images)]), [(3, 32 - i % 3, 32) for i in range(60)], images.labels, images.classes)
+    c = Config(arch='alexnet_small', k=5, pca=8, epochs=1, passes=1, batch_size=16, precision='float32')
+    plain = fit(c, images, echo=None)
+    monkeypatch.setattr(training, 'resident', lambda images, device: resident(images, device, room=10**6))
+    for module in (training, features): monkeypatch.setattr(module, 'fetch_ahead', lambda images, batches, device: ((idx, pick_batch(images, idx)) for idx in batches))
+    other = fit(c, images, echo=None)
+    assert other.images is images
+    assert torch.equal(plain.clustering.assign, other.clustering.assign) or float(nmi(plain.clustering.assign, other.clustering.assign)) > .9      # whole matrices round otherwise
+    assert abs(plain.log[0]['loss'] - other.log[0]['loss']) < 1e-3 and (ragged or all(torch.equal(a, b) for a,b in zip(plain.net.state_dict().values(), other.net.state_dict().values())))
+
+def test_the_center_comes_along():
+    images = PackedImages(torch.arange(32).byte(), [(1, 4, 4)]*2)
+    images.center = PackedImages(torch.arange(8).byte(), [(1, 2, 2)]*2)
+    moved = resident(images.subset([1]), 'cpu', room=20)
+    assert moved.pixels.tolist() == list(range(16, 32)) and moved.center.pixels.tolist() == [4, 5, 6, 7]
+    assert resident(images, 'cpu', room=39) is images                            # both or none
+
+def test_reading_stops_when_nobody_asks_any_more():
+    class Counting(PackedImages):
+        def batch(self, idx): read.append(idx.tolist()); return super().batch(idx)
+    read, images = [], Counting(torch.zeros(100, 1, 4, 4, dtype=torch.uint8))
+    batches = feeding.fetch_ahead(images, torch.arange(100).split(1), 'cpu', ahead=5, threads=1)
+    next(batches); batches.close()
+    assert len(read) <= 7
+
+def test_compiled_runs_are_runs(monkeypatch, tmp_path): # PyTorch's tracing, without the compiler behind it
+    real, tries = torch.compile, []
+    monkeypatch.setattr(torch, 'compile', lambda net, **how: tries.append(1) or real(net, backend='aot_eager', **how))
+    images = load_images('digits', n_images=70)
+    c = Config(arch='alexnet_small', k=5, pca=8, epochs=2, passes=1, batch_size=16, precision='float32')
+    plain, fast = (fit(replace(c, compile=on), images, echo=None) for on in (False, True))
+    assert len(tries) == 2 and abs(plain.log[1]['loss'] - fast.log[1]['loss']) < .02
+
+def test_a_network_that_fails_fails_compiled_too():
+    class Broken(nn.Module):
+        def forward(self, x): raise ZeroDivisionError('mine')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        with pytest.raises(ZeroDivisionError, match='mine'): feeding.compiled(Broken())(torch.zeros(1))
