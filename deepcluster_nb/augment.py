@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['triangles', 'resize_weights', 'crop_batch', 'resize_taps', 'weigh_rows', 'crop_taps', 'both_ways', 'image_sizes',
-           'check_crops', 'cut_windows', 'plain_cut', 'resample', 'check_ranges', 'crop_boxes', 'random_resized_crop',
-           'central_square', 'center_crop', 'ten_crop']
+           'check_crops', 'cut_windows', 'crop_ragged', 'plain_cut', 'resample', 'check_ranges', 'crop_boxes',
+           'random_resized_crop', 'central_square', 'center_crop', 'ten_crop']
 
 # %% ../nbs/01_augment.ipynb #182db529
 import math, torch
@@ -105,16 +105,25 @@ def check_crops(images, boxes, size, flip):
     if not ok.all(): raise ValueError(f"boxes: expected windows inside the image, {full[~ok][0].tolist()}, got {boxes[~ok][0].tolist()}")
 
 # %% ../nbs/01_augment.ipynb #5ed49daa
-def cut_windows(images,       # (B, C, H, W), which stays as it is, a list of (C, H, W), or `Ragged`
+def cut_windows(images:list,  # (C, H, W) each
                 boxes:Tensor, # (B, 4) left, top, width, height in pixels
                 size:int,     # height and width wanted
-               ):             # (list of (C, h, w) views, (B, 4) the boxes within them, None), or frames and the windows' sizes in them
+               ):             # (list of (C, h, w) views, (B, 4) the boxes within them)
     "Of each image the pixels that the filter can ask for, and no others."
-    if isinstance(images, Ragged): return images.cut(boxes, size)
-    if not isinstance(images, list): return images, boxes, None
     start, end = windows(boxes, size, image_sizes(images))
     cuts = [im[:, y:y1, x:x1] for im,(x,y),(x1,y1) in zip(images, start.long().tolist(), end.long().tolist())]
-    return cuts, torch.cat([boxes[:, :2] - start, boxes[:, 2:]], 1), None
+    return cuts, torch.cat([boxes[:, :2] - start, boxes[:, 2:]], 1)
+
+def crop_ragged(images,       # `Ragged`, or a list of (C, H, W)
+                boxes:Tensor, # (B, 4) on the CPU
+                size:int, flip=None,
+                room:int=2**25, # pixels in frames at a time
+               )->Tensor:     # (B, C, size, size) float32
+    "Crops on a GPU: windows of about the same size together, each in the corner of a frame."
+    if isinstance(images, list): images = Ragged.of(images)
+    parts = images.alike(boxes, size, room)
+    crops = [crop_batch(frames, b, size, None if flip is None else flip.cpu()[i], wh) for i in parts for frames,b,wh in [images[i].cut(boxes[i], size)]]
+    return torch.cat(crops).index_select(0, to_device(torch.cat(parts).argsort(), crops[0].device)) if len(parts) > 1 else crops[0]
 
 # %% ../nbs/01_augment.ipynb #c3e41d05
 def plain_cut(images, boxes, size, flip): # (B, C, size, size) where all want the same window, of whole pixels, at its own size; else None
@@ -132,9 +141,9 @@ def resample(images,           # (B, C, H, W) uint8 or float, a list of (C, H, W
     "Crop, resize and flip a batch, or a list of images of any sizes."
     check_crops(images, boxes, size, flip)
     if (cut := plain_cut(images, boxes, size, flip)) is not None: return cut
-    images, boxes, sizes = cut_windows(images, boxes.float(), size)
-    if sizes is None and images[0].device.type == 'cpu': return crop_taps(images, boxes, size, flip)
-    return crop_batch(images, boxes, size, flip, sizes)
+    if isinstance(images, Ragged) or isinstance(images, list) and images and images[0].is_cuda: return crop_ragged(images, boxes.float().cpu(), size, flip)
+    images, boxes = cut_windows(images, boxes.float(), size) if isinstance(images, list) else (images, boxes.float())
+    return (crop_taps if images[0].device.type == 'cpu' else crop_batch)(images, boxes, size, flip)
 
 # %% ../nbs/01_augment.ipynb #af3a0624
 def check_ranges(sizes, scale, ratio):

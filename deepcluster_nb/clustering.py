@@ -92,8 +92,9 @@ def nearest(x:Tensor,          # (N, D) float32
            )->Tensor:          # (N,) index; the first of several that are equally near
     "The nearest centroid of each point: rough scores, and exact ones where those leave a doubt."
     (k, d), low = centroids.shape, low or (torch.bfloat16 if has_bfloat16(x.device) else torch.float32)
-    tile, pairs = (tile or max(64, 2**20 // k), 2**14) if x.device.type == 'cpu' else (tile or max(64, 2**29 // k), 2**18)
     c    = F.pad(centroids, (0, 0, 0, -k % 256))                             # to a width that suits processors
+    room, pairs = (2**20, 2**14) if x.device.type == 'cpu' else (2**29, 2**18)
+    tile = min(len(x), tile or max(64, room // len(c)))
     half = F.pad(centroids.double().pow(2).sum(1) / 2, (0, -k % 256), value=torch.inf)
     length, rough_c = c.norm(dim=1).max(), c.to(low)
     lift = 8 * torch.finfo(low).eps * length**2                              # a little up, so that few rows need a flip

@@ -61,7 +61,7 @@ class PackedImages:
         return self.pixels[start:start + c*h*w].view(c, h, w)
 
     def batch(self, idx): # (B, C, H, W) uint8 where all images share a size, else a list of (C, H, W)
-        if self.size is None: return [self[int(i)] for i in idx]
+        if self.size is None: return [self.pixels[s:s + c*h*w].view(c, h, w) for s,(c,h,w) in zip(self.starts[idx].tolist(), self.shapes[idx].tolist())]
         rows = self.starts[idx] // int(np.prod(self.size))
         return self.pixels.view(-1, *self.size).index_select(0, rows)       # image by image; `[rows]` would go number by number
 

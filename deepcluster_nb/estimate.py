@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from .data import PackedImages, find_folder, generator, image_files, load_images
-from .feeding import resident
+from .feeding import fits, resident
 from .augment import center_crop
 from .sobel import normalize
 from .features import PCA, autocast, compute_features, keep_memory, l2_normalize
@@ -159,7 +159,8 @@ def measure(c:Config, images, facts:dict, seconds:float, echo=None)->dict: # kin
     learnt = [p.numel() for p in net.parameters() if p.requires_grad]
     trunk  = [p.numel() for p in trunk_parameters(net)]
     facts |= dict(dim=net.dim, activations=kept_bytes(forward, x), network=4*(2*sum(learnt) + sum(trunk)), checkpoint=4*(sum(learnt) + sum(trunk)))
-    rows, images = torch.arange(16*512) % len(images), resident(images, c.device)
+    if fits(facts['n']*facts['image_bytes'], c.device): images = resident(images.subset(torch.arange(min(len(images), 4096))), c.device)      # as the run will
+    rows = torch.arange(16*512) % len(images)
     say('measuring features')
     out = dict(features=per_image(lambda n: compute_features(net, images.subset(rows[:n]), c.size, 512, c.device, c.precision), min(512, facts['n']), .2*seconds))
     say('measuring PCA and k-means')

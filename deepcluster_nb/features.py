@@ -14,7 +14,7 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from .data import PackedImages
-from .feeding import fetch_ahead
+from .feeding import fetch_ahead, free_there
 from .model import center_input
 
 # %% ../nbs/04_features.ipynb #3695120a
@@ -155,7 +155,7 @@ class HalfFeatures:
         f = f if f.dtype == torch.bfloat16 else f.half()
         if not self.parts:
             self.dtype = f.dtype
-            room = self.room if self.room is not None else torch.cuda.mem_get_info(f.device)[0] // 2 if f.is_cuda else 2**26
+            room = self.room if self.room is not None else free_there(f.device) // 2 if f.is_cuda else 2**26
             if 2*self.n*f.shape[1] > room: self.file = tempfile.TemporaryFile(dir=self.folder)
         if self.file is None: self.parts.append(f)
         else:

@@ -329,11 +329,11 @@ def fit(config:Config,  # what to do
        )->Run:
     "DeepCluster (paper, section 3): cluster the features, train on the cluster ids, again and again. Continues a run that was stopped."
     c, images = prepare(config, images)
-    net, near = network(c), resident(images, c.device)
+    net = network(c)
     check(c.pca <= net.dim, 'pca', c.pca, f"at most {net.dim}, the features' dimension")
     folder = RunFolder(c.run_dir, asdict(config), free(c.run_dir, asdict(config))) if c.run_dir else None
     with Guard(folder, c.checkpoint_minutes).held(*space(net, c, len(images))) if folder else nullcontext() as guard:
-        start = resume(folder, net, c, len(images)) if folder else None
+        start, near = resume(folder, net, c, len(images)) if folder else None, resident(images, c.device)
         first, step, total, clustering, pca, record, opts = start or (0, 0, 0., None, None, None, optimizers(net, c))
         if c.calibrate and not start: calibrate_bn(net, images, c.size)
         log = folder.log if folder else []

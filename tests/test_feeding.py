@@ -1,6 +1,6 @@
 """What a GPU must not wait for, on a GPU that isn't there: PyTorch's fake tensors give every order and compute nothing. PyTorch's own backward pass needs a real one and is left out.
 And the flat batch against the list that it stands for."""
-import warnings
+import threading, time, warnings
 from dataclasses import replace
 import pytest, torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from deepcluster_nb import features, feeding, training
-from deepcluster_nb.augment import center_crop, random_resized_crop
+from deepcluster_nb.augment import center_crop, crop_ragged, random_resized_crop, resample
 from deepcluster_nb.data import PackedImages, generator, load_images
 from deepcluster_nb.clustering import nmi
 from deepcluster_nb.features import PCA, HalfFeatures, feature_batches
@@ -26,22 +26,23 @@ class FakeGPU(TorchDispatchMode):
         if op is torch.ops.aten._local_scalar_dense.default: self.numbers += 1; return 0
         if op is torch.ops.aten._fused_sgd_.default: return                                                     # which fake tensors don't know
         with self.fake: out = op(*args, **kwargs)
-        if op is torch.ops.aten._to_copy.default: self.copies += given[0].device != out.device and not kwargs.get('non_blocking')
-        if op is torch.ops.aten.copy_.default: self.copies += given[0].device != given[1].device and not (args[2:3] == (True,) or kwargs.get('non_blocking'))
+        if op is torch.ops.aten._to_copy.default: self.copies += given[0].device != out.device and not (kwargs.get('non_blocking') and getattr(given[0], 'pinned', False))
+        if op is torch.ops.aten.copy_.default: self.copies += given[0].device != given[1].device and not (args[2:3] == (True,) and getattr(given[1], 'pinned', False))
         if op.name().startswith('aten::index') or op is torch.ops.aten.take.default: self.copies += len({t.device for t in given if t.ndim}) > 1      # numbers that are brought over
         return out
 
 @pytest.fixture
-def gpu(monkeypatch): # nothing is pinned for it, and its backward pass is taken for granted
-    monkeypatch.setattr(Tensor, 'pin_memory', lambda t, *_: t)
+def gpu(monkeypatch): # what is pinned for it gets a mark
+    def pin(t): t = t.clone(); t.pinned = True; return t
+    monkeypatch.setattr(Tensor, 'pin_memory', pin)
     monkeypatch.setattr(torch.cuda, '_lazy_init', lambda: None)
     torch._C._set_only_lift_cpu_tensors(True)                                # torch.tensor(…, device='cuda') is made on the CPU and brought over, as fake tensors need it
     try:
         with FakeGPU() as fake: yield fake
     finally: torch._C._set_only_lift_cpu_tensors(False)
 
-def there(ragged, n=24): # images in the fake GPU's memory
-    shapes = [(1, 40 + i % 7, 50 - i % 5) for i in range(n)] if ragged else [(3, 32, 32)]*n
+def there(ragged, channels=3, n=24): # images in the fake GPU's memory
+    shapes = [(channels, 40 + i % 7, 50 - i % 5) for i in range(n)] if ragged else [(3, 32, 32)]*n
     images = PackedImages(torch.zeros(sum(c*h*w for c,h,w in shapes), dtype=torch.uint8), shapes)
     images.pixels = torch.empty(len(images.pixels), dtype=torch.uint8, device='cuda')
     return images
@@ -70,19 +71,19 @@ def test_training_asks_for_nothing_between_two_looks(gpu, monkeypatch, ragged, s
 
 def test_a_wait_is_seen(gpu):
     x = torch.empty(3, device='cuda')
-    for wait in (lambda: float(x.sum()), lambda: bool((x > 0).any()), lambda: torch.zeros(3).to('cuda'), lambda: x.cpu(), lambda: x[torch.tensor([0, 2])], lambda: x.copy_(torch.zeros(3))):
+    for wait in (lambda: float(x.sum()), lambda: bool((x > 0).any()), lambda: torch.zeros(3).to('cuda'), lambda: torch.zeros(3).to('cuda', non_blocking=True), lambda: x.cpu(), lambda: x[torch.tensor([0, 2])], lambda: x.copy_(torch.zeros(3))):
         before = gpu.numbers + gpu.copies
         wait()
         assert gpu.numbers + gpu.copies == before + 1
     before = gpu.numbers + gpu.copies
-    torch.zeros(3).to('cuda', non_blocking=True); x.sum(); x.copy_(torch.zeros(3), non_blocking=True); x.index_select(0, torch.empty(2, dtype=torch.long, device='cuda')); torch.zeros(3).sum().item()
+    torch.zeros(3).pin_memory().to('cuda', non_blocking=True); x.sum(); x.copy_(torch.zeros(3).pin_memory(), non_blocking=True); x.index_select(0, torch.empty(2, dtype=torch.long, device='cuda')); torch.zeros(3).sum().item()
     assert gpu.numbers + gpu.copies == before
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")                # by deepcopy
 @pytest.mark.parametrize('sobel', [False, True])
 @pytest.mark.parametrize('ragged', [False, True])
 def test_extraction_asks_for_nothing(gpu, ragged, sobel):
-    images, net, pca, seen = there(ragged and sobel), network_there(sobel), PCA(4), []
+    images, net, pca, seen = there(ragged, 1 if sobel else 3), network_there(sobel), PCA(4), []
     kept = HalfFeatures(len(images), room=2**30)
     for f in feature_batches(net, images, 32, 4, 'cuda', progress=lambda done, n: seen.append((gpu.numbers, gpu.copies))): pca.add(kept.add(f).float())
     assert len(seen) == 6 and len(set(seen)) == 1 and kept.file is None and f.is_cuda
@@ -94,6 +95,18 @@ def test_flat_batches_are_grey_and_cropped_as_lists_are():
         for sobel in (False, True):
             a, b = (network_input(x, crop, sobel) for x in (images, Ragged.of(images)))
             torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+def test_a_panorama_does_not_make_all_frames_wide():
+    g = generator(0)
+    images = [torch.randint(0, 256, (1, h, w), generator=g).byte() for h,w in ((40, 60), (30, 900), (33, 33), (50, 40), (35, 700))]
+    boxes, flip, seen, cut = torch.tensor([[0., 0, w, h] for _,h,w in (im.shape for im in images)]), torch.tensor([True, False, False, True, False]), [], Ragged.cut
+    def watched(self, *args): seen.append(cut(self, *args)[0].numel()); return cut(self, *args)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Ragged, 'cut', watched)
+        parts = crop_ragged(images, boxes, 24, flip, room=60_000)
+    assert len(seen) == 3 and max(seen) < 2*60_000
+    torch.testing.assert_close(parts, resample(images, boxes, 24, flip), rtol=0, atol=256*1e-5)
+    assert torch.equal(parts, crop_ragged(images, boxes, 24, flip, room=30_000))                        # in frames of their own
 
 @pytest.mark.parametrize('ragged', [False, True])
 def test_a_resident_run_is_the_same_run(monkeypatch, ragged): # the way of a GPU, on the CPU
@@ -117,19 +130,70 @@ def test_the_center_comes_along():
 
 def test_reading_stops_when_nobody_asks_any_more():
     class Counting(PackedImages):
-        def batch(self, idx): read.append(idx.tolist()); return super().batch(idx)
+        def batch(self, idx): time.sleep(.05); read.append(idx.tolist()); return super().batch(idx)
     read, images = [], Counting(torch.zeros(100, 1, 4, 4, dtype=torch.uint8))
-    batches = feeding.fetch_ahead(images, torch.arange(100).split(1), 'cpu', ahead=5, threads=1)
+    batches = feeding.fetch_ahead(images, torch.arange(100).split(1), 'cpu', ahead=20, threads=1)
     next(batches); batches.close()
-    assert len(read) <= 7
+    assert len(read) <= 4                                                        # of the 21 that were ordered
 
-def test_compiled_runs_are_runs(monkeypatch, tmp_path): # PyTorch's tracing, without the compiler behind it
+@pytest.mark.parametrize('ragged', [False, True])
+def test_copies_in_a_stream_of_their_own(monkeypatch, ragged): # made up, with a log: the batch's user waits for that batch's copy, and says that he uses it
+    log, real = [], torch.empty
+    class Stream:
+        def __init__(self, device=None): self.here = threading.local()
+        def record_event(self): log.append('copied'); return f"copy {log.count('copied')}"
+        def wait_event(self, event): log.append(f'wait for {event}')
+        def __enter__(self): log.append('in'); return self
+        def __exit__(self, *_): log.append('out')
+    monkeypatch.setattr(torch.cuda, 'Stream', Stream)
+    monkeypatch.setattr(torch.cuda, 'stream', lambda s: s)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: Stream())
+    monkeypatch.setattr(Tensor, 'record_stream', lambda t, s: log.append(f'used, {t.numel()}'))
+    monkeypatch.setattr(Tensor, 'new_empty', lambda t, n, pin_memory: log.append('pinned') or real(n, dtype=t.dtype))
+    monkeypatch.setattr(feeding.torch, 'empty', lambda *size, dtype, pin_memory: log.append('pinned') or real(*size, dtype=dtype))
+    monkeypatch.setattr(Tensor, 'to', lambda t, device, non_blocking: log.append(f'to {device}') or t)
+    monkeypatch.setattr(feeding, 'to_device', lambda t, device: t.to(device, non_blocking=True))
+    feeding.side_stream.cache_clear()
+    images = PackedImages(torch.arange(24).byte(), [(1, 1, 2), (1, 2, 2)]*4) if ragged else PackedImages(torch.arange(24).byte().view(6, 1, 2, 2))
+    got = list(feeding.fetch_ahead(images, [torch.tensor([1, 0]), torch.tensor([3])], 'cuda', ahead=1, threads=1))
+    feeding.side_stream.cache_clear()
+    for i,x in got:
+        if ragged: assert [im.tolist() for im in (x.flat[s:s + int(n)] for s,n in zip(x.starts, x.shapes.prod(1)))] == [images[j].flatten().tolist() for j in i]
+        else: assert torch.equal(x, images.batch(i))
+    for i,(_,x) in enumerate(got): 
+        one = ['in', 'pinned', 'to cuda', 'copied', 'out']
+        assert [e for e in log if e in one][5*i:5*i + 5] == one
+        assert log.index(f'wait for copy {i + 1}') < log.index(f'used, {(x.flat if ragged else x).numel()}')
+
+def test_compiled_runs_are_runs(monkeypatch): # PyTorch's tracing, without the compiler behind it; a last batch of another size
     real, tries = torch.compile, []
     monkeypatch.setattr(torch, 'compile', lambda net, **how: tries.append(1) or real(net, backend='aot_eager', **how))
     images = load_images('digits', n_images=70)
     c = Config(arch='alexnet_small', k=5, pca=8, epochs=2, passes=1, batch_size=16, precision='float32')
-    plain, fast = (fit(replace(c, compile=on), images, echo=None) for on in (False, True))
-    assert len(tries) == 2 and abs(plain.log[1]['loss'] - fast.log[1]['loss']) < .02
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        plain, fast = (fit(replace(c, compile=on), images, echo=None) for on in (False, True))
+    assert len(tries) == 2 and not [w for w in said if str(w.message).startswith('compile:')] and abs(plain.log[1]['loss'] - fast.log[1]['loss']) < .02
+
+@pytest.mark.parametrize('breaks', ['forwards', 'backwards', 'at the second size'])
+def test_where_compiling_fails_the_run_is_the_plain_one(monkeypatch, breaks):
+    class Half(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x): return x.clone()
+        @staticmethod
+        def backward(ctx, g): raise RuntimeError('no ptxas')
+    def broken(net, dynamic):
+        def fast(x):
+            y = net(x)
+            if breaks == 'forwards' or breaks == 'at the second size' and len(x) != 16: raise RuntimeError('no ptxas')
+            return Half.apply(y) if breaks == 'backwards' else y
+        return fast
+    monkeypatch.setattr(torch, 'compile', broken)
+    images = load_images('digits', n_images=70)
+    c = Config(arch='alexnet_small', k=5, pca=8, epochs=1, passes=1, batch_size=16, precision='float32', dropout=.5)
+    plain = fit(c, images, echo=None)
+    with pytest.warns(UserWarning, match="compile: torch.compile can't be used here.*no ptxas"): other = fit(replace(c, compile=True), images, echo=None)
+    assert all(torch.equal(a, b) for a,b in zip(plain.net.state_dict().values(), other.net.state_dict().values()))      # what was tried has changed nothing
 
 def test_a_network_that_fails_fails_compiled_too():
     class Broken(nn.Module):
