@@ -60,10 +60,11 @@ class PackedImages:
         start = int(self.starts[i])
         return self.pixels[start:start + c*h*w].view(c, h, w)
 
-    def batch(self, idx): # (B, C, H, W) uint8 where all images share a size, else a list of (C, H, W)
+    def rows(self, idx)->Tensor: return self.starts[idx] // int(np.prod(self.size))      # (B,) places in the buffer, where all images share a size
+
+    def batch(self, idx, out=None): # (B, C, H, W) uint8 where all images share a size, into `out` where given, else a list of (C, H, W)
         if self.size is None: return [self.pixels[s:s + c*h*w].view(c, h, w) for s,(c,h,w) in zip(self.starts[idx].tolist(), self.shapes[idx].tolist())]
-        rows = self.starts[idx] // int(np.prod(self.size))
-        return self.pixels.view(-1, *self.size).index_select(0, rows)       # image by image; `[rows]` would go number by number
+        return torch.index_select(self.pixels.view(-1, *self.size), 0, self.rows(idx), out=out)      # image by image; `[rows]` would go number by number
 
     def subset(self, idx)->'PackedImages': # the same buffer, fewer images
         idx, res = torch.arange(len(self))[idx].reshape(-1), copy.copy(self)

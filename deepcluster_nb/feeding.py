@@ -25,10 +25,11 @@ def windows(boxes:Tensor, # (B, 4) left, top, width, height in pixels
     return (boxes[:, :2] - reach).floor().clamp_min(0), torch.minimum((boxes[:, :2] + boxes[:, 2:] + reach).ceil(), sizes.flip(1))
 
 # %% ../nbs/18_feeding.ipynb #ce63ea08
-def to_device(x, device): # a tensor; or a list of images of different sizes, on a GPU a `Ragged` of them
+def to_device(x, device): # a tensor, a `Ragged`, or a list of images of different sizes, which becomes one on a GPU
     "There, without waiting for what the device is doing."
-    if torch.device(device).type == 'cpu': return x if isinstance(x, list) else x.to(device)
-    if isinstance(x, list): return Ragged.of(x, torch.device(device).type == 'cuda').to(device)
+    if torch.device(device).type == 'cpu': return x.to(device) if isinstance(x, Tensor) else x
+    if isinstance(x, list): x = Ragged.of(x, pinned=True)
+    if isinstance(x, Ragged): return Ragged(to_device(x.flat, device), x.starts, x.shapes, x.then)
     return x if x.is_cuda else x.contiguous().pin_memory().to(device, non_blocking=True)
 
 # %% ../nbs/18_feeding.ipynb #934aa7be
@@ -53,15 +54,13 @@ class Ragged:
     def __getitem__(self, idx:Tensor)->'Ragged': return Ragged(self.flat, self.starts[idx], self.shapes[idx], self.then)   # fewer of them
     @property
     def sizes(self)->Tensor: return self.shapes[:, 1:]                       # (B, 2) height and width
-    def to(self, device, non_blocking=True): return Ragged(to_device(self.flat, device), self.starts, self.shapes, self.then)
     def each(self, f)->'Ragged': return Ragged(self.flat, self.starts, self.shapes, f)   # f is for every pixel alone
 
     def alike(self, boxes:Tensor, size:int, room:int)->list: # of (b,) image numbers
-        "Parts of the batch whose windows are about as large, and whose frames have no more than `room` pixels."
+        "Parts of the batch whose windows are about as large, and whose frames together have no more than `room` pixels, but for an image alone."
         start, end = windows(boxes, size, self.sizes)
-        area = (end - start).prod(1) * self.shapes[:, 0]
-        n = max(1, int(room // area.max()))
-        return list(area.argsort(descending=True, stable=True).split(n)) if n < len(self) else [torch.arange(len(self))]
+        n = max(1, int(room // ((end - start).amax(0).prod() * self.shapes[0, 0])))
+        return list((end - start).prod(1).argsort(descending=True, stable=True).split(n)) if n < len(self) else [torch.arange(len(self))]
 
     def cut(self, boxes:Tensor, size:int)->tuple: # (B, C, h, w) frames, (B, 4) the boxes within them, (B, 2) the windows' height and width
         "The windows that crops of these boxes need, each in the corner of its frame."
@@ -105,8 +104,7 @@ def resident(images:PackedImages,
 def pick_batch(images:PackedImages, idx:Tensor): # (B, C, H, W), or `Ragged`
     "A batch of resident images, where they are."
     if images.size is None: return Ragged(images.pixels, images.starts[idx], images.shapes[idx])
-    rows = to_device(images.starts[idx] // images.shapes[0].prod(), images.pixels.device)
-    return images.pixels.view(-1, *images.size).index_select(0, rows)
+    return images.pixels.view(-1, *images.size).index_select(0, to_device(images.rows(idx), images.pixels.device))
 
 # %% ../nbs/18_feeding.ipynb #2ced184d
 @cache
@@ -116,8 +114,7 @@ def side_stream(device): # the same one every time: memory that was used in a st
 def pinned_batch(images:PackedImages, idx:Tensor): # (B, C, H, W), or `Ragged`
     "A batch as a GPU can fetch it: read straight into pinned memory."
     if images.size is None: return Ragged.of(images.batch(idx), pinned=True)
-    out = torch.empty(len(idx), *images.size, dtype=torch.uint8, pin_memory=True)
-    return torch.index_select(images.pixels.view(-1, *images.size), 0, images.starts[idx] // images.shapes[0].prod(), out=out)
+    return images.batch(idx, torch.empty(len(idx), *images.size, dtype=torch.uint8, pin_memory=True))
 
 def fetch_ahead(images:PackedImages,  # what is read from
                 batches,              # lists of image numbers, (B,) each
@@ -130,7 +127,7 @@ def fetch_ahead(images:PackedImages,  # what is read from
     cuda, threads = torch.device(device).type == 'cuda', threads or min(8, max(1, (os.cpu_count() or 2)//2))
     def fetch(idx):
         if not cuda: return images.batch(idx), None
-        with torch.cuda.stream(side_stream(device)): return pinned_batch(images, idx).to(device, non_blocking=True), side_stream(device).record_event()
+        with torch.cuda.stream(side_stream(device)): return to_device(pinned_batch(images, idx), device), side_stream(device).record_event()
     def arrived(x, copied):
         if copied is None: return x
         now = torch.cuda.current_stream(device)

@@ -1,6 +1,6 @@
 """What a GPU must not wait for, on a GPU that isn't there: PyTorch's fake tensors give every order and compute nothing. PyTorch's own backward pass needs a real one and is left out.
 And the flat batch against the list that it stands for."""
-import threading, time, warnings
+import time, warnings
 from dataclasses import replace
 import pytest, torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ class FakeGPU(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs, given = kwargs or {}, [a for a in tree_leaves(args) if isinstance(a, Tensor)]
         if not any(isinstance(t, FakeTensor) for t in given) and torch.device(kwargs.get('device') or 'cpu').type == 'cpu': return op(*args, **kwargs)
-        self.orders += 1
+        self.orders += op.namespace == 'aten' and not any(r.alias_info and not r.alias_info.is_write for r in op._schema.returns)           # a view is none
         if op is torch.ops.aten._local_scalar_dense.default: self.numbers += 1; return 0
         if op is torch.ops.aten._fused_sgd_.default: return                                                     # which fake tensors don't know
         with self.fake: out = op(*args, **kwargs)
@@ -67,7 +67,7 @@ def test_training_asks_for_nothing_between_two_looks(gpu, monkeypatch, ragged, s
     train_epoch(net, images, torch.arange(40) % len(images), torch.arange(len(images)) % 5, opts, c, 0, lambda done, n, total, sound: seen.append((gpu.numbers, gpu.copies)))
     looked = [1, 1, 1, 1, 2, 2, 2, 2, 3, 4]                                  # at steps 0, 4 and 8, and at the last
     start = seen[0][1]
-    assert [n for n,_ in seen] == looked and all(copies == start for _,copies in seen) and start <= 2 and gpu.numbers == 5        # and the epoch's mean loss
+    assert [n for n,_ in seen] == looked and all(copies == start for _,copies in seen) and start == 1 + (sampler == 'weighted') and gpu.numbers == 5        # and the epoch's mean loss
 
 def test_a_wait_is_seen(gpu):
     x = torch.empty(3, device='cuda')
@@ -88,6 +88,15 @@ def test_extraction_asks_for_nothing(gpu, ragged, sobel):
     for f in feature_batches(net, images, 32, 4, 'cuda', progress=lambda done, n: seen.append((gpu.numbers, gpu.copies))): pca.add(kept.add(f).float())
     assert len(seen) == 6 and len(set(seen)) == 1 and kept.file is None and f.is_cuda
 
+def test_windows_take_as_many_orders_however_many_images_there_are(gpu):
+    orders = []
+    for n in (5, 200):
+        images = there(True, n=n)
+        batch, boxes, before = pick_batch(images, torch.arange(n)), torch.tensor([[1., 2, 30, 30]]).repeat(n, 1), gpu.orders
+        batch.cut(boxes, 32)
+        orders.append(gpu.orders - before)
+    assert orders == [14, 14]                                                    # as chapter 18 says
+
 def test_flat_batches_are_grey_and_cropped_as_lists_are():
     g = generator(0)
     images = [torch.randint(0, 256, (3, h, w), generator=g).byte() for h,w in ((40, 60), (61, 35), (33, 33))]
@@ -103,8 +112,8 @@ def test_a_panorama_does_not_make_all_frames_wide():
     def watched(self, *args): seen.append(cut(self, *args)[0].numel()); return cut(self, *args)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(Ragged, 'cut', watched)
-        parts = crop_ragged(images, boxes, 24, flip, room=60_000)
-    assert len(seen) == 3 and max(seen) < 2*60_000
+        parts = crop_ragged(images, boxes, 24, flip, room=100_000)
+    assert len(seen) == 3 and max(seen) <= 100_000
     torch.testing.assert_close(parts, resample(images, boxes, 24, flip), rtol=0, atol=256*1e-5)
     assert torch.equal(parts, crop_ragged(images, boxes, 24, flip, room=30_000))                        # in frames of their own
 
@@ -118,8 +127,10 @@ def test_a_resident_run_is_the_same_run(monkeypatch, ragged): # the way of a GPU
     for module in (training, features): monkeypatch.setattr(module, 'fetch_ahead', lambda images, batches, device: ((idx, pick_batch(images, idx)) for idx in batches))
     other = fit(c, images, echo=None)
     assert other.images is images
-    assert torch.equal(plain.clustering.assign, other.clustering.assign) or float(nmi(plain.clustering.assign, other.clustering.assign)) > .9      # whole matrices round otherwise
-    assert abs(plain.log[0]['loss'] - other.log[0]['loss']) < 1e-3 and (ragged or all(torch.equal(a, b) for a,b in zip(plain.net.state_dict().values(), other.net.state_dict().values())))
+    if not ragged:
+        assert torch.equal(plain.clustering.assign, other.clustering.assign)
+        assert all(torch.equal(a, b) for a,b in zip(plain.net.state_dict().values(), other.net.state_dict().values()))
+    assert nmi(plain.clustering.assign, other.clustering.assign) > .9 and abs(plain.log[0]['loss'] - other.log[0]['loss']) < 1e-3      # whole matrices round otherwise
 
 def test_the_center_comes_along():
     images = PackedImages(torch.arange(32).byte(), [(1, 4, 4)]*2)
@@ -140,7 +151,7 @@ def test_reading_stops_when_nobody_asks_any_more():
 def test_copies_in_a_stream_of_their_own(monkeypatch, ragged): # made up, with a log: the batch's user waits for that batch's copy, and says that he uses it
     log, real = [], torch.empty
     class Stream:
-        def __init__(self, device=None): self.here = threading.local()
+        def __init__(self, device=None): pass
         def record_event(self): log.append('copied'); return f"copy {log.count('copied')}"
         def wait_event(self, event): log.append(f'wait for {event}')
         def __enter__(self): log.append('in'); return self
@@ -151,8 +162,8 @@ def test_copies_in_a_stream_of_their_own(monkeypatch, ragged): # made up, with a
     monkeypatch.setattr(Tensor, 'record_stream', lambda t, s: log.append(f'used, {t.numel()}'))
     monkeypatch.setattr(Tensor, 'new_empty', lambda t, n, pin_memory: log.append('pinned') or real(n, dtype=t.dtype))
     monkeypatch.setattr(feeding.torch, 'empty', lambda *size, dtype, pin_memory: log.append('pinned') or real(*size, dtype=dtype))
+    monkeypatch.setattr(Tensor, 'pin_memory', lambda t: t)                        # as it is for what is pinned
     monkeypatch.setattr(Tensor, 'to', lambda t, device, non_blocking: log.append(f'to {device}') or t)
-    monkeypatch.setattr(feeding, 'to_device', lambda t, device: t.to(device, non_blocking=True))
     feeding.side_stream.cache_clear()
     images = PackedImages(torch.arange(24).byte(), [(1, 1, 2), (1, 2, 2)]*4) if ragged else PackedImages(torch.arange(24).byte().view(6, 1, 2, 2))
     got = list(feeding.fetch_ahead(images, [torch.tensor([1, 0]), torch.tensor([3])], 'cuda', ahead=1, threads=1))
