@@ -28,13 +28,14 @@ def triangles(start:Tensor,  # (B,) first pixel of the window, may be fractional
 def resize_weights(start:Tensor, length:Tensor, # (B,) as for `triangles`
                    n_in,          # pixels in the image, or (B,) in each of them
                    n_out:int, flip=None,
-                  )->Tensor:      # (B, n_out, most of n_in), rows sum to 1
+                   columns:int=None, # of the matrix, where it stands before a larger frame; the most of n_in
+                  )->Tensor:      # (B, n_out, columns), rows sum to 1
     "The antialiased triangle filter as a matrix: row j averages the pixels around output pixel j, as Pillow does."
     centre, reach = triangles(start, length, n_out, flip)
     n_in  = torch.as_tensor(n_in).view(-1, 1, 1)                        # on the CPU: a GPU need not be waited for
-    pixel = torch.arange(int(n_in.max()), device=start.device)
-    w = (pixel + .5 - centre[..., None]).abs_().div_(reach[..., None])
-    w = (1 - w).clamp_min_(0) * (pixel < to_device(n_in, start.device))
+    pixel = torch.arange(columns or int(n_in.max()), device=start.device) + .5
+    pixel = torch.where(pixel < to_device(n_in, start.device), pixel, math.inf)   # beyond the image: infinitely far
+    w = (1 - (pixel - centre[..., None]).abs_().div_(reach[..., None])).clamp_min_(0)
     return w.div_(w.sum(-1, keepdim=True))
 
 # %% ../nbs/01_augment.ipynb #865e7749
@@ -43,12 +44,14 @@ def crop_batch(images:Tensor, # (B, C, H, W)
                size:int,      # height and width wanted
                flip=None,     # (B,) bool, mirror these
                sizes=None,    # (B, 2) height and width, of images that stand in the corner of a larger frame
+               dtype=None,    # of the products: float16 on a GPU, else float32
               )->Tensor:      # (B, C, size, size) float32
     "Crop, resize and flip: `Wy @ image @ Wx.T`."
     left, top, width, height = to_device(boxes.float(), images.device).unbind(1)
     h, w = images.shape[2:] if sizes is None else sizes.unbind(1)
-    wy, wx = resize_weights(top, height, h, size), resize_weights(left, width, w, size, flip)
-    return torch.stack([wy @ c @ wx.mT for c in images.float().unbind(1)], 1)
+    images, wy, wx = (t.to(dtype or (torch.float16 if t.is_cuda else torch.float32)) for t in (
+        images, resize_weights(top, height, h, size, None, images.shape[2]), resize_weights(left, width, w, size, flip, images.shape[3])))
+    return torch.stack([wy @ c @ wx.mT for c in images.unbind(1)], 1).float()
 
 # %% ../nbs/01_augment.ipynb #7cfef095
 def resize_taps(start:Tensor, length:Tensor, n_in, n_out:int, flip=None)->tuple: # (B, n_out, T) pixels, and (B, n_out, T) weights

@@ -133,12 +133,14 @@ class PCA:
         for b in x.split(batch): self.add(b)
         return self.solve()
 
+    def project(self, x:Tensor, out=None)->Tensor: # (B, D) that were fitted, so known to be finite → (B, min(dim, D)) float32; a GPU is not waited for
+        return torch.mm(x.float() - self.mean.to(x.device, torch.float32), self.axes.to(x.device, torch.float32), out=out)
+
     def transform(self, x:Tensor, batch:int=8192)->Tensor: # (N, D) → (N, min(dim, D)) float32
         if self.axes is None: raise ValueError("PCA: expected fit before transform")
         check_features(x, len(self.mean))
-        mean, axes = (t.to(x.device, torch.float32) for t in (self.mean, self.axes))
-        z = x.new_empty(len(x), axes.shape[1], dtype=torch.float32)
-        for b,out in zip(x.split(batch), z.split(batch)): torch.mm(b.float() - mean, axes, out=out)
+        z = x.new_empty(len(x), self.axes.shape[1], dtype=torch.float32)
+        for b,out in zip(x.split(batch), z.split(batch)): self.project(b, out)
         if bad := int((~z.isfinite()).any(1).sum()): raise ValueError(f"x: expected finite features, got NaN or infinite values in {bad:,} rows")
         return z
 

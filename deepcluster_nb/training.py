@@ -17,7 +17,7 @@ import numpy as np, torch, yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .data import DATASETS, PackedImages, generator, load_images
-from .feeding import compiled, fetch_ahead, resident, to_device
+from .feeding import Laps, compiled, fetch_ahead, resident, to_device
 from .augment import random_resized_crop
 from .sobel import network_input
 from .model import ARCHS, SIZES, DeepClusterNet, calibrate_bn, convnet, reset_top_layer
@@ -114,20 +114,17 @@ def network(config)->DeepClusterNet: # on its device, with random weights
 # %% ../nbs/08_training.ipynb #6888486d
 def cluster(net, images, config, epoch:int, progress=None, folder=None): # (Clustering, PCA, seconds a phase)
     "One reassignment: features → PCA → unit length → clusters."
-    pca, start, in_pca = PCA(config.pca), time.time(), 0.
+    pca, laps = PCA(config.pca), Laps(config.device)
     with closing(HalfFeatures(len(images), folder)) as feats:
         for f in feature_batches(net, images, config.size, 512, config.device, config.precision, progress):
-            f, t = feats.add(f), time.time()
-            pca.add(f)
-            in_pca += time.time() - t
-        t = time.time()
+            f = feats.add(f); laps('features')
+            pca.add(f); laps('pca')
         pca.solve()
         x = torch.empty(len(images), min(config.pca, f.shape[1]), device=f.device if config.backend == 'torch' else 'cpu')
-        for f,out in zip(feats, x.split(512)): out.copy_(l2_normalize(pca.transform(f)))
-    u = time.time()
-    clustering = CLUSTERERS[config.clusterer](x, config, epoch).cpu()
-    phases = dict(features=t - start - in_pca, pca=u - t + in_pca, kmeans=time.time() - u)
-    return clustering, pca, {name: round(s, 3) for name,s in phases.items()}
+        for f,out in zip(feats, x.split(512)): out.copy_(l2_normalize(pca.project(f)))
+    laps('pca')
+    clustering = CLUSTERERS[config.clusterer](x, config, epoch).cpu(); laps('kmeans')
+    return clustering, pca, laps.seconds()
 
 # %% ../nbs/08_training.ipynb #4ba28677
 def trunk_parameters(net)->list: # everything that learns, but for the head

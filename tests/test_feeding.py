@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from deepcluster_nb import features, feeding, training
-from deepcluster_nb.augment import center_crop, crop_ragged, random_resized_crop, resample
+from deepcluster_nb import augment, features, feeding, training
+from deepcluster_nb.augment import center_crop, crop_batch, crop_boxes, crop_ragged, image_sizes, random_resized_crop, resample
 from deepcluster_nb.data import PackedImages, generator, load_images
 from deepcluster_nb.clustering import nmi
 from deepcluster_nb.features import PCA, HalfFeatures, feature_batches
@@ -87,6 +87,10 @@ def test_extraction_asks_for_nothing(gpu, ragged, sobel):
     kept = HalfFeatures(len(images), room=2**30)
     for f in feature_batches(net, images, 32, 4, 'cuda', progress=lambda done, n: seen.append((gpu.numbers, gpu.copies))): pca.add(kept.add(f).float())
     assert len(seen) == 6 and len(set(seen)) == 1 and kept.file is None and f.is_cuda
+    pca.solve()
+    before = gpu.numbers, gpu.copies
+    points = [pca.project(f) for f in kept]
+    assert (gpu.numbers, gpu.copies) == before and points[5].is_cuda and points[5].shape == (4, 4)
 
 def test_windows_take_as_many_orders_however_many_images_there_are(gpu):
     orders = []
@@ -105,6 +109,25 @@ def test_flat_batches_are_grey_and_cropped_as_lists_are():
             a, b = (network_input(x, crop, sobel) for x in (images, Ragged.of(images)))
             torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
+@pytest.mark.parametrize('ragged', [False, True])
+def test_a_gpu_multiplies_half_precision_in_rows_of_eights(gpu, monkeypatch, ragged): # and nothing else
+    seen, real = [], torch.Tensor.__matmul__
+    monkeypatch.setattr(Tensor, '__matmul__', lambda a, b: seen.append((a, b)) or real(a, b))
+    images = pick_batch(there(ragged), torch.arange(6))
+    out = resample(images, crop_boxes(image_sizes(images), generator(0)), 24, torch.arange(6) > 3)
+    assert out.dtype == torch.float32 and out.is_cuda and len(seen) == 6
+    assert all(t.dtype == torch.float16 and min(s for s in t.stride() if s > 1) % 8 == 0 for pair in seen for t in pair)
+
+@pytest.mark.parametrize('ragged', [False, True])
+def test_half_precision_is_within_half_a_grey_level(monkeypatch, ragged):
+    images = load_images('shapes', n_images=40)
+    images = Ragged.of([im[:, i % 5:, i % 3:] for i,im in enumerate(images)]) if ragged else images.batch(torch.arange(40))
+    boxes, real = crop_boxes(image_sizes(images), generator(0)), augment.crop_batch
+    plain = augment.crop_ragged(images, boxes, 24) if ragged else crop_batch(images, boxes, 24)
+    monkeypatch.setattr(augment, 'crop_batch', lambda *args: real(*args, dtype=torch.float16))
+    half = augment.crop_ragged(images, boxes, 24) if ragged else augment.crop_batch(images, boxes, 24, None, None)
+    assert 0 < (half - plain).abs().max() < .44                                  # 3/16 + 2/8, chapter 01
+
 def test_a_panorama_does_not_make_all_frames_wide():
     g = generator(0)
     images = [torch.randint(0, 256, (1, h, w), generator=g).byte() for h,w in ((40, 60), (30, 900), (33, 33), (50, 40), (35, 700))]
@@ -112,8 +135,8 @@ def test_a_panorama_does_not_make_all_frames_wide():
     def watched(self, *args): seen.append(cut(self, *args)[0].numel()); return cut(self, *args)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(Ragged, 'cut', watched)
-        parts = crop_ragged(images, boxes, 24, flip, room=100_000)
-    assert len(seen) == 3 and max(seen) <= 100_000
+        parts = crop_ragged(images, boxes, 24, flip, room=110_000)
+    assert len(seen) == 3 and max(seen) <= 110_000
     torch.testing.assert_close(parts, resample(images, boxes, 24, flip), rtol=0, atol=256*1e-5)
     assert torch.equal(parts, crop_ragged(images, boxes, 24, flip, room=30_000))                        # in frames of their own
 
@@ -138,6 +161,20 @@ def test_the_center_comes_along():
     moved = resident(images.subset([1]), 'cpu', room=20)
     assert moved.pixels.tolist() == list(range(16, 32)) and moved.center.pixels.tolist() == [4, 5, 6, 7]
     assert resident(images, 'cpu', room=39) is images                            # both or none
+
+def test_laps_by_the_devices_clock(monkeypatch): # made up: marks that know their time
+    clock, waits = iter([5., 7.5, 8.]), []
+    class Event:
+        def __init__(self, enable_timing): assert enable_timing
+        def synchronize(self): waits.append(self.at)
+        def elapsed_time(self, end): assert waits == [8.]; return 1000*(end.at - self.at)
+    class Stream:
+        def record_event(self, event): event.at = next(clock); return event
+    monkeypatch.setattr(torch.cuda, 'Event', Event)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: Stream())
+    laps = feeding.Laps('cuda')
+    laps('features'); laps('pca')
+    assert not waits and laps.seconds() == dict(features=2.5, pca=.5)
 
 def test_reading_stops_when_nobody_asks_any_more():
     class Counting(PackedImages):
