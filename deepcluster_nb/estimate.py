@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'IMAGENET', 'sample', 'per_image', 'kept_bytes', 'made_up', 'material', 'sample_clustering',
-           'sample_training', 'sample_probes', 'measure', 'nbytes', 'long', 'Estimate', 'estimate']
+           'sample_training', 'sample_probes', 'measure', 'long', 'Estimate', 'estimate']
 
 # %% ../nbs/19_estimate.ipynb #c7f7952f
 import os, shutil, sys, tempfile, time
@@ -22,7 +22,7 @@ from .sobel import normalize
 from .features import PCA, autocast, compute_features, keep_memory, l2_normalize
 from .clustering import Clustering, kmeans
 from .sampling import SAMPLERS
-from .runs import duration, save_checkpoint
+from .runs import amount, duration, save_checkpoint
 from .training import Config, agreement, check, network, resolve, sgd, train_epoch, trunk_parameters
 from .probes import MOST_PROBED, conv_activations, knn_accuracy, linear_probe, pool_activation
 
@@ -179,11 +179,6 @@ def measure(c:Config, images, facts:dict, seconds:float, echo=None)->dict: # kin
     return out
 
 # %% ../nbs/19_estimate.ipynb #bff3578d
-def nbytes(n:float)->str: # such as '1.3 GB'
-    for unit in ('bytes', 'kB', 'MB', 'GB', 'TB'):
-        if n < 1000 or unit == 'TB': return f"{n:.0f} {unit}" if n >= 100 or unit == 'bytes' else f"{n:.2g} {unit}"
-        n /= 1000
-
 def long(seconds:float)->str: # `duration`, with tenths below ten seconds and days above two
     if seconds < 9.95: return f"{seconds:.1f} s"
     return duration(seconds) if seconds < 2*86400 else f"{seconds/86400:,.1f} days"
@@ -237,7 +232,7 @@ class Estimate:
             if have and sum(need.values()) > have:
                 most = max(need, key=need.get)
                 cure = {'images': '; pack them (data_scripts/pack_images.py) and use dataset packed', 'features of the probes': '; run with fewer images, or without labels'}.get(most, '')
-                return f"{name} first: {nbytes(have)} are here, and {most} alone would take {nbytes(need[most])} of {nbytes(sum(need.values()))}{cure}"
+                return f"{name} first: {amount(have)} are here, and {most} alone would take {amount(need[most])} of {amount(sum(need.values()))}{cure}"
         most, gpu = max(t, key=t.get), '' if c.device != 'cpu' else 'a GPU; '
         half = 'fewer clusters, its time is proportional to k'
         return f"{t[most]/max(self.seconds, 1e-9):.0%} of the time goes into {most}: " + dict(
@@ -251,8 +246,8 @@ class Estimate:
         spread = lambda l, m, h: f"± {(h - l)/2/m:.0%}" if m else ''
         rows = [f"{p:12}{long(e[p]) if p in e else '':>18}{long(t[p]):>18}{t[p]/max(self.seconds, 1e-9):8.0%}{spread(low[p], t[p], high[p]):>9}" for p in t if t[p]]
         total = f"{'in all':12}{long(sum(e.values())):>18}{long(self.seconds):>18}{'':8}{spread(sum(low.values()), self.seconds, sum(high.values())):>9}"
-        peak = f"; {nbytes(f['peak'])} were in use at most during the samples" if f.get('peak') else ''
-        what = lambda d: ', '.join(f"{name} {nbytes(b)}" for name,b in d.items())
+        peak = f"; {amount(f['peak'])} were in use at most during the samples" if f.get('peak') else ''
+        what = lambda d: ', '.join(f"{name} {amount(b)}" for name,b in d.items())
         return '\n'.join([f"{c.dataset}, {f['n']:,} images{'' if f['real'] else ' (measured on noise: no images found)'} at {c.size} px · {c.arch} · k = {c.k:,} · "
                           f"{c.epochs} reassignments of {c.passes} {'pass' if c.passes == 1 else 'passes'} · {c.precision} on {c.device}, {torch.get_num_threads()} threads",
                           f"{'phase':12}{'a reassignment':>18}{'in all':>18}{'share':>8}{'sure to':>9}", *rows, total,

@@ -128,8 +128,7 @@ class PCA:
         return self
 
     def fit(self, x:Tensor, batch:int=8192)->'PCA': # (N, D)
-        check_features(x)
-        self.count = self.bad = 0
+        check_features(x); self.count = self.bad = 0
         for b in x.split(batch): self.add(b)
         return self.solve()
 

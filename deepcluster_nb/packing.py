@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHUNK', 'SYNC', 'grey_plane', 'Recipe', 'open_image', 'to_bytes', 'central', 'prepare_image', 'PackedWriter',
            'pack_chunk', 'decode_seconds', 'start_worker', 'in_order', 'Journal', 'lock', 'check_same', 'estimate',
-           'list_source', 'file_size', 'Packing', 'check_space', 'amount', 'packing_of', 'pack_folder', 'verify_packed']
+           'list_source', 'file_size', 'Packing', 'check_space', 'packing_of', 'pack_folder', 'verify_packed']
 
 # %% ../nbs/11_packing.ipynb #b2ebaa19
 import errno, hashlib, json, math, os, shutil, sys, threading, time, warnings, zlib
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from .data import PackedImages, center_path, image_files, sample_sizes
 from .augment import central_square
 from .sobel import GREY
+from .runs import amount
 
 # %% ../nbs/11_packing.ipynb #9890a124
 def grey_plane(im)->np.ndarray: # Pillow image, 'L' or 'RGB' → (H, W) float32, not rounded
@@ -323,11 +324,6 @@ def check_space(out, need:float, begun:float=0)->str: # bytes → what was found
     free = shutil.disk_usage(Path(out).parent).free
     if need - begun > free: raise ValueError(f"out: about {amount(need)} are needed, but {amount(free)} are free in {str(Path(out).absolute().parent)!r}")
     return f"about {amount(need)} of {amount(free)} that are free"
-
-def amount(n:float)->str: # bytes, as 12 kB, 3.4 GB
-    "Three digits and a unit."
-    unit = min(4, int(math.log10(max(n, 1)) // 3))
-    return f"{float(f'{n / 1000**unit:.3g}'):,g} {['bytes', 'kB', 'MB', 'GB', 'TB'][unit]}"
 
 def packing_of(path)->dict: # how a packed file was made; {} where it does not say
     try:

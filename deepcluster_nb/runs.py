@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FULL', 'write_atomic', 'checksum', 'save_checkpoint', 'load_checkpoint', 'RunFolder', 'Stopped', 'signals_to',
-           'signals_noted', 'held_by', 'Guard', 'duration', 'progress_line', 'in_notebook', 'Progress',
+           'signals_noted', 'held_by', 'amount', 'Guard', 'duration', 'progress_line', 'in_notebook', 'Progress',
            'training_curves']
 
 # %% ../nbs/07_runs.ipynb #72590e62
@@ -166,6 +166,12 @@ def held_by(path)->str: # 'process 123 on host since …', or '' where nobody wo
         with FileLock(room/'lock').acquire(timeout=0): return ''
     except Timeout: return (room/'holder').read_text() if (room/'holder').exists() else 'another process'
 
+# %% ../nbs/07_runs.ipynb #cd948793
+def amount(n:float)->str: # bytes, as 12 kB, 3.4 GB
+    "Three digits and a unit."
+    unit = min(4, int(math.log10(max(n, 1)) // 3))
+    return f"{float(f'{n / 1000**unit:.3g}'):,g} {['bytes', 'kB', 'MB', 'GB', 'TB'][unit]}"
+
 # %% ../nbs/07_runs.ipynb #34ddf672
 class Guard:
     "Holds a run folder for one process; after every step, decides whether to save or to stop."
@@ -189,7 +195,7 @@ class Guard:
         try:
             there = sum(p.stat().st_size for p in room.iterdir())
             need, free = 4*size + more - there, shutil.disk_usage(room).free       # the last two checkpoints, the one being written, and the reserve
-            if need > free: raise ValueError(f"run_dir: this run needs {need/1e9:.2f} GB more in {str(self.folder.path)!r}, but {free/1e9:.2f} GB are free")
+            if need > free: raise ValueError(f"run_dir: this run needs {amount(need)} more in {str(self.folder.path)!r}, but {amount(free)} are free")
             with open(self.folder.reserve, 'wb') as f:
                 if size and hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, size)
                 else:

@@ -3,8 +3,9 @@ from dataclasses import replace
 import re
 import pytest, torch
 from deepcluster_nb.data import generator
-from deepcluster_nb.estimate import Estimate, estimate, kept_bytes, long, material, nbytes, sample, sample_clustering
+from deepcluster_nb.estimate import Estimate, estimate, kept_bytes, long, material, sample, sample_clustering
 from deepcluster_nb.experiments import main
+from deepcluster_nb.runs import amount
 from deepcluster_nb.training import Config, resolve
 
 KINDS  = dict(features=[2., 3., 4.], pca=[.1, .1], axes=[5.], kmeans=[1.], training=[6., 8.], books=[.01], saving=[1e-3], probe=[.5], pair=[.002])
@@ -70,8 +71,8 @@ def test_no_epochs_no_division_by_zero():
     found = fake({k: [0.] for k in KINDS}, FACTS | dict(loading=0.), epochs=0)
     assert found.seconds == 0 and 'in all' in str(found)
 
-@pytest.mark.parametrize('n, text', [(0, '0 bytes'), (999, '999 bytes'), (1500, '1.5 kB'), (123e6, '123 MB'), (2.4e11, '240 GB'), (5e15, '5000 TB')])
-def test_bytes(n, text): assert nbytes(n) == text
+@pytest.mark.parametrize('n, text', [(0, '0 bytes'), (999, '999 bytes'), (1500, '1.5 kB'), (123e6, '123 MB'), (2.4e11, '240 GB'), (1.341e9, '1.34 GB'), (5e15, '5,000 TB')])
+def test_bytes(n, text): assert amount(n) == text
 
 @pytest.mark.parametrize('s, text', [(0, '0.0 s'), (9.94, '9.9 s'), (10, '10 s'), (3*3600, '3 h 00 min'), (86400*500, '500.0 days')])
 def test_long(s, text): assert long(s) == text
