@@ -107,11 +107,11 @@ def nearest(x:Tensor,          # (N, D) float32
         rows, cols = contenders(torch.addmm(bias, rough_b, rough_c.T, out=scores[:len(b)]), 2.01*error.float())
         if low != torch.float32 and len(rows) > 8*len(b): a.copy_(nearest(b, centroids, low=torch.float32)); continue   # far from the origin
         a[rows] = cols
-        doubt = torch.bincount(rows, minlength=len(b))[rows] > 1
+        doubt = (torch.zeros_like(a).scatter_add_(0, rows, torch.ones_like(rows))[rows] > 1).nonzero().flatten()
         rows, cols = rows[doubt], cols[doubt]
         exact = torch.cat([(b[r]*c[j]).sum(1, dtype=torch.float64) - half[j] for r,j in zip(rows.split(pairs), cols.split(pairs))])
         top = exact.new_full((len(b),), -torch.inf).scatter_reduce(0, rows, exact, 'amax')
-        first = exact == top[rows]
+        first = (exact == top[rows]).nonzero().flatten()
         a.scatter_reduce_(0, rows[first], cols[first], 'amin', include_self=False)
     return assign
 

@@ -111,15 +111,15 @@ def material(c:Config, n_images:int=0): # (images to measure with, facts)
 def sample_clustering(c:Config, n:int, dim:int, seconds:float)->dict: # kind of work → samples
     "PCA to `pca` dimensions and k-means, on random points."
     g, d, D, less = generator(0, 'estimate'), min(c.pca, dim), min(dim, 2048), min(n, dim)
-    x, rows = torch.randn(4096, D, generator=g), (max(D, 256), 4096)
+    x, rows = torch.randn(4096, D, generator=g).to(c.device), (max(D, 256), 4096)
     few, many = (sample(lambda _: PCA(d).fit(x[:r]), 1, seconds/8)[0] for r in rows)
     row = [max(m - median(few), 1e-9) / (rows[1] - rows[0]) for m in many]
     axes = [max(f - rows[0]*median(row), 0) * (less/D)**3 for f in few]
-    pca, x = PCA(d), torch.randn(1024, dim, generator=g)
-    pca.mean, pca.axes = torch.zeros(dim), torch.randn(dim, d, generator=g)
+    pca, x = PCA(d), torch.randn(1024, dim, generator=g).to(c.device)
+    pca.mean, pca.axes = torch.zeros(dim, device=c.device), torch.randn(dim, d, generator=g).to(c.device)
     project = median(sample(lambda m: l2_normalize(pca.transform(x[:m])), len(x), seconds/8)[0])
     m = min(n, max(2*c.k, 8192))
-    x = l2_normalize(torch.randn(m, d, generator=g))
+    x = l2_normalize(torch.randn(m, d, generator=g)).to(c.device if c.backend == 'torch' else 'cpu')
     niter, times = 2, sample(lambda _: kmeans(x, c.k, 2, backend=c.backend), 1, seconds/4)[0]
     if 100*median(times) < seconds: niter, times = 20, sample(lambda _: kmeans(x, c.k, 20, backend=c.backend), 1, seconds/2)[0]
     prev = torch.randint(0, c.k, (m,), generator=g)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['windows', 'to_device', 'frame_size', 'Ragged', 'free_there', 'fits', 'resident', 'pick_batch', 'side_stream',
-           'pinned_batch', 'fetch_ahead', 'compiled', 'Laps']
+           'pinned_batch', 'fetch_ahead', 'compiled', 'seconds', 'Laps']
 
 # %% ../nbs/18_feeding.ipynb #52f11620
 import math, os, time, warnings
@@ -15,6 +15,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 from .data import PackedImages
+
+# %% ../nbs/18_feeding.ipynb #c9ff410a
+torch.backends.cudnn.deterministic = True                                       # the same call, the same bits
+torch.backends.cudnn.allow_tf32 = False                                         # float32 means float32
+for name in ('bf16', 'fp16'): setattr(torch.backends.cuda.matmul, f'allow_{name}_reduced_precision_reduction', False)   # their products add up in float32: chapters 01 and 05 count on it
 
 # %% ../nbs/18_feeding.ipynb #1a09807a
 def windows(boxes:Tensor, # (B, 4) left, top, width, height in pixels
@@ -53,7 +58,7 @@ class Ragged:
     @classmethod
     def of(cls, images:list, pinned:bool=False)->'Ragged': # (C, H, W) each, brought together in one copy
         shapes = torch.tensor([im.shape for im in images])
-        flat = images[0].new_empty(int(shapes.prod(1).sum()), pin_memory=pinned)
+        flat = images[0].new_empty(int(shapes.prod(1).sum()), pin_memory=pinned and not images[0].is_cuda)
         return cls(torch.cat([im.reshape(-1) for im in images], out=flat), shapes.prod(1).cumsum(0) - shapes.prod(1), shapes)
 
     def __len__(self): return len(self.shapes)
@@ -130,17 +135,18 @@ def fetch_ahead(images:PackedImages,  # what is read from
                ):                     # iterator of (B,) numbers and uint8 images on the device, in order: (B, C, H, W), a list, or on a GPU `Ragged`
     "Batches of images on the device, the next ones on their way."
     if images.pixels.is_cuda: yield from ((idx, pick_batch(images, idx)) for idx in batches); return
-    cuda, threads = torch.device(device).type == 'cuda', threads or min(8, max(1, (os.cpu_count() or 2)//2))
+    threads = threads or min(8, max(1, (os.cpu_count() or 2)//2))
+    side = side_stream(torch.device(device)) if torch.device(device).type == 'cuda' else None
     def fetch(idx):
-        if not cuda: return images.batch(idx), None
-        with torch.cuda.stream(side_stream(device)): return to_device(pinned_batch(images, idx), device), side_stream(device).record_event()
+        if side is None: return images.batch(idx), None
+        with torch.cuda.stream(side): return to_device(pinned_batch(images, idx), device), side.record_event()
     def arrived(x, copied):
         if copied is None: return x
         now = torch.cuda.current_stream(device)
         now.wait_event(copied)
         (x.flat if isinstance(x, Ragged) else x).record_stream(now)               # its memory is in use until `now` gets there
         return x
-    ahead = (2*threads if cuda else 0) if ahead is None else ahead
+    ahead = (0 if side is None else 2*threads) if ahead is None else ahead
     if not ahead: yield from ((idx, arrived(*fetch(idx))) for idx in batches); return
     with ThreadPoolExecutor(threads) as pool:
         waiting = deque()
@@ -177,6 +183,13 @@ def compiled(net): # → a function that does what net does
     return forward
 
 # %% ../nbs/18_feeding.ipynb #3fc5c1fc
+def seconds(f, device)->float: # that f() takes, with all that the device does for it
+    def now():
+        if torch.device(device).type == 'cuda': torch.cuda.synchronize(device)
+        return time.perf_counter()
+    start = now(); f()
+    return now() - start
+
 class Laps:
     "How long each phase of some work takes, by the clock of the device that does it."
     def __init__(self, device): self.device, self.marks = torch.device(device), []; self('')

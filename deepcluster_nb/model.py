@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from .augment import center_crop
 from .data import generator
+from .feeding import to_device
 from .sobel import Sobel, network_input
 
 # %% ../nbs/03_model.ipynb #0990b8a5
@@ -96,7 +97,7 @@ def init_weights(net:nn.Module, g:torch.Generator):
         if isinstance(m, nn.Conv2d) and m.weight.requires_grad: std = math.sqrt(2 / (m.kernel_size[0] * m.kernel_size[1] * m.out_channels))
         elif isinstance(m, nn.Linear): std = .01
         else: continue
-        nn.init.normal_(m.weight, 0, std, generator=g)
+        m.weight.data.copy_(torch.empty(m.weight.shape).normal_(0, std, generator=g))
         if m.bias is not None: nn.init.zeros_(m.bias)
 
 # %% ../nbs/03_model.ipynb #7a8845d6
@@ -140,6 +141,6 @@ def calibrate_bn(net:DeepClusterNet,
     "Give batch norm the statistics of these images, all layers in one pass; no weight is touched."
     device = net.top_layer.weight.device
     batches = torch.arange(len(images)).split(batch_size)
-    views = (center_input(net, images.batch(idx), size).to(device) for idx in batches)
+    views = (center_input(net, to_device(images.batch(idx), device), size) for idx in batches)
     trunk = nn.Sequential(net.features, nn.Flatten(), *[m for m in net.classifier if not isinstance(m, nn.Dropout)]).train(net.training)
     update_bn((v if net.sobel is None else net.sobel(v) for v in views), trunk)

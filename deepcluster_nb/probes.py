@@ -116,13 +116,13 @@ def knn_accuracy(train_x:Tensor, train_y:Tensor, # (N, D) features and their (N,
                  T:float=.1,      # temperature: a neighbour at cosine s votes with weight exp(s / T)
                 )->float:         # per cent
     "Weighted k nearest neighbours by cosine."
-    train_y, test_y = check_labels(train_y), check_labels(test_y)
+    train_y, test_y = check_labels(train_y).cpu(), check_labels(test_y).cpu()
     if not 1 <= k <= len(train_x): raise ValueError(f"k: expected 1 to {len(train_x):,} neighbours, the number of training points, got {k:,}")
     train_x, right = l2_normalize(train_x.float()), 0
     for x,y in zip(test_x.split(512), test_y.split(512)):
-        s,i = (l2_normalize(x.float()) @ train_x.T).topk(k)
-        votes = torch.zeros(len(x), int(train_y.max()) + 1, device=x.device).scatter_add_(1, train_y.to(x.device)[i], ((s - s[:, :1])/T).exp())   # the same votes, and no overflow
-        right += int((votes.argmax(1) == y.to(x.device)).sum())
+        s,i = (t.cpu() for t in (l2_normalize(x.float()) @ train_x.T).topk(k))
+        votes = torch.zeros(len(x), int(train_y.max()) + 1).scatter_add_(1, train_y[i], ((s - s[:, :1])/T).exp())   # the same votes, and no overflow; on the CPU, which adds them in order
+        right += int((votes.argmax(1) == y).sum())
     return 100 * right / len(test_y)
 
 # %% ../nbs/09_probes.ipynb #62f66881
@@ -254,13 +254,13 @@ def probe_accuracies(net, heads:Heads, images:PackedImages, config:ProbeConfig)-
     heads.eval()
     right, ten, device = {}, config.ten_crops, config.device
     for idx in torch.arange(len(images)).split(max(1, config.batch_size // (5 if ten else 1))):
-        x, y = to_device(images.batch(idx), device), images.labels[idx].to(device)
+        x, y = to_device(images.batch(idx), device), to_device(images.labels[idx], device)
         x = ten_crop(x, config.size) if ten else center_crop(x, config.size)[:, None]
         for n,l in heads(pooled(net, normalize(x.flatten(0, 1)), config)).items():
             l, r = l.view(*x.shape[:2], -1), right.setdefault(n, dict.fromkeys(('center', 'ten') if ten else ('center',), 0))
-            r['center'] += int((l[:, 4 if ten else 0].argmax(1) == y).sum())
-            if ten: r['ten'] += int((l.softmax(2).mean(1).argmax(1) == y).sum())
-    return {n: {crop: 100*count/len(images) for crop,count in r.items()} for n,r in right.items()}
+            r['center'] += (l[:, 4 if ten else 0].argmax(1) == y).sum()
+            if ten: r['ten'] += (l.softmax(2).mean(1).argmax(1) == y).sum()
+    return {n: {crop: 100*int(count)/len(images) for crop,count in r.items()} for n,r in right.items()}
 
 # %% ../nbs/09_probes.ipynb #ddb406e4
 def last_and_best(tests:list)->dict: # of `probe_accuracies`' results, in order → name → crop → last, best
@@ -291,7 +291,7 @@ def train_probes(net,                # frozen
             opt.param_groups[0]['lr'] = probe_lr(c.lr, c.weight_decay, t) if c.schedule == 'released' else c.lr * .1**(3*epoch // c.epochs)
             x = to_device(train.batch(idx), c.device)
             x = probe_crop(x, c.size, g) if c.crops == 'window' else random_resized_crop(x, c.size, g, (c.min_scale, 1.))
-            loss = sum(F.cross_entropy(l, y[idx.to(c.device)]) for l in heads(pooled(net, normalize(x), c)).values())
+            loss = sum(F.cross_entropy(l, y[to_device(idx, c.device)]) for l in heads(pooled(net, normalize(x), c)).values())
             opt.zero_grad(); loss.backward(); opt.step()
             if after: after(step + 1, len(batches), epoch, tests)
         if not loss.isfinite(): raise FloatingPointError(f"the probes' loss is not finite in epoch {epoch}; try a smaller lr")

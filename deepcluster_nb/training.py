@@ -121,7 +121,7 @@ def cluster(net, images, config, epoch:int, progress=None, folder=None): # (Clus
             pca.add(f); laps('pca')
         pca.solve()
         x = torch.empty(len(images), min(config.pca, f.shape[1]), device=f.device if config.backend == 'torch' else 'cpu')
-        for f,out in zip(feats, x.split(512)): out.copy_(l2_normalize(pca.project(f)))
+        for f,out in zip(feats, x.split(512)): out.copy_(l2_normalize(pca.project(to_device(f, config.device))))
     laps('pca')
     clustering = CLUSTERERS[config.clusterer](x, config, epoch).cpu(); laps('kmeans')
     return clustering, pca, laps.seconds()
@@ -307,7 +307,6 @@ def prepare(config:Config, images=None): # (checked config, images)
     check(smallest >= 8, 'dataset', f"an image of {smallest} pixels", "images of at least 8 pixels a side")
     if c.threads > 0: torch.set_num_threads(c.threads)
     if c.device == 'cpu': keep_memory()
-    else: torch.backends.cudnn.deterministic = True                          # the same call, the same bits
     return c, images
 
 # %% ../nbs/08_training.ipynb #1bd20205

@@ -271,7 +271,7 @@ def finetune(net, images:PackedImages, # from `transfer_net`; labels (N, C) of â
             torch.manual_seed(g.initial_seed())
             x = normalize(random_resized_crop(to_device(images.batch(idx), device), size, g, SCALE, (1., 1.)))
             with autocast(precision, device): logits = net(x.contiguous(memory_format=torch.channels_last))
-            loss = voc_loss(logits.float(), images.labels[idx].to(device))
+            loss = voc_loss(logits.float(), to_device(images.labels[idx], device))
             if step % 50 == 0 and not loss.isfinite(): raise FloatingPointError(f"loss is not finite in step {step}; try precision='float32'")
             opt.param_groups[0]['lr'] = learning_rate(what, step, n)
             opt.zero_grad(); loss.backward()
@@ -291,7 +291,7 @@ def crop_scores(net, images:PackedImages, size:int=224, crops:int=10, batch_size
         total = 0
         for c in range(crops):
             x = random_resized_crop(to_device(images.batch(idx), device), size, generator(seed, 'voc test', c, int(idx[0])), SCALE, (1., 1.))
-            with autocast(precision, device): total = total + net(normalize(x).contiguous(memory_format=torch.channels_last)).float().cpu()
-        out.append(total)
+            with autocast(precision, device): total = total + net(normalize(x).contiguous(memory_format=torch.channels_last)).float()
+        out.append(total.cpu())
         if progress: progress(int(idx[-1]) + 1, len(images))
     return torch.cat(out)

@@ -1,6 +1,6 @@
 """What a GPU must not wait for, on a GPU that isn't there: PyTorch's fake tensors give every order and compute nothing. PyTorch's own backward pass needs a real one and is left out.
 And the flat batch against the list that it stands for."""
-import time, warnings
+import threading, time, warnings
 from dataclasses import replace
 import pytest, torch
 from torch import Tensor, nn
@@ -11,14 +11,14 @@ from deepcluster_nb import augment, features, feeding, training
 from deepcluster_nb.augment import center_crop, crop_batch, crop_boxes, crop_ragged, image_sizes, random_resized_crop, resample
 from deepcluster_nb.data import PackedImages, generator, load_images
 from deepcluster_nb.clustering import nmi
-from deepcluster_nb.features import PCA, HalfFeatures, feature_batches
+from deepcluster_nb.features import feature_batches
 from deepcluster_nb.feeding import Ragged, pick_batch, resident
 from deepcluster_nb.sobel import network_input
 from deepcluster_nb.training import Config, fit, sgd, train_epoch, trunk_parameters
 
 class FakeGPU(TorchDispatchMode):
     "A device 'cuda' that takes every order. Counts the numbers that Python asks it for, and the copies that Python waits for; the CPU's own work is done as always."
-    def __init__(self): super().__init__(); self.numbers, self.copies, self.orders, self.fake = 0, 0, 0, FakeTensorMode(allow_non_fake_inputs=True)
+    def __init__(self): super().__init__(); self.numbers, self.copies, self.orders, self.convolved, self.fake = 0, 0, 0, set(), FakeTensorMode(allow_non_fake_inputs=True)
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs, given = kwargs or {}, [a for a in tree_leaves(args) if isinstance(a, Tensor)]
         if not any(isinstance(t, FakeTensor) for t in given) and torch.device(kwargs.get('device') or 'cpu').type == 'cpu': return op(*args, **kwargs)
@@ -26,6 +26,7 @@ class FakeGPU(TorchDispatchMode):
         if op is torch.ops.aten._local_scalar_dense.default: self.numbers += 1; return 0
         if op is torch.ops.aten._fused_sgd_.default: return                                                     # which fake tensors don't know
         with self.fake: out = op(*args, **kwargs)
+        if op is torch.ops.aten.convolution.default: self.convolved.add(out.dtype)
         if op is torch.ops.aten._to_copy.default: self.copies += given[0].device != out.device and not (kwargs.get('non_blocking') and getattr(given[0], 'pinned', False))
         if op is torch.ops.aten.copy_.default: self.copies += given[0].device != given[1].device and not (args[2:3] == (True,) and getattr(given[1], 'pinned', False))
         if op.name().startswith('aten::index') or op is torch.ops.aten.take.default: self.copies += len({t.device for t in given if t.ndim}) > 1      # numbers that are brought over
@@ -36,6 +37,8 @@ def gpu(monkeypatch): # what is pinned for it gets a mark
     def pin(t): t = t.clone(); t.pinned = True; return t
     monkeypatch.setattr(Tensor, 'pin_memory', pin)
     monkeypatch.setattr(torch.cuda, '_lazy_init', lambda: None)
+    monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *args, **kwargs: True)
     torch._C._set_only_lift_cpu_tensors(True)                                # torch.tensor(…, device='cuda') is made on the CPU and brought over, as fake tensors need it
     try:
         with FakeGPU() as fake: yield fake
@@ -53,10 +56,10 @@ def network_there(sobel=True):
     return net
 
 @pytest.mark.parametrize('ragged', [False, True])
-@pytest.mark.parametrize('sampler', ['uniform', 'weighted'])
-def test_training_asks_for_nothing_between_two_looks(gpu, monkeypatch, ragged, sampler):
+@pytest.mark.parametrize('sampler, precision', [('uniform', 'bfloat16'), ('weighted', 'float32')])
+def test_training_asks_for_nothing_between_two_looks(gpu, monkeypatch, ragged, sampler, precision):
     images, net = there(ragged), network_there()
-    c = replace(Config(sampler=sampler, batch_size=4, precision='float32', device='cuda'))
+    c = Config(sampler=sampler, batch_size=4, precision=precision, device='cuda')
     opts = sgd(trunk_parameters(net), c, .9), sgd(net.top_layer.parameters(), c)
     def backward(loss):
         for p in net.parameters(): p.grad = torch.empty_like(p) if p.requires_grad else None
@@ -65,6 +68,7 @@ def test_training_asks_for_nothing_between_two_looks(gpu, monkeypatch, ragged, s
     gpu.numbers = gpu.copies = 0
     seen = []
     train_epoch(net, images, torch.arange(40) % len(images), torch.arange(len(images)) % 5, opts, c, 0, lambda done, n, total, sound: seen.append((gpu.numbers, gpu.copies)))
+    assert gpu.convolved == {getattr(torch, precision)}
     looked = [1, 1, 1, 1, 2, 2, 2, 2, 3, 4]                                  # at steps 0, 4 and 8, and at the last
     start = seen[0][1]
     assert [n for n,_ in seen] == looked and all(copies == start for _,copies in seen) and start == 1 + (sampler == 'weighted') and gpu.numbers == 5        # and the epoch's mean loss
@@ -79,18 +83,35 @@ def test_a_wait_is_seen(gpu):
     torch.zeros(3).pin_memory().to('cuda', non_blocking=True); x.sum(); x.copy_(torch.zeros(3).pin_memory(), non_blocking=True); x.index_select(0, torch.empty(2, dtype=torch.long, device='cuda')); torch.zeros(3).sum().item()
     assert gpu.numbers + gpu.copies == before
 
+class Event: # made up: a mark of a GPU
+    def __init__(self, enable_timing): assert enable_timing
+    def synchronize(self): Event.waited = self.at
+    def elapsed_time(self, end): assert end.at <= Event.waited; return 1000*(end.at - self.at)
+
+@pytest.fixture
+def marks(monkeypatch): # the times at which they are passed
+    times, Event.waited = [], -1.
+    class Stream:
+        def record_event(self, event): event.at = times.pop(0) if times else 0.; return event
+    monkeypatch.setattr(torch.cuda, 'Event', Event)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: Stream())
+    return times
+
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")                # by deepcopy
-@pytest.mark.parametrize('sobel', [False, True])
+@pytest.mark.parametrize('sobel, precision', [(False, 'float32'), (True, 'bfloat16')])
 @pytest.mark.parametrize('ragged', [False, True])
-def test_extraction_asks_for_nothing(gpu, ragged, sobel):
-    images, net, pca, seen = there(ragged, 1 if sobel else 3), network_there(sobel), PCA(4), []
-    kept = HalfFeatures(len(images), room=2**30)
-    for f in feature_batches(net, images, 32, 4, 'cuda', progress=lambda done, n: seen.append((gpu.numbers, gpu.copies))): pca.add(kept.add(f).float())
-    assert len(seen) == 6 and len(set(seen)) == 1 and kept.file is None and f.is_cuda
-    pca.solve()
-    before = gpu.numbers, gpu.copies
-    points = [pca.project(f) for f in kept]
-    assert (gpu.numbers, gpu.copies) == before and points[5].is_cuda and points[5].shape == (4, 4)
+def test_features_and_pca_ask_once(gpu, marks, monkeypatch, ragged, sobel, precision):
+    images, net, seen = there(ragged, 1 if sobel else 3, n=1100), network_there(sobel), []
+    def clusterer(x, c, epoch): seen.append((gpu.numbers, gpu.copies)); return Points(x)
+    class Points:
+        def __init__(self, x): self.x = x
+        def cpu(self): assert self.x.is_cuda and self.x.shape == (1100, 4); return self
+    monkeypatch.setitem(training.CLUSTERERS, 'kmeans', clusterer)
+    monkeypatch.setattr(features, 'free_there', lambda device: 2**40)
+    training.cluster(net, images, Config(pca=4, device='cuda', precision=precision), 0, lambda done, n: seen.append((gpu.numbers, gpu.copies)))
+    *batches, (numbers, copies) = seen
+    assert gpu.convolved == {getattr(torch, precision)}
+    assert len(batches) == 3 and len(set(batches)) == 1 and (numbers - batches[0][0], copies - batches[0][1]) == (1, 0)     # were all finite? `solve` wants to know
 
 def test_windows_take_as_many_orders_however_many_images_there_are(gpu):
     orders = []
@@ -124,7 +145,7 @@ def test_half_precision_is_within_half_a_grey_level(monkeypatch, ragged):
     images = Ragged.of([im[:, i % 5:, i % 3:] for i,im in enumerate(images)]) if ragged else images.batch(torch.arange(40))
     boxes, real = crop_boxes(image_sizes(images), generator(0)), augment.crop_batch
     plain = augment.crop_ragged(images, boxes, 24) if ragged else crop_batch(images, boxes, 24)
-    monkeypatch.setattr(augment, 'crop_batch', lambda *args: real(*args, dtype=torch.float16))
+    monkeypatch.setattr(augment, 'crop_batch', lambda *args: real(*args[:5], torch.float16))
     half = augment.crop_ragged(images, boxes, 24) if ragged else augment.crop_batch(images, boxes, 24, None, None)
     assert 0 < (half - plain).abs().max() < .44                                  # 3/16 + 2/8, chapter 01
 
@@ -162,19 +183,11 @@ def test_the_center_comes_along():
     assert moved.pixels.tolist() == list(range(16, 32)) and moved.center.pixels.tolist() == [4, 5, 6, 7]
     assert resident(images, 'cpu', room=39) is images                            # both or none
 
-def test_laps_by_the_devices_clock(monkeypatch): # made up: marks that know their time
-    clock, waits = iter([5., 7.5, 8.]), []
-    class Event:
-        def __init__(self, enable_timing): assert enable_timing
-        def synchronize(self): waits.append(self.at)
-        def elapsed_time(self, end): assert waits == [8.]; return 1000*(end.at - self.at)
-    class Stream:
-        def record_event(self, event): event.at = next(clock); return event
-    monkeypatch.setattr(torch.cuda, 'Event', Event)
-    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: Stream())
+def test_laps_by_the_devices_clock(marks):
+    marks += [5., 7.5, 8., 8.5]
     laps = feeding.Laps('cuda')
-    laps('features'); laps('pca')
-    assert not waits and laps.seconds() == dict(features=2.5, pca=.5)
+    for phase in ('features', 'pca', 'features'): laps(phase)
+    assert Event.waited < 0 and laps.seconds() == dict(features=3., pca=.5)
 
 def test_reading_stops_when_nobody_asks_any_more():
     class Counting(PackedImages):
@@ -212,6 +225,25 @@ def test_copies_in_a_stream_of_their_own(monkeypatch, ragged): # made up, with a
         one = ['in', 'pinned', 'to cuda', 'copied', 'out']
         assert [e for e in log if e in one][5*i:5*i + 5] == one
         assert log.index(f'wait for copy {i + 1}') < log.index(f'used, {(x.flat if ragged else x).numel()}')
+
+def test_a_copy_and_its_mark_are_in_one_stream(monkeypatch): # made up: streams that take a while to make, as a GPU's first ones do
+    pairs, made, here, real = [], [], threading.local(), torch.empty
+    class Stream:
+        def __init__(self, device=None): time.sleep(.02); made.append(self)
+        def __enter__(self): here.stream = self
+        def __exit__(self, *_): pass
+        def record_event(self): pairs.append((here.stream, self))
+        def wait_event(self, event): pass
+    monkeypatch.setattr(torch.cuda, 'Stream', Stream)
+    monkeypatch.setattr(torch.cuda, 'stream', lambda s: s)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: made[0])
+    monkeypatch.setattr(feeding.torch, 'empty', lambda *size, dtype, pin_memory: real(*size, dtype=dtype))
+    monkeypatch.setattr(Tensor, 'pin_memory', lambda t: t)
+    monkeypatch.setattr(Tensor, 'to', lambda t, device, non_blocking: t)
+    feeding.side_stream.cache_clear()
+    list(feeding.fetch_ahead(PackedImages(torch.zeros(32, 1, 4, 4, dtype=torch.uint8)), torch.arange(32).split(2), 'cuda', threads=4))
+    feeding.side_stream.cache_clear()
+    assert len(pairs) == 16 and len(made) == 1 and all(copy is mark for copy,mark in pairs)
 
 def test_compiled_runs_are_runs(monkeypatch): # PyTorch's tracing, without the compiler behind it; a last batch of another size
     real, tries = torch.compile, []

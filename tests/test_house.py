@@ -30,7 +30,7 @@ def test_public_functions_say_what_they_do():
     assert not bare
 
 def test_nothing_heavy_is_imported_at_the_start():
-    code = "import sys, deepcluster_nb.experiments, deepcluster_nb.training; print([m for m in ('faiss', 'umap', 'sklearn', 'matplotlib', 'papermill') if m in sys.modules])"
+    code = f"import sys, {', '.join(f'deepcluster_nb.{m}' for m in ORDER)}; print([m for m in ('faiss', 'umap', 'sklearn', 'matplotlib', 'papermill') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
 
 def test_no_global_randomness_and_no_pickle():

@@ -275,7 +275,7 @@ def test_crops_are_pillows(case):
     assert (resample(image[None], box[None], size)[0].round() - pillow(*case)).abs().max() <= 1
 
 @given(crops(), crops())
-def test_a_gpus_way_is_the_cpus(a, b): # whole matrices, windows of a flat buffer, against the pixels that count; two images of different sizes
+def test_matrices_are_taps(a, b): # whole matrices, windows of a flat buffer, against the pixels that count; two images of different sizes
     size, channels = a[2], min(len(a[0]), len(b[0]))
     images, boxes, flip = [c[0][:channels] for c in (a, b)], torch.stack([c[1] for c in (a, b)]), torch.tensor([False, True])
     torch.testing.assert_close(resample(Ragged.of(images), boxes, size, flip), resample(images, boxes, size, flip), rtol=0, atol=256*1e-5)

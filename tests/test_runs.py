@@ -158,8 +158,6 @@ def test_an_error_while_reading_ahead_is_raised():
         for idx,x in fetch_ahead(images, torch.arange(12).split(3), 'cpu', 2): got.append(idx.tolist())
     assert got == [[0, 1, 2], [3, 4, 5]]
 
-def test_a_gpu_is_asked_for_the_same_bits_again(monkeypatch):
-    monkeypatch.setattr(training, 'resolve', lambda c: replace(c, device='cuda'))
-    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', False)
-    training.prepare(TINY, load_images('digits', n_images=50))
-    assert torch.backends.cudnn.deterministic
+def test_a_gpu_is_asked_for_the_same_bits_again(): # by whatever is imported of the kit
+    code = "import deepcluster_nb.clustering; from torch.backends import cuda, cudnn; print(cudnn.deterministic, cudnn.allow_tf32, cuda.matmul.allow_tf32, cuda.matmul.allow_bf16_reduced_precision_reduction, cuda.matmul.allow_fp16_reduced_precision_reduction)"
+    assert subprocess.run([sys.executable, '-W', 'error', '-c', code], capture_output=True, text=True, check=True).stdout.split() == ['True', 'False', 'False', 'False', 'False']
