@@ -223,12 +223,12 @@ def look_at(run_dir)->Look:
         with suppress(OSError, ValueError): return (path/name).read_text()
     def parsed(name):
         with suppress(TypeError, ValueError): return json.loads(read(name))
-    log, metrics, progress = [json.loads(l) for l in (read('log.jsonl') or '').splitlines()], parsed('metrics.json'), parsed('progress.json')
     seen, holder, note, hidden = 0., '', read('checkpoint/holder') or '', False
     for name in ('params.yaml', 'progress.json', 'log.jsonl', 'clusters.csv', 'notebook.ipynb'):
         with suppress(OSError): seen = max(seen, (path/name).stat().st_mtime)
-    try: holder = held_by(path)
+    try: holder = held_by(path)                                          # first: what a run writes before it lets go is seen then
     except OSError: hidden = True                                        # a folder that we may only read: its lock is not for us
+    log, metrics, progress = [json.loads(l) for l in (read('log.jsonl') or '').splitlines()], parsed('metrics.json'), parsed('progress.json')
     silent, goes_on = time.time() - seen, 'the same command goes on from there'
     ago = f"nothing was written for {duration(silent)}"
     elsewhere = note and (hidden or f' on {socket.gethostname()} ' not in note) and silent < 600

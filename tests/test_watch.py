@@ -56,6 +56,14 @@ def test_lines_of_a_growing_log(tmp_path, capsys):
     with working(made(tmp_path/'r')): assert main(['watch', str(tmp_path/'r'), '--every', '.01']) == 0
     assert capsys.readouterr().out.splitlines() == [describe(row(e), EPOCHS) for e in range(EPOCHS)] + ['finished']
 
+def test_a_run_that_ends_while_it_is_looked_at(tmp_path, monkeypatch): # between the question for its lock and the next one
+    folder, asked = made(tmp_path/'r').path, []
+    def lets_go(path): # as it writes its last files
+        for name,text in (('clusters.csv', ''), ('metrics.json', '{"knn": {}}')): (folder/name).write_text(text)
+        asked.append(path); return ''
+    monkeypatch.setattr(experiments, 'held_by', lets_go)
+    assert look_at(folder).words == 'finished' and asked
+
 def test_a_terminal_is_refreshed_in_place(tmp_path, monkeypatch):
     screen = Screen()
     monkeypatch.setattr(sys, 'stdout', screen); monkeypatch.setenv('COLUMNS', '60'); monkeypatch.setenv('LINES', '40')
