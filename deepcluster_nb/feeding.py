@@ -19,7 +19,8 @@ from .data import PackedImages
 # %% ../nbs/18_feeding.ipynb #c9ff410a
 torch.backends.cudnn.deterministic = True                                       # the same call, the same bits
 torch.backends.cudnn.allow_tf32 = False                                         # float32 means float32
-for name in ('bf16', 'fp16'): setattr(torch.backends.cuda.matmul, f'allow_{name}_reduced_precision_reduction', False)   # their products add up in float32: chapters 01 and 05 count on it
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False       # sums in float32: chapter 05 counts on it
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False       # and chapter 01
 
 # %% ../nbs/18_feeding.ipynb #1a09807a
 def windows(boxes:Tensor, # (B, 4) left, top, width, height in pixels
@@ -58,7 +59,7 @@ class Ragged:
     @classmethod
     def of(cls, images:list, pinned:bool=False)->'Ragged': # (C, H, W) each, brought together in one copy
         shapes = torch.tensor([im.shape for im in images])
-        flat = images[0].new_empty(int(shapes.prod(1).sum()), pin_memory=pinned and not images[0].is_cuda)
+        flat = images[0].new_empty(int(shapes.prod(1).sum()), pin_memory=pinned)
         return cls(torch.cat([im.reshape(-1) for im in images], out=flat), shapes.prod(1).cumsum(0) - shapes.prod(1), shapes)
 
     def __len__(self): return len(self.shapes)
