@@ -15,6 +15,7 @@ from torch.optim.swa_utils import update_bn
 from .augment import center_crop
 from .data import generator
 from .feeding import to_device
+from .small_maps import AdaptiveMaxPool2d, Conv2d
 from .sobel import Sobel, network_input
 
 # %% ../nbs/03_model.ipynb #0990b8a5
@@ -25,7 +26,7 @@ def conv_stack(layers, planes:int)->nn.Sequential:
         if isinstance(l, nn.Module): mods.append(l)
         else:
             width, kernel, stride, pad = l
-            mods += [nn.Conv2d(planes, width, kernel, stride, pad), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            mods += [Conv2d(planes, width, kernel, stride, pad), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
             planes = width
     return nn.Sequential(*mods)
 
@@ -42,7 +43,7 @@ def alexnet(planes:int, dropout:float): # (features, classifier)
 def alexnet_small(planes:int, dropout:float): # (features, classifier)
     "Five convolutions for 32 to 64 px; indices as in AlexNet."
     features = conv_stack([(64, 3, 2, 1), nn.MaxPool2d(2), (192, 3, 1, 1), nn.MaxPool2d(2),
-                           (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1), nn.AdaptiveMaxPool2d(4)], planes)
+                           (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1), AdaptiveMaxPool2d(4)], planes)
     classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(256*4*4, 1024), nn.BatchNorm1d(1024), nn.ReLU(inplace=True),
                                nn.Dropout(dropout), nn.Linear(1024, 1024), nn.BatchNorm1d(1024), nn.ReLU(inplace=True))
     return features, classifier

@@ -56,4 +56,4 @@ def network_input(images,     # (B, 1 or 3, H, W) uint8, a list of (C, H, W), or
                  )->Tensor:   # (B, 3, size, size) normalised; with `sobel` (B, 1, size, size), already grey
     "What a network gets to see."
     if not sobel: return normalize(crop(images))
-    return crop(to_grey(images)) * SCALE - SHIFT
+    return (crop(to_grey(images)) * SCALE).sub_(SHIFT)

@@ -9,7 +9,7 @@ NUMBER = re.compile(r'(?<![\w.])[-+−]?\d[\d,_]*(?:\.\d*)?(?:e[-+]?\d+)?|(?<![\
 TIMED = re.compile(r'perf_counter|time\.time|\btimeit\b|seconds|estimate|duration')          # what such a cell shows depends on the machine: only its form is compared
 
 # Here the numbers are the machine's, or follow from training, which takes another course with other threads or another processor: only what kinds of outputs a cell has is compared.
-MEASURED = ['index.ipynb', '08_training.ipynb', '09_probes.ipynb', '10_pictures.ipynb', '12_voc.ipynb', '18_feeding.ipynb', '19_estimate.ipynb', '20_experiments.ipynb', 'experiments/']
+MEASURED = ['index.ipynb', '08_training.ipynb', '09_probes.ipynb', '10_pictures.ipynb', '12_voc.ipynb', '18_feeding.ipynb', '19_estimate.ipynb', '24_small_maps.ipynb', '20_experiments.ipynb', 'experiments/']
 
 def outputs_of(cell): # kind → contents: streams joined, the richest form of the rest in order
     text = ''.join(''.join(o['text']) for o in cell['outputs'] if o['output_type'] == 'stream')

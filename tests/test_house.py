@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ['data', 'feeding', 'augment', 'sobel', 'model', 'features', 'clustering', 'sampling', 'runs', 'training', 'probes', 'pictures', 'voc', 'retrieval', 'packing', 'pic', 'released', 'estimate', 'experiments']
+ORDER = ['data', 'feeding', 'small_maps', 'augment', 'sobel', 'model', 'features', 'clustering', 'sampling', 'runs', 'training', 'probes', 'pictures', 'voc', 'retrieval', 'packing', 'pic', 'released', 'estimate', 'experiments']
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
 def imported(module): # the kit's modules that one imports anywhere, also inside functions
