@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from .data import generator
 from .features import has_bfloat16
+from .small_maps import TILES
 
 # %% ../nbs/05_clustering.ipynb #9825f77e
 @dataclass
@@ -93,7 +94,7 @@ def nearest(x:Tensor,          # (N, D) float32
     "The nearest centroid of each point: rough scores, and exact ones where those leave a doubt."
     (k, d), low = centroids.shape, low or (torch.bfloat16 if has_bfloat16(x.device) else torch.float32)
     c    = F.pad(centroids, (0, 0, 0, -k % 256))                             # to a width that suits processors
-    room, pairs = (2**20, 2**14) if x.device.type == 'cpu' else (2**29, 2**18)
+    room, pairs = (2**22 if TILES else 2**20, 2**14) if x.device.type == 'cpu' else (2**29, 2**18)
     tile = min(len(x), tile or max(64, room // len(c)))
     half = F.pad(centroids.double().pow(2).sum(1) / 2, (0, -k % 256), value=torch.inf)
     length, rough_c = c.norm(dim=1).max(), c.to(low)
