@@ -80,7 +80,7 @@ def contenders(scores:Tensor,  # (T, k) bfloat16 or float32; k: a multiple of 64
     top = order(best.amax(1)).view(scores.dtype).float()
     least = top - torch.finfo(scores.dtype).eps*top.abs() - slack
     below = [] if order is flip else (least <= 0).nonzero().flatten()        # rows where negative ones count too
-    least[below] = torch.inf
+    if len(below): least[below] = torch.inf
     least = order(least.to(scores.dtype).view(i.dtype))
     rows, g = (best >= least[:, None]).nonzero().T
     n, part = (i[rows, :, g] >= least[rows, None]).nonzero().T

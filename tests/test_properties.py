@@ -7,7 +7,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.extra.numpy import arrays
 from deepcluster_nb.augment import center_crop, crop_boxes, image_sizes, resample, ten_crop
 from deepcluster_nb.feeding import Ragged
-from deepcluster_nb.clustering import ami, chance_nmi, entropy, kmeans, nmi, repair_empty, torch_kmeans
+from deepcluster_nb.clustering import ami, chance_nmi, contenders, entropy, kmeans, nmi, repair_empty, torch_kmeans
 from deepcluster_nb.data import PackedImages, generator
 from deepcluster_nb.features import PCA, HalfFeatures, l2_normalize
 from deepcluster_nb.packing import PackedWriter, verify_packed
@@ -150,6 +150,17 @@ def test_never_better_than_the_best_of_all_partitions(n, seed):
     def cost(a): return sum(float((x[a == j] - x[a == j].mean(0)).pow(2).sum()) for j in range(2) if (a == j).any())
     best = min(cost(torch.tensor(a)) for a in itertools.product(range(2), repeat=n - 1) for a in [(0, *a)])
     assert kmeans(x, 2, 20, seed).objective[-1] >= best - 1e-4
+
+@few
+@given(st.sampled_from([1, 5, 16, 64, 127, 128, 256, 768, 1280, 5120]), st.sampled_from([torch.bfloat16, torch.float32]), st.floats(-2, 2), st.sampled_from([0., .01, 1.]), seeds)
+def test_contenders_by_brute_force(k, dtype, shift, slack, seed): # rows of positive numbers, of negative ones, and of both
+    scores = (noise(seed, 12, k) + shift + 2*noise(seed + 1, 12, 1)).to(dtype)
+    scores[:, -1:] = scores[:, -1:] if k == 1 else -torch.inf                  # as where centroids were added to fill up
+    rows, cols = contenders(scores, torch.full((12,), slack))
+    found = torch.zeros(12, k, dtype=torch.int).index_put_((rows, cols), torch.ones((), dtype=torch.int), accumulate=True)
+    top, wide = scores.float().amax(1, keepdim=True), 2*torch.finfo(dtype).eps
+    assert (found <= 1).all() and (found[scores.float() >= top - slack] == 1).all()                          # each once, none forgotten
+    assert (scores.float()[found == 1] >= (top - slack - wide*(top.abs() + slack)).expand(12, k)[found == 1]).all()       # and few others
 
 # --- NMI and AMI
 

@@ -41,8 +41,15 @@ def test_only_where_it_pays(tiles):
     with torch.autocast('cpu', torch.bfloat16):
         assert way(layer(small)).startswith('PatchGradient') == tiles
         assert way(layer(large)).startswith('Convolution')
-        for other in (conv(8, 8, 3, 1, 0), conv(8, 8, 3, 2, 1), conv(8, 8, 5, 1, 1), conv(8, 8, (3, 1), 1, 1)): assert way(other(small)).startswith('Convolution')
-        with torch.no_grad(): assert not layer(small).requires_grad
+        for other in (dict(padding=0), dict(stride=2), dict(kernel_size=5), dict(kernel_size=(3, 1)), dict(dilation=2), dict(groups=2), dict(padding_mode='circular'), dict(bias=False)):
+            kind = dict(kernel_size=3, padding=1) | other
+            ours, theirs = Conv2d(8, 8, **kind), nn.Conv2d(8, 8, **kind)
+            theirs.load_state_dict(ours.state_dict())
+            assert not ours.pays(small) and torch.equal(ours(small), theirs(small))
+        assert not layer.pays(small[0]) and layer(small[0]).shape == (8, 6, 6)
+        assert layer.double()(small.double()).dtype == torch.float64
+        layer.float()
+        with torch.no_grad(): assert not layer.pays(small)
         frozen = copy.deepcopy(layer).requires_grad_(False)
         assert way(frozen(small.clone().requires_grad_())).startswith('Convolution')
     assert way(layer(small)).startswith('Convolution')                           # float32
@@ -56,6 +63,7 @@ def test_forwards_the_bits_are_the_same(monkeypatch):
 
 def test_a_pass_learns_the_same(monkeypatch): # a second clustering would multiply what is rounded otherwise
     images, c = load_images('shapes', n_images=200), Config(arch='alexnet_small', size=32, k=5, pca=8, epochs=1, passes=3, batch_size=25, lr=.01, precision='bfloat16', device='cpu')
+    monkeypatch.setattr('deepcluster_nb.training.has_bfloat16', lambda device: True)         # slow without, but the same
     def loss(tiles):
         monkeypatch.setattr(small_maps, 'TILES', tiles)
         return fit(c, images, echo=None).log[0]['loss']
@@ -70,13 +78,15 @@ def test_pool_is_pytorchs(sides):
     for pool in (AdaptiveMaxPool2d(4), nn.AdaptiveMaxPool2d(4)):
         x = rand(2, 3, *sides).requires_grad_()
         y = pool(x)
+        assert (y is x) == (sides == (4, 4) and isinstance(pool, AdaptiveMaxPool2d))
         outs.append((y, torch.autograd.grad(y, x, rand(*y.shape))[0]))
     assert all(map(torch.equal, *outs))
 
 def test_compiled_too(monkeypatch):
     monkeypatch.setattr(small_maps, 'TILES', True)
+    torch.compiler.reset()
     layer, x = conv(8, 8, 3, 1, 1), rand(2, 8, 4, 4)
     def gradient(f):
-        with torch.autocast('cpu', torch.bfloat16): y = f(x)
+        with torch.autocast('cpu', torch.bfloat16): assert layer.pays(x); y = f(x)
         return torch.autograd.grad(y.float().pow(2).sum(), layer.weight)[0]
     torch.testing.assert_close(gradient(torch.compile(layer, backend='aot_eager', fullgraph=True)), gradient(layer), rtol=.02, atol=.02)
