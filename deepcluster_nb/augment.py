@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['triangles', 'resize_weights', 'product_type', 'crop_batch', 'resize_taps', 'weigh_rows', 'crop_taps', 'both_ways',
-           'image_sizes', 'check_crops', 'cut_windows', 'crop_ragged', 'plain_cut', 'resample', 'check_ranges',
-           'crop_boxes', 'random_resized_crop', 'central_square', 'center_crop', 'ten_crop']
+           'image_sizes', 'check_images', 'check_boxes', 'cut_windows', 'crop_ragged', 'plain_cut', 'crop_inside',
+           'resample', 'check_ranges', 'central_boxes', 'crop_boxes', 'random_resized_crop', 'central_square',
+           'center_crop', 'ten_crop']
 
 # %% ../nbs/01_augment.ipynb #182db529
 import math, torch
@@ -64,7 +65,7 @@ def resize_taps(start:Tensor, length:Tensor, n_in, n_out:int, flip=None)->tuple:
     centre, reach = triangles(start, length, n_out, flip)
     pixel = (centre - reach + .5).floor() + torch.arange(int((2*reach.max()).ceil()))[:, None, None]   # (T, B, n_out), as long rows are quick
     inside = torch.minimum(pixel.clamp_min(0), torch.as_tensor(n_in).view(-1, 1) - 1.)
-    w = (1 - (pixel + .5 - centre).abs_().div_(reach)).clamp_min_(0).masked_fill_(pixel != inside, 0)
+    w = (1 - (pixel + .5 - centre).abs_().div_(reach)).clamp_min_(0).mul_(pixel.eq_(inside))          # in floats: a mask takes longer
     return inside.permute(1, 2, 0).int(), w.div_(w.sum(0)).permute(1, 2, 0)
 
 # %% ../nbs/01_augment.ipynb #8a35d069
@@ -100,14 +101,18 @@ def image_sizes(images)->Tensor: # (B, 2) height and width
     return torch.tensor(images.shape[-2:]).expand(len(images), 2)
 
 # %% ../nbs/01_augment.ipynb #0185a4bf
-def check_crops(images, boxes, size, flip):
-    "Bad input to `resample` is an error with its name on it."
-    B, listed, flat = len(images), isinstance(images, list), isinstance(images, Ragged)
+def check_images(images, size):
+    "Bad input to any crop is an error with its name on it."
+    listed, flat = isinstance(images, list), isinstance(images, Ragged)
     if size < 1: raise ValueError(f"size: expected at least 1 pixel, got {size}")
-    if boxes.shape != (B, 4): raise ValueError(f"boxes: expected ({B}, 4), left, top, width and height for each image, got {tuple(boxes.shape)}")
-    if flip is not None and flip.shape != (B,): raise ValueError(f"flip: expected ({B},), got {tuple(flip.shape)}")
     if any(im.ndim != 3 for im in images) if listed else not flat and images.ndim != 4:
         raise ValueError(f"images: expected (B, C, H, W) or a list of (C, H, W), got {tuple(images[0].shape) if listed else tuple(images.shape)}")
+
+def check_boxes(images, boxes, flip):
+    "And bad windows."
+    B = len(images)
+    if boxes.shape != (B, 4): raise ValueError(f"boxes: expected ({B}, 4), left, top, width and height for each image, got {tuple(boxes.shape)}")
+    if flip is not None and flip.shape != (B,): raise ValueError(f"flip: expected ({B},), got {tuple(flip.shape)}")
     at, wh, full = boxes[:, :2], boxes[:, 2:], image_sizes(images).flip(1).to(boxes.device)
     ok = ((at >= 0) & (wh > 0) & (at + wh <= full + .01)).all(1)      # .01: the rounding of floats
     if not ok.all(): raise ValueError(f"boxes: expected windows inside the image, {full[~ok][0].tolist()}, got {boxes[~ok][0].tolist()}")
@@ -141,17 +146,23 @@ def plain_cut(images, boxes, size, flip): # (B, C, size, size) where all want th
     return images[..., y:y + size, x:x + size].float()
 
 # %% ../nbs/01_augment.ipynb #a7425ae3
+def crop_inside(images, boxes:Tensor, size:int, flip=None)->Tensor: # as for `resample`
+    "`resample`, where the windows are known to lie inside the images."
+    check_images(images, size)
+    if (cut := plain_cut(images, boxes, size, flip)) is not None: return cut
+    if isinstance(images, Ragged) or isinstance(images, list) and images and images[0].is_cuda: return crop_ragged(images, boxes.float().cpu(), size, flip)
+    images, boxes = cut_windows(images, boxes.float(), size) if isinstance(images, list) else (images, boxes.float())
+    return (crop_taps if images[0].device.type == 'cpu' else crop_batch)(images, boxes, size, flip)
+
+# %% ../nbs/01_augment.ipynb #5b0ce4d1
 def resample(images,           # (B, C, H, W) uint8 or float, a list of (C, H, W), or `Ragged`
              boxes:Tensor,     # (B, 4) left, top, width, height in pixels, inside the image
              size:int,         # height and width wanted
              flip=None,        # (B,) bool, mirror these
             )->Tensor:         # (B, C, size, size) float32 on the images' scale
     "Crop, resize and flip a batch, or a list of images of any sizes."
-    check_crops(images, boxes, size, flip)
-    if (cut := plain_cut(images, boxes, size, flip)) is not None: return cut
-    if isinstance(images, Ragged) or isinstance(images, list) and images and images[0].is_cuda: return crop_ragged(images, boxes.float().cpu(), size, flip)
-    images, boxes = cut_windows(images, boxes.float(), size) if isinstance(images, list) else (images, boxes.float())
-    return (crop_taps if images[0].device.type == 'cpu' else crop_batch)(images, boxes, size, flip)
+    check_boxes(images, boxes, flip)
+    return crop_inside(images, boxes, size, flip)
 
 # %% ../nbs/01_augment.ipynb #af3a0624
 def check_ranges(sizes, scale, ratio):
@@ -159,6 +170,13 @@ def check_ranges(sizes, scale, ratio):
     if sizes.shape[1:] != (2,): raise ValueError(f"sizes: expected (B, 2), height and width, got {tuple(sizes.shape)}")
     if not 0 < scale[0] <= scale[1] <= 1: raise ValueError(f"scale: expected 0 < low <= high <= 1, got {scale}")
     if not 0 < ratio[0] <= ratio[1]: raise ValueError(f"ratio: expected 0 < low <= high, got {ratio}")
+
+# %% ../nbs/01_augment.ipynb #c7e02a9d
+def central_boxes(full:Tensor, # (B, 2) width and height
+                  ratio)->Tensor: # (B, 4), as for `crop_boxes`
+    "The largest central crops in the ratio."
+    most = torch.minimum(full, (full.flip(1) * torch.tensor([ratio[1], 1/ratio[0]])).round())
+    return torch.cat([((full - most) / 2).floor(), most], 1)
 
 # %% ../nbs/01_augment.ipynb #fb250b09
 def crop_boxes(sizes:Tensor,      # (B, 2) height and width of each image, pixels
@@ -176,10 +194,8 @@ def crop_boxes(sizes:Tensor,      # (B, 2) height and width of each image, pixel
     fits = ((wh > 0) & (wh <= full.T[..., None])).all(0)
     first = fits.int().argmax(1)
     wh = wh[:, row, first].T
-    at = (u[2:, row, first].T * (full - wh + 1)).floor()
-    most = torch.minimum(full, (full.flip(1) * torch.tensor([ratio[1], 1/ratio[0]])).round())   # the fallback: the largest central crop in the ratio
-    central = torch.cat([((full - most) / 2).floor(), most], 1)
-    return torch.where(fits.any(1)[:, None], torch.cat([at, wh], 1), central)
+    boxes = torch.cat([(u[2:, row, first].T * (full - wh + 1)).floor(), wh], 1)
+    return boxes if (found := fits.any(1)).all() else torch.where(found[:, None], boxes, central_boxes(full, ratio))
 
 # %% ../nbs/01_augment.ipynb #3de80da0
 def random_resized_crop(images,            # (B, C, H, W), or a list of (C, H, W)
@@ -190,7 +206,7 @@ def random_resized_crop(images,            # (B, C, H, W), or a list of (C, H, W
                        )->Tensor:          # (B, C, size, size)
     "The training view: a random window, mirrored half of the time."
     boxes = crop_boxes(image_sizes(images), generator, scale, ratio)
-    return resample(images, boxes, size, torch.rand(len(boxes), generator=generator) < .5)
+    return crop_inside(images, boxes, size, torch.rand(len(boxes), generator=generator) < .5)
 
 # %% ../nbs/01_augment.ipynb #c0c18f0c
 def central_square(sizes:Tensor, # (B, 2) height and width
@@ -207,7 +223,7 @@ def center_crop(images,     # (B, C, H, W), or a list of (C, H, W)
     "The clustering view: the central square."
     sizes = image_sizes(images)
     side = central_square(sizes, size)
-    return resample(images, torch.cat([(sizes.flip(1) - side) / 2, side, side], 1), size)
+    return crop_inside(images, torch.cat([(sizes.flip(1) - side) / 2, side, side], 1), size)
 
 # %% ../nbs/01_augment.ipynb #ed4f18f9
 def ten_crop(images,     # (B, C, H, W), or a list of (C, H, W)

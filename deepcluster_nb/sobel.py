@@ -47,7 +47,8 @@ def to_grey(x): # (B, 3, H, W), a list of (3, H, W), or `Ragged` → one plane e
     if isinstance(x, Ragged): return x.each(to_grey)
     check_planes(x)
     if x.shape[1] == 1: return x
-    return (x[:, :1] * GREY[0]).add_(x[:, 1:2], alpha=GREY[1]).add_(x[:, 2:], alpha=GREY[2])
+    r, g, b = x.split(1, 1)
+    return (r.float() * GREY[0]).add_(g.float(), alpha=GREY[1]).add_(b.float(), alpha=GREY[2])
 
 # %% ../nbs/02_sobel.ipynb #1fce3401
 def network_input(images,     # (B, 1 or 3, H, W) uint8, a list of (C, H, W), or `Ragged`
