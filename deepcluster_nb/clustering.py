@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from .data import generator
 from .features import has_bfloat16
-from .feeding import seconds
+from .feeding import free_there, seconds
 from .small_maps import TILES
 
 # %% ../nbs/05_clustering.ipynb #9825f77e
@@ -108,7 +108,7 @@ def nearest(x:Tensor,          # (N, D) float32
     "The nearest centroid of each point: rough scores, and exact ones where those leave a doubt."
     (k, d), low = centroids.shape, low or rough_type(x)
     c    = F.pad(centroids, (0, 0, 0, -k % 256))                             # to a width that suits processors
-    room, pairs = (2**22 if TILES else 2**20, 2**14) if x.device.type == 'cpu' else (2**29, 2**18)
+    room, pairs = (2**22 if TILES else 2**20, 2**14) if x.device.type == 'cpu' else (min(2**29, free_there(x.device) // 80), 2**18)   # 80 bytes a score, should all be equal
     tile = min(len(x), tile or max(64, room // len(c)))
     half = F.pad(centroids.double().pow(2).sum(1) / 2, (0, -k % 256), value=torch.inf)
     rough_c, (length, lost) = c.to(low), losses(c, low).amax(1)
