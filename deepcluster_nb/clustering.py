@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'REPAIRS', 'Clustering', 'as_points', 'starting_points', 'lloyd', 'flip', 'contenders', 'rough_type',
-           'losses', 'nearest', 'Sums', 'faiss_draws', 'repair_empty', 'repair_random', 'torch_kmeans', 'slow_faiss',
-           'faiss_kmeans', 'kmeans', 'entropy', 'nmi', 'chance_nmi', 'ami']
+           'rounding_losses', 'nearest', 'Sums', 'faiss_draws', 'repair_empty', 'repair_random', 'torch_kmeans',
+           'slow_faiss', 'faiss_kmeans', 'kmeans', 'entropy', 'nmi', 'chance_nmi', 'ami']
 
 # %% ../nbs/05_clustering.ipynb #9d168276
 import math, warnings
@@ -95,7 +95,7 @@ def rough_type(x:Tensor)->torch.dtype: # bfloat16 where the device has it
     return torch.bfloat16 if has_bfloat16(x.device) else torch.float32
 
 # %% ../nbs/05_clustering.ipynb #0e499596
-def losses(x:Tensor, low)->Tensor: # (N, D) → (2, N) length of each point, and of what rounding takes from it
+def rounding_losses(x:Tensor, low)->Tensor: # (N, D) → (2, N) length of each point, and of what rounding takes from it
     "How much of a point there is to lose, and how much is lost."
     return torch.cat([torch.stack([b, b - b.to(low)]).norm(dim=2) for b in x.split(8192)], 1)
 
@@ -103,7 +103,7 @@ def nearest(x:Tensor,          # (N, D) float32
             centroids:Tensor,  # (k, D) float32
             tile:int=0,        # points scored at once: N × k never exists; 0: as suits the device
             low=None,          # dtype of the rough scores; `rough_type`
-            known=None,        # `losses` of the points, if they are known
+            losses=None,       # `rounding_losses` of the points, if they are known
            )->Tensor:          # (N,) index; the first of several that are equally near
     "The nearest centroid of each point: rough scores, and exact ones where those leave a doubt."
     (k, d), low = centroids.shape, low or rough_type(x)
@@ -111,12 +111,12 @@ def nearest(x:Tensor,          # (N, D) float32
     room, pairs = (2**22 if TILES else 2**20, 2**14) if x.device.type == 'cpu' else (min(2**29, free_there(x.device) // 80), 2**18)   # 80 bytes a score, should all be equal
     tile = min(len(x), tile or max(64, room // len(c)))
     half = F.pad(centroids.double().pow(2).sum(1) / 2, (0, -k % 256), value=torch.inf)
-    rough_c, (length, lost) = c.to(low), losses(c, low).amax(1)
+    rough_c, (length, lost) = c.to(low), rounding_losses(c, low).amax(1)
     lift = 8 * torch.finfo(low).eps * length**2                              # a little up, so that few rows need a flip
     bias = (lift - half).to(low)
     lost, lost_half = lost + d*2**-23*length, (lift - half - bias)[:k].abs().max()   # 2⁻²³: sums are in float32
     assign, scores = x.new_empty(len(x), dtype=torch.long), x.new_empty(tile, len(c), dtype=low)
-    for b,a,(b_length,b_lost) in zip(x.split(tile), assign.split(tile), (losses(x, low) if known is None else known).split(tile, 1)):
+    for b,a,(b_length,b_lost) in zip(x.split(tile), assign.split(tile), (rounding_losses(x, low) if losses is None else losses).split(tile, 1)):
         error = b_lost*length + 1.01*b_length*lost + lost_half
         rows, cols = contenders(torch.addmm(bias, b.to(low), rough_c.T, out=scores[:len(b)]), 2.01*error.float())
         if low != torch.float32 and len(rows) > 8*len(b): a.copy_(nearest(b, centroids, low=torch.float32)); continue   # far from the origin
@@ -187,10 +187,10 @@ def torch_kmeans(x:Tensor,             # (N, D) float32
                  repair=repair_empty,  # (centroids, sizes) → both changed in place
                 )->Clustering:
     "Lloyd's algorithm in PyTorch; a repair after every update. The same bits for any number of threads and any order of the points."
-    centroids, sums, known, objective, k = init.clone(), Sums(x, len(init)), losses(x, rough_type(x)), [], len(init)
+    centroids, sums, losses, objective, k = init.clone(), Sums(x, len(init)), rounding_losses(x, rough_type(x)), [], len(init)
     squares = sum(b.double().pow(2).sum().item() for b in x.split(8192))
     for i in range(niter + 1):
-        assign = nearest(x, centroids, known=known)
+        assign = nearest(x, centroids, losses=losses)
         (total, moved), sizes, c = sums.update(assign), torch.bincount(assign, minlength=k).float(), centroids.double()
         objective.append(max(0., squares + (sizes * c.pow(2).sum(1) - 2 * (c * total).sum(1)).sum().item()))
         if i == niter or not moved and sizes.all(): return Clustering(assign, centroids, objective + (niter - i)*objective[-1:])

@@ -47,9 +47,7 @@ def to_grey(x): # (B, 3, H, W), a list of (3, H, W), or `Ragged` → one plane e
     if isinstance(x, Ragged): return x.each(to_grey)
     check_planes(x)
     if x.shape[1] == 1: return x
-    r, g, b = x.split(1, 1)
-    as_float = (lambda p: p) if x.is_cuda else Tensor.float                 # a GPU does that while it multiplies
-    return (as_float(r) * GREY[0]).add_(as_float(g), alpha=GREY[1]).add_(as_float(b), alpha=GREY[2])
+    return (x[:, :1] * GREY[0]).add_(x[:, 1:2], alpha=GREY[1]).add_(x[:, 2:], alpha=GREY[2])
 
 # %% ../nbs/02_sobel.ipynb #1fce3401
 def network_input(images,     # (B, 1 or 3, H, W) uint8, a list of (C, H, W), or `Ragged`
