@@ -143,7 +143,7 @@ def sample_probes(net, facts:dict, c:Config, seconds:float)->dict: # kind of wor
     x, y = torch.rand(1024, width, generator=g).half(), torch.arange(1024) % facts['classes']
     y[0] = facts['classes'] - 1                                 # a probe has as many outputs as the largest label says
     f = torch.randn(1024, facts['dim'], generator=g)
-    return dict(probe=[t/4 for t in sample(lambda n: linear_probe(x[:n], y[:n], x[:8], y[:8], epochs=4), len(x), seconds/2, least=128)[0]],
+    return dict(probe=[t/4 for t in sample(lambda n: linear_probe(x[:n], y[:n], x[:8], y[:8], epochs=4, device=c.device), len(x), seconds/2, least=128)[0]],
                 pair=[t/len(f) for t in sample(lambda n: knn_accuracy(f, y, f[:n], y[:n], 200), len(f), seconds/2, least=64)[0]])
 
 # %% ../nbs/19_estimate.ipynb #6f27bbfa
@@ -237,7 +237,7 @@ class Estimate:
         half = 'fewer clusters, its time is proportional to k'
         return f"{t[most]/max(self.seconds, 1e-9):.0%} of the time goes into {most}: " + dict(
             loading='decode once: pack the images (data_scripts/pack_images.py)', features=gpu + 'a smaller network or smaller images',
-            pca='a network with fewer features, its time grows with their square', kmeans=f'the other backend; {half}',
+            pca='a network with fewer features, its time grows with their square', kmeans=('the torch backend; ' if c.backend == 'faiss' else '') + half,
             training=gpu + ('fewer passes, its time is proportional to them' if c.passes > 1 else 'fewer epochs'),
             bookkeeping='a faster disk', probes='fewer images or layers in the probes; they come once, at the end')[most]
 

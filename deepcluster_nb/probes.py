@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .data import PackedImages, generator, load_images, pick
-from .feeding import to_device
+from .feeding import fits, to_device
 from .augment import center_crop, central_square, image_sizes, random_resized_crop, resample, ten_crop
 from .sobel import normalize
 from .model import ARCHS, center_input, convnet
@@ -83,28 +83,32 @@ def linear_probe(train_x:Tensor, train_y:Tensor, # (N, D) frozen features and th
                  test_x:Tensor, test_y:Tensor,   # the same of other images
                  epochs:int=0,                   # passes over them; 0 means 15, and up to 100 for few images, to make 1,000 steps
                  batch_size:int=128, lr:float=5., weight_decay:float=1e-5, seed:int=0,
+                 device='cpu',                   # where it is trained; the features may lie elsewhere
                 )->dict:                         # accuracies in per cent: 'last' epoch, and 'best' as the released code reports it
     "Multinomial logistic regression on standardised features: SGD, momentum .9, cosine learning rate."
     train_y, test_y = check_labels(train_y), check_labels(test_y)
-    n, d = train_x.shape
-    mean = sum(b.float().sum(0) for b in train_x.split(4096)) / n
-    var  = sum((b.float() - mean).pow(2).sum(0) for b in train_x.split(4096)) / n
+    (n, d), classes = train_x.shape, int(train_y.max()) + 1
+    train_y, test_y = train_y.to(device), test_y.to(device)
+    if fits(train_x.nbytes + test_x.nbytes, device): train_x, test_x = train_x.to(device), test_x.to(device)
+    mean = sum(b.to(device).float().sum(0) for b in train_x.split(4096)) / n
+    var  = sum((b.to(device).float() - mean).pow(2).sum(0) for b in train_x.split(4096)) / n
     scale = 1 / ((var + .01*var.mean()).sqrt() * d**.5)                # rows of length about 1, whatever D
-    w = torch.zeros(int(train_y.max()) + 1, d, requires_grad=True); b = torch.zeros(len(w), requires_grad=True)
+    w = torch.zeros(classes, d, device=device, requires_grad=True); b = torch.zeros(classes, device=device, requires_grad=True)
     def logits(x): # the weights are standardised, not each batch
         v = w * scale
-        return F.linear(x.float(), v, b - v @ mean)
+        return F.linear(x.to(device).float(), v, b - v @ mean)
     opt = torch.optim.SGD([w, b], lr, momentum=.9, weight_decay=weight_decay)
     steps = -(-n // batch_size)                                         # in an epoch
     epochs = epochs or min(100, max(15, -(-1000 // steps)))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, epochs*steps)
     accuracies = []
     for epoch in range(epochs):
-        for idx in torch.randperm(n, generator=generator(seed, 'probe', epoch)).split(batch_size):
-            loss = F.cross_entropy(logits(train_x[idx]), train_y[idx])
+        order = torch.randperm(n, generator=generator(seed, 'probe', epoch))
+        for idx,y in zip(order.to(train_x.device).split(batch_size), train_y[order.to(device)].split(batch_size)):
+            loss = F.cross_entropy(logits(train_x[idx]), y)
             opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
         if (epochs - 1 - epoch) % max(1, epochs // 15): continue               # about 15 looks at the test images, the last epoch among them
-        with torch.inference_mode():
+        with torch.no_grad():
             right = sum((logits(x).argmax(1) == y).sum() for x,y in zip(test_x.split(1024), test_y.split(1024)))
         accuracies.append(100 * float(right) / len(test_y))
     return dict(last=accuracies[-1], best=max(accuracies))
@@ -333,7 +337,7 @@ def measure(net,                # any DeepClusterNet
     if c.protocol == 'paper': probes = train_probes(net, train, test, c, folder, after)
     else:
         a, b = (probe_features(net, im, c.size, count_padding=c.count_padding, avgpool=True, **how) for im in (train, test))
-        probes = {n: dict(center=linear_probe(a[n], train.labels, b[n], test.labels, seed=c.seed)) for n in c.layers.replace(',', ' ').split() or a}
+        probes = {n: dict(center=linear_probe(a[n], train.labels, b[n], test.labels, seed=c.seed, device=c.device)) for n in c.layers.replace(',', ' ').split() or a}
     bank = train.subset(pick(len(train), c.n_bank if c.n_bank < len(train) else 0, c.seed))
     f, g = (compute_features(net, im, c.size, **how).to(c.device) for im in (bank, test))
     knn = {f'{T:g}': knn_accuracy(f, bank.labels, g, test.labels, min(200, len(f)), T) for T in (.07, .1)}
@@ -345,8 +349,8 @@ def evaluate(net, train:PackedImages, test:PackedImages, size:int, device='cpu',
     check_labels(train.labels); check_labels(test.labels)
     how = dict(device=device, precision=precision)
     a, b = (probe_features(net, im, size, **how) for im in (train, test))
-    probes = {name: linear_probe(a[name], train.labels, b[name], test.labels, seed=seed) for name in a}
-    f, g = (compute_features(net, im, size, **how) for im in (train, test))
+    probes = {name: linear_probe(a[name], train.labels, b[name], test.labels, seed=seed, device=device) for name in a}
+    f, g = (compute_features(net, im, size, **how).to(device) for im in (train, test))
     return dict(probes=probes, knn=knn_accuracy(f, train.labels, g, test.labels, min(200, len(f))))
 
 # %% ../nbs/09_probes.ipynb #489743a4

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from deepcluster_nb import augment, features, feeding, training
+from deepcluster_nb import augment, features, feeding, probes, training
 from deepcluster_nb.augment import center_crop, crop_batch, crop_boxes, crop_ragged, image_sizes, random_resized_crop, resample
 from deepcluster_nb.data import PackedImages, generator, load_images
 from deepcluster_nb.clustering import nmi
@@ -281,3 +281,13 @@ def test_a_network_that_fails_fails_compiled_too():
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         with pytest.raises(ZeroDivisionError, match='mine'): feeding.compiled(Broken())(torch.zeros(1))
+
+@pytest.mark.parametrize('room', [True, False])
+def test_a_linear_probe_asks_only_when_it_looks(gpu, monkeypatch, room):
+    x, y = torch.zeros(300, 8).half(), torch.arange(300) % 3
+    torch.empty(0, device='cuda')                                   # wakes the fake GPU
+    monkeypatch.setattr(probes, 'fits', lambda nbytes, device: room)
+    monkeypatch.setattr(Tensor, 'backward', lambda loss: None)
+    found = probes.linear_probe(x, y, x[:20], y[:20], epochs=2, batch_size=32, device='cuda')
+    moved = 2 + 2*2 if room else 2 + 2*(1 + 10 + 1)                 # images, and in each of two epochs their order twice; or images for mean and variance, then order, ten batches and the test images
+    assert found.keys() == {'last', 'best'} and gpu.numbers == 2 and gpu.copies == 2 + moved                               # and the labels
