@@ -2,7 +2,8 @@
 
     python data_scripts/make_synthetic.py packed/train.safetensors -n 100000 --size 224 --classes 100
 
-A class is an orientation and a frequency of a grating. Place, contrast, brightness and noise are drawn for each image, from (seed, number of the image) alone:
+A class is an orientation and a frequency of a grating. Place, contrast, brightness and noise are drawn \
+for each image, from (seed, number of the image) alone:
 image i is the same in a set of any length. The classes are taken in turn.
 """
 import argparse, json, math, os, sys, zlib
@@ -14,22 +15,24 @@ def grating(label:int, classes:int)->tuple: # (cycles across the image, orientat
     turns = -(-classes // 4)
     return 6 * 1.6**(label % 4), math.pi * (label // 4) / turns
 
-def synthetic(i:int, seed:int, size:tuple, classes:int, ragged=False, rgb=False)->np.ndarray: # (C, H, W) uint8
+def synthetic(i:int, seed:int, size:tuple, classes:int, ragged=False, rgb=False
+             )->np.ndarray: # (C, H, W) uint8
     "Image i: its class's grating, with a random phase, contrast and noise (and colour)."
     g = np.random.Generator(np.random.Philox(key=[seed, i]))
     h, w = (int(s * g.uniform(.5, 1) + .5) if ragged else s for s in size)
     cycles, turn = grating(i % classes, classes)
-    k = 2*math.pi * cycles / max(size)                                   # radians a pixel: the same whatever the cut
+    k = 2*math.pi * cycles / max(size)                            # radians a pixel: the same whatever the cut
     x = np.float32(k * math.cos(turn)) * np.arange(w, dtype=np.float32) + np.float32(g.uniform(0, 2*math.pi))
     y = np.float32(k * math.sin(turn)) * np.arange(h, dtype=np.float32)
-    wave = np.multiply.outer(np.cos(y), np.sin(x)) + np.multiply.outer(np.sin(y), np.cos(x))       # sin(x + y), without a sine for every pixel
+    # sin(x + y), without a sine for every pixel
+    wave = np.multiply.outer(np.cos(y), np.sin(x)) + np.multiply.outer(np.sin(y), np.cos(x))
     wave *= np.float32(g.uniform(20, 60))
-    noise = g.integers(0, 64, (2, h, w), dtype=np.uint8)                 # two dice: a triangle of standard deviation 26
+    noise = g.integers(0, 64, (2, h, w), dtype=np.uint8)     # two dice: a triangle of standard deviation 26
     wave += noise[0]; wave += noise[1]
-    wave += np.float32(g.uniform(60, 69))                                # 60 + 126 + 60 and 60 - 60: always within a byte
+    wave += np.float32(g.uniform(60, 69))                    # 60 + 126 + 60 and 60 - 60: always within a byte
     grey = wave.astype(np.uint8)
     if not rgb: return grey[None]
-    tint = g.uniform(.4, 1, 3).astype(np.float32)                        # colour tells nothing of the class
+    tint = g.uniform(.4, 1, 3).astype(np.float32)            # colour tells nothing of the class
     return (grey[None] * tint[:, None, None]).astype(np.uint8)
 
 def make(out, n:int, size, classes:int, seed:int=0, ragged=False, rgb=False, show=False):
@@ -47,9 +50,11 @@ def make(out, n:int, size, classes:int, seed:int=0, ragged=False, rgb=False, sho
     space = check_space(out, n * ((3 if rgb else 1) * size[0]*size[1] * (.5625 if ragged else 1) + 48))
     if show: print(f"{n:,} images, {space}", flush=True)
     writer = PackedWriter(out, dict(classes=json.dumps([f'class {c}' for c in range(classes)]),
-                                    synthetic=json.dumps(dict(seed=seed, size=size, classes=classes, ragged=ragged, rgb=rgb))))
+                                    synthetic=json.dumps(dict(seed=seed, size=size, classes=classes,
+                                                              ragged=ragged, rgb=rgb))))
     try:
-        for i in tqdm(range(n), unit=' images', disable=not show, mininterval=.5 if sys.stderr.isatty() else 30):
+        for i in tqdm(range(n), unit=' images', disable=not show,
+                      mininterval=.5 if sys.stderr.isatty() else 30):
             im = synthetic(i, seed, size, classes, ragged, rgb)
             writer.add(im, [im.shape], [zlib.crc32(im)])
         writer.finish(np.arange(n) % classes)
@@ -61,9 +66,12 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('out', help="the file to make")
     p.add_argument('-n', type=int, required=True, help="images")
-    p.add_argument('--size', type=int, nargs='+', default=[224], metavar='PX', help="height and width, or one number for both (default 224)")
-    p.add_argument('--ragged', action='store_true', help="sides between half of that and all of it, drawn for each image")
-    p.add_argument('--classes', type=int, default=100, metavar='C', help="gratings to tell apart (default 100)")
+    p.add_argument('--size', type=int, nargs='+', default=[224], metavar='PX',
+                   help="height and width, or one number for both (default 224)")
+    p.add_argument('--ragged', action='store_true',
+                   help="sides between half of that and all of it, drawn for each image")
+    p.add_argument('--classes', type=int, default=100, metavar='C',
+                   help="gratings to tell apart (default 100)")
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--rgb', action='store_true', help="three channels, in a random tint")
     a = p.parse_args()

@@ -10,20 +10,35 @@ from pathlib import Path
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('src', help="a folder of images, one sub-folder a class where there are labels; or a .txt file with the path of an image on each line")
+    p.add_argument('src', help="a folder of images, one sub-folder a class where there are labels; "
+                               "or a .txt file with the path of an image on each line")
     p.add_argument('out', nargs='?', help="the file to make, such as packed/train.safetensors")
     sides = p.add_mutually_exclusive_group()
-    sides.add_argument('--max-side', type=int, metavar='PX', help="longest side at most this (500 for ImageNet); images stay as they are where no size is given")
-    sides.add_argument('--short-side', type=int, metavar='PX', help="shorter side at most this: smaller files, less detail")
-    sides.add_argument('--size', type=int, metavar='PX', help="the exact central crop that the clustering sees, square")
+    sides.add_argument('--max-side', type=int, metavar='PX',
+                       help="longest side at most this (500 for ImageNet); "
+                            "images stay as they are where no size is given")
+    sides.add_argument('--short-side', type=int, metavar='PX',
+                       help="shorter side at most this: smaller files, less detail")
+    sides.add_argument('--size', type=int, metavar='PX',
+                       help="the exact central crop that the clustering sees, square")
     colour = p.add_mutually_exclusive_group()
-    colour.add_argument('--grey', dest='grey', action='store_true', default=True, help="the Sobel layer's grey, one byte a pixel (default)")
-    colour.add_argument('--rgb', dest='grey', action='store_false', help="three bytes a pixel, for networks without Sobel")
-    p.add_argument('--center', type=int, metavar='PX', help="also the exact central crops (224), into a second file beside OUT, for the clustering")
-    p.add_argument('--upright', action='store_true', help="turn images as their EXIF note says; without it they stay as stored, as torchvision reads them")
-    p.add_argument('--skip-broken', action='store_true', help="leave out files that can't be read; without it they stop the run (after all are listed in OUT.broken.txt)")
-    p.add_argument('--workers', type=int, metavar='N', help="processes; as many as there are cores where not given")
-    p.add_argument('--verify', action='store_true', help="compare a packed file (given in place of SRC) with its checksums")
+    colour.add_argument('--grey', dest='grey', action='store_true', default=True,
+                        help="the Sobel layer's grey, one byte a pixel (default)")
+    colour.add_argument('--rgb', dest='grey', action='store_false',
+                        help="three bytes a pixel, for networks without Sobel")
+    p.add_argument('--center', type=int, metavar='PX',
+                   help="also the exact central crops (224), into a second file beside OUT, "
+                        "for the clustering")
+    p.add_argument('--upright', action='store_true',
+                   help="turn images as their EXIF note says; "
+                        "without it they stay as stored, as torchvision reads them")
+    p.add_argument('--skip-broken', action='store_true',
+                   help="leave out files that can't be read; "
+                        "without it they stop the run (after all are listed in OUT.broken.txt)")
+    p.add_argument('--workers', type=int, metavar='N',
+                   help="processes; as many as there are cores where not given")
+    p.add_argument('--verify', action='store_true',
+                   help="compare a packed file (given in place of SRC) with its checksums")
     a = p.parse_args()
     if a.verify == (a.out is not None): p.error("expected SRC and OUT, or --verify and one packed file")
     return a
@@ -34,13 +49,20 @@ def main():
     if a.verify:
         bad = verify_packed(a.src, show=True)
         for path in bad: print(path)
-        sys.exit(f"{a.src}: {len(bad):,} images have changed since they were packed" if bad else print(f"{a.src}: every image is as it was packed"))
+        sys.exit(f"{a.src}: {len(bad):,} images have changed since they were packed" if bad else
+                 print(f"{a.src}: every image is as it was packed"))
     src = a.src
-    if Path(src).is_file(): src = [line for line in Path(src).read_text().splitlines() if line] if src.endswith('.txt') else [src]
+    if Path(src).is_file():
+        src = [line for line in Path(src).read_text().splitlines() if line] if src.endswith('.txt') else [src]
     if isinstance(src, list) or Path(src).is_dir(): Path(a.out).parent.mkdir(parents=True, exist_ok=True)
-    pack_folder(src, a.out, a.max_side, a.short_side, a.size, a.grey, a.center, a.upright, a.skip_broken, a.workers, echo=lambda line: print(line, flush=True))
+    pack_folder(src, a.out, a.max_side, a.short_side, a.size, a.grey, a.center, a.upright, a.skip_broken,
+                a.workers, echo=lambda line: print(line, flush=True))
 
 if __name__ == '__main__':
-    try: main()
-    except (ValueError, OSError, RuntimeError) as e: sys.exit(f"pack_images: {e}")
-    except KeyboardInterrupt: print("pack_images: stopped; the same command goes on", file=sys.stderr); sys.exit(130)
+    try:
+        main()
+    except (ValueError, OSError, RuntimeError) as e:
+        sys.exit(f"pack_images: {e}")
+    except KeyboardInterrupt:
+        print("pack_images: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)

@@ -26,16 +26,18 @@ def triangles(start:Tensor,  # (B,) first pixel of the window, may be fractional
     if flip is not None: centre = torch.where(to_device(flip, start.device)[:, None], centre.flip(1), centre)
     return centre, step.clamp_min(1)
 
-def resize_weights(start:Tensor, length:Tensor, # (B,) as for `triangles`
+def resize_weights(start:Tensor, length:Tensor, # (B,) as for triangles
                    n_in,          # pixels in the image, or (B,) in each of them
                    n_out:int, flip=None,
                    columns:int=None, # of the matrix, where it stands before a larger frame; the most of n_in
                   )->Tensor:      # (B, n_out, columns), rows sum to 1
-    "The antialiased triangle filter as a matrix: row j averages the pixels around output pixel j, as Pillow does."
+    ("The antialiased triangle filter as a matrix: "
+     "row j averages the pixels around output pixel j, as Pillow does.")
     centre, reach = triangles(start, length, n_out, flip)
-    n_in  = torch.as_tensor(n_in).view(-1, 1, 1)                        # on the CPU: a GPU need not be waited for
+    n_in  = torch.as_tensor(n_in).view(-1, 1, 1)                    # on the CPU: a GPU need not be waited for
     pixel = torch.arange(columns or int(n_in.max()), device=start.device) + .5
-    pixel = torch.where(pixel < to_device(n_in, start.device), pixel, math.inf)   # beyond the image: infinitely far
+    # beyond the image: infinitely far
+    pixel = torch.where(pixel < to_device(n_in, start.device), pixel, math.inf)
     w = (1 - (pixel - centre[..., None]).abs_().div_(reach[..., None])).clamp_min_(0)
     return w.div_(w.sum(-1, keepdim=True))
 
@@ -50,22 +52,26 @@ def crop_batch(images:Tensor, # (B, C, H, W)
                size:int,      # height and width wanted
                flip=None,     # (B,) bool, mirror these
                sizes=None,    # (B, 2) height and width, of images that stand in the corner of a larger frame
-               dtype=None,    # of the products; as `product_type` says
+               dtype=None,    # of the products; as product_type says
               )->Tensor:      # (B, C, size, size) float32
     "Crop, resize and flip: `Wy @ image @ Wx.T`."
     left, top, width, height = to_device(boxes.float(), images.device).unbind(1)
     h, w = images.shape[2:] if sizes is None else sizes.unbind(1)
     images, wy, wx = (t.to(dtype or product_type(images)) for t in (
-        images, resize_weights(top, height, h, size, None, images.shape[2]), resize_weights(left, width, w, size, flip, images.shape[3])))
+        images, resize_weights(top, height, h, size, None, images.shape[2]),
+        resize_weights(left, width, w, size, flip, images.shape[3])))
     return torch.stack([wy @ c @ wx.mT for c in images.unbind(1)], 1).float()
 
 # %% ../nbs/01_augment.ipynb #7cfef095
-def resize_taps(start:Tensor, length:Tensor, n_in, n_out:int, flip=None)->tuple: # (B, n_out, T) pixels, and (B, n_out, T) weights
+def resize_taps(start:Tensor, length:Tensor, n_in, n_out:int, flip=None
+               )->tuple: # (B, n_out, T) pixels, and (B, n_out, T) weights
     "The rows of `resize_weights` without their zeros."
     centre, reach = triangles(start, length, n_out, flip)
-    pixel = (centre - reach + .5).floor() + torch.arange(int((2*reach.max()).ceil()))[:, None, None]   # (T, B, n_out), as long rows are quick
+    # (T, B, n_out), as long rows are quick
+    pixel = (centre - reach + .5).floor() + torch.arange(int((2*reach.max()).ceil()))[:, None, None]
     inside = torch.minimum(pixel.clamp_min(0), torch.as_tensor(n_in).view(-1, 1) - 1.)
-    w = (1 - (pixel + .5 - centre).abs_().div_(reach)).clamp_min_(0).mul_(pixel.eq_(inside))          # in floats: a mask takes longer
+    # in floats: a mask takes longer
+    w = (1 - (pixel + .5 - centre).abs_().div_(reach)).clamp_min_(0).mul_(pixel.eq_(inside))
     return inside.permute(1, 2, 0).int(), w.div_(w.sum(0)).permute(1, 2, 0)
 
 # %% ../nbs/01_augment.ipynb #8a35d069
@@ -75,22 +81,28 @@ def weigh_rows(x:Tensor,       # (B, H, n)
               )->Tensor:       # (B, n_out, n)
     "Of each image some weighted sums of rows."
     at = pixels + torch.arange(0, len(x)*x.shape[1], x.shape[1], dtype=pixels.dtype)[:, None, None]
-    return F.embedding_bag(at.flatten(0, 1), x.flatten(0, 1), per_sample_weights=weights.flatten(0, 1), mode='sum').view(*pixels.shape[:2], -1)
+    return F.embedding_bag(at.flatten(0, 1), x.flatten(0, 1), per_sample_weights=weights.flatten(0, 1),
+                           mode='sum').view(*pixels.shape[:2], -1)
 
 def crop_taps(images,       # (B, C, H, W), or a list of (C, H, W), which go through one at a time
               boxes:Tensor, size:int, flip=None,
              )->Tensor:     # (B, C, size, size) float32
     "What `crop_batch` does, without the zeros."
     flips = None if flip is None else torch.cat([flip, torch.zeros_like(flip)])
-    taps = resize_taps(boxes[:, :2].T.flatten(), boxes[:, 2:].T.flatten(), image_sizes(images).flip(1).T.flatten(), size, flips)   # columns, then rows
+    # columns, then rows
+    taps = resize_taps(boxes[:, :2].T.flatten(), boxes[:, 2:].T.flatten(),
+                       image_sizes(images).flip(1).T.flatten(), size, flips)
     (px, py), (wx, wy) = (t.chunk(2) for t in taps)
     if not isinstance(images, list): return both_ways(images, px, wx, py, wy)
-    return torch.cat([both_ways(im[None], *t) for im,*t in zip(images, *(t.split(1) for t in (px, wx, py, wy)))])
+    return torch.cat([both_ways(im[None], *t)
+                      for im,*t in zip(images, *(t.split(1) for t in (px, wx, py, wy)))])
 
-def both_ways(images:Tensor, px, wx, py, wy)->Tensor: # (B, C, H, W), and its taps across and down → (B, C, size, size)
+def both_ways(images:Tensor, px, wx, py, wy
+             )->Tensor: # (B, C, H, W), and its taps across and down → (B, C, size, size)
     B, C, H, W = images.shape
-    x = weigh_rows(images.transpose(1, 2).flatten(2).float(), py, wy)                             # (B, size, C·W)
-    x = weigh_rows(x.view(B, -1, C, W).permute(0, 3, 2, 1).flatten(2), px, wx)                    # (B, size, C·size), columns first
+    x = weigh_rows(images.transpose(1, 2).flatten(2).float(), py, wy)                         # (B, size, C·W)
+    # (B, size, C·size), columns first
+    x = weigh_rows(x.view(B, -1, C, W).permute(0, 3, 2, 1).flatten(2), px, wx)
     return x.view(B, x.shape[1], C, -1).permute(0, 2, 3, 1)
 
 # %% ../nbs/01_augment.ipynb #9138e651
@@ -106,16 +118,22 @@ def check_images(images, size):
     listed, flat = isinstance(images, list), isinstance(images, Ragged)
     if size < 1: raise ValueError(f"size: expected at least 1 pixel, got {size}")
     if any(im.ndim != 3 for im in images) if listed else not flat and images.ndim != 4:
-        raise ValueError(f"images: expected (B, C, H, W) or a list of (C, H, W), got {tuple(images[0].shape) if listed else tuple(images.shape)}")
+        raise ValueError("images: expected (B, C, H, W) or a list of (C, H, W), "
+                         f"got {tuple(images[0].shape) if listed else tuple(images.shape)}")
 
 def check_boxes(images, boxes, flip):
     "And bad windows."
     B = len(images)
-    if boxes.shape != (B, 4): raise ValueError(f"boxes: expected ({B}, 4), left, top, width and height for each image, got {tuple(boxes.shape)}")
-    if flip is not None and flip.shape != (B,): raise ValueError(f"flip: expected ({B},), got {tuple(flip.shape)}")
+    if boxes.shape != (B, 4):
+        raise ValueError(f"boxes: expected ({B}, 4), left, top, width and height for each image, "
+                         f"got {tuple(boxes.shape)}")
+    if flip is not None and flip.shape != (B,):
+        raise ValueError(f"flip: expected ({B},), got {tuple(flip.shape)}")
     at, wh, full = boxes[:, :2], boxes[:, 2:], image_sizes(images).flip(1).to(boxes.device)
     ok = ((at >= 0) & (wh > 0) & (at + wh <= full + .01)).all(1)      # .01: the rounding of floats
-    if not ok.all(): raise ValueError(f"boxes: expected windows inside the image, {full[~ok][0].tolist()}, got {boxes[~ok][0].tolist()}")
+    if not ok.all():
+        raise ValueError(f"boxes: expected windows inside the image, {full[~ok][0].tolist()}, "
+                         f"got {boxes[~ok][0].tolist()}")
 
 # %% ../nbs/01_augment.ipynb #5ed49daa
 def cut_windows(images:list,  # (C, H, W) each
@@ -127,7 +145,7 @@ def cut_windows(images:list,  # (C, H, W) each
     cuts = [im[:, y:y1, x:x1] for im,(x,y),(x1,y1) in zip(images, start.long().tolist(), end.long().tolist())]
     return cuts, torch.cat([boxes[:, :2] - start, boxes[:, 2:]], 1)
 
-def crop_ragged(images,       # `Ragged`, or a list of (C, H, W)
+def crop_ragged(images,       # Ragged, or a list of (C, H, W)
                 boxes:Tensor, # (B, 4) on the CPU
                 size:int, flip=None,
                 room:int=2**24, # pixels in frames at a time
@@ -135,27 +153,36 @@ def crop_ragged(images,       # `Ragged`, or a list of (C, H, W)
     "Crops on a GPU: windows of about the same size together, each in the corner of a frame."
     if isinstance(images, list): images = Ragged.of(images)
     parts = images.alike(boxes, size, room)
-    crops = [crop_batch(frames, b, size, None if flip is None else flip.cpu()[i], wh, product_type(images.flat)) for i in parts for frames,b,wh in [images[i].cut(boxes[i], size)]]
-    return torch.cat(crops).index_select(0, to_device(torch.cat(parts).argsort(), crops[0].device)) if len(parts) > 1 else crops[0]
+    crops = [crop_batch(frames, b, size, None if flip is None else flip.cpu()[i], wh,
+                        product_type(images.flat))
+             for i in parts for frames,b,wh in [images[i].cut(boxes[i], size)]]
+    return (torch.cat(crops).index_select(0, to_device(torch.cat(parts).argsort(), crops[0].device))
+            if len(parts) > 1 else crops[0])
 
 # %% ../nbs/01_augment.ipynb #c3e41d05
-def plain_cut(images, boxes, size, flip): # (B, C, size, size) where all want the same window, of whole pixels, at its own size; else None
+def plain_cut(images, boxes, size,
+              # (B, C, size, size) where all want the same window, of whole pixels, at its own size; else None
+              flip):
     "What needs no resizing is cut out."
-    if isinstance(images, (list, Ragged)) or flip is not None or not len(boxes) or (boxes[:, 2:] != size).any() or (boxes != boxes[:1].floor()).any(): return None
+    if (isinstance(images, (list, Ragged)) or flip is not None or not len(boxes)
+        or (boxes[:, 2:] != size).any() or (boxes != boxes[:1].floor()).any()):
+        return None
     x, y = boxes[0, :2].int().tolist()
     return images[..., y:y + size, x:x + size].float()
 
 # %% ../nbs/01_augment.ipynb #a7425ae3
-def crop_inside(images, boxes:Tensor, size:int, flip=None)->Tensor: # as for `resample`
+def crop_inside(images, boxes:Tensor, size:int, flip=None)->Tensor: # as for resample
     "`resample`, where the windows are known to lie inside the images."
     check_images(images, size)
     if (cut := plain_cut(images, boxes, size, flip)) is not None: return cut
-    if isinstance(images, Ragged) or isinstance(images, list) and images and images[0].is_cuda: return crop_ragged(images, boxes.float().cpu(), size, flip)
-    images, boxes = cut_windows(images, boxes.float(), size) if isinstance(images, list) else (images, boxes.float())
+    if isinstance(images, Ragged) or isinstance(images, list) and images and images[0].is_cuda:
+        return crop_ragged(images, boxes.float().cpu(), size, flip)
+    images, boxes = (cut_windows(images, boxes.float(), size) if isinstance(images, list) else
+                     (images, boxes.float()))
     return (crop_taps if images[0].device.type == 'cpu' else crop_batch)(images, boxes, size, flip)
 
 # %% ../nbs/01_augment.ipynb #5b0ce4d1
-def resample(images,           # (B, C, H, W) uint8 or float, a list of (C, H, W), or `Ragged`
+def resample(images,           # (B, C, H, W) uint8 or float, a list of (C, H, W), or Ragged
              boxes:Tensor,     # (B, 4) left, top, width, height in pixels, inside the image
              size:int,         # height and width wanted
              flip=None,        # (B,) bool, mirror these
@@ -167,13 +194,15 @@ def resample(images,           # (B, C, H, W) uint8 or float, a list of (C, H, W
 # %% ../nbs/01_augment.ipynb #af3a0624
 def check_ranges(sizes, scale, ratio):
     "Bad input to `crop_boxes` is an error with its name on it."
-    if sizes.shape[1:] != (2,): raise ValueError(f"sizes: expected (B, 2), height and width, got {tuple(sizes.shape)}")
-    if not 0 < scale[0] <= scale[1] <= 1: raise ValueError(f"scale: expected 0 < low <= high <= 1, got {scale}")
+    if sizes.shape[1:] != (2,):
+        raise ValueError(f"sizes: expected (B, 2), height and width, got {tuple(sizes.shape)}")
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"scale: expected 0 < low <= high <= 1, got {scale}")
     if not 0 < ratio[0] <= ratio[1]: raise ValueError(f"ratio: expected 0 < low <= high, got {ratio}")
 
 # %% ../nbs/01_augment.ipynb #c7e02a9d
 def central_boxes(full:Tensor, # (B, 2) width and height
-                  ratio)->Tensor: # (B, 4), as for `crop_boxes`
+                  ratio)->Tensor: # (B, 4), as for crop_boxes
     "The largest central crops in the ratio."
     most = torch.minimum(full, (full.flip(1) * torch.tensor([ratio[1], 1/ratio[0]])).round())
     return torch.cat([((full - most) / 2).floor(), most], 1)
@@ -187,7 +216,8 @@ def crop_boxes(sizes:Tensor,      # (B, 2) height and width of each image, pixel
               )->Tensor:          # (B, 4) left, top, width, height, whole pixels
     "Random resized crops as torchvision draws them, for a whole batch."
     check_ranges(sizes, scale, ratio)
-    full, row, u = sizes.flip(1).float(), torch.arange(len(sizes)), torch.rand(4, len(sizes), tries, generator=generator)
+    full, row, u = (sizes.flip(1).float(), torch.arange(len(sizes)),
+                    torch.rand(4, len(sizes), tries, generator=generator))
     area = full.prod(1, keepdim=True) * (scale[0] + (scale[1] - scale[0]) * u[0])
     aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1]/ratio[0]) * u[1])
     wh = torch.stack([area * aspect, area / aspect]).sqrt_().round_()         # (2, B, tries)
@@ -195,7 +225,8 @@ def crop_boxes(sizes:Tensor,      # (B, 2) height and width of each image, pixel
     first = fits.int().argmax(1)
     wh = wh[:, row, first].T
     boxes = torch.cat([(u[2:, row, first].T * (full - wh + 1)).floor(), wh], 1)
-    return boxes if (found := fits.any(1)).all() else torch.where(found[:, None], boxes, central_boxes(full, ratio))
+    return (boxes if (found := fits.any(1)).all() else
+            torch.where(found[:, None], boxes, central_boxes(full, ratio)))
 
 # %% ../nbs/01_augment.ipynb #3de80da0
 def random_resized_crop(images,            # (B, C, H, W), or a list of (C, H, W)
@@ -212,7 +243,8 @@ def random_resized_crop(images,            # (B, C, H, W), or a list of (C, H, W
 def central_square(sizes:Tensor, # (B, 2) height and width
                    size:int,     # pixels wanted
                   )->Tensor:     # (B, 1) side in pixels
-    "Resize 256, crop 224 takes 7/8 of the short side; never fewer than `size` pixels, where there are as many."
+    ("Resize 256, crop 224 takes 7/8 of the short side; "
+     "never fewer than `size` pixels, where there are as many.")
     short = sizes.amin(1, keepdim=True).float()
     return torch.minimum(short, (short * 7/8).clamp_min(size))
 

@@ -25,9 +25,11 @@ class Clustering:
     "What every clustering algorithm returns."
     assign:Tensor     # (N,) cluster of each point, int64
     centroids:Tensor  # (k, D)
-    objective:list    # sum of squared distances: one an iteration, before its update; and that of `assign` at the end
+    # sum of squared distances: one an iteration, before its update; and that of assign at the end
+    objective:list
     @property
-    def sizes(self)->Tensor: return torch.bincount(self.assign, minlength=len(self.centroids)) # (k,) points in each cluster
+    def sizes(self)->Tensor: # (k,) points in each cluster
+        return torch.bincount(self.assign, minlength=len(self.centroids))
     @property
     def n_empty(self)->int: return int((self.sizes == 0).sum())
     def cpu(self)->'Clustering': return Clustering(self.assign.cpu(), self.centroids.cpu(), self.objective)
@@ -39,7 +41,9 @@ def as_points(x, k:int)->Tensor: # (N, D) float32
     if x.ndim != 2: raise ValueError(f"x: expected (N, D) points, got {tuple(x.shape)}")
     if not 1 <= k <= len(x): raise ValueError(f"k: expected 1 to {len(x):,}, the number of points, got {k:,}")
     bad = torch.cat([~(b.abs() < 1e15).all(1) for b in x.split(8192)])     # their squares must be finite too
-    if bad.any(): raise ValueError(f"x: expected finite points, got {int(bad.sum()):,} with NaN or values of 1e15 or more, the first in row {int(bad.nonzero()[0])}")
+    if bad.any():
+        raise ValueError(f"x: expected finite points, got {int(bad.sum()):,} with NaN or values of 1e15 or "
+                         f"more, the first in row {int(bad.nonzero()[0])}")
     return x.float()
 
 # %% ../nbs/05_clustering.ipynb #9dbc259f
@@ -75,11 +79,11 @@ def contenders(scores:Tensor,  # (T, k) bfloat16 or float32; k: a multiple of 64
               ):               # (rows, columns), unordered
     "All scores that are within the slack of the largest in their row, and few others."
     bits = order(scores.view({2: torch.int16, 4: torch.int32}[scores.itemsize]))
-    i = bits.view(len(bits), min(16, max(1, bits.shape[1] // 64)), -1)       # 64 side by side are quick to compare
+    i = bits.view(len(bits), min(16, max(1, bits.shape[1] // 64)), -1)  # 64 side by side are quick to compare
     best = i.amax(1)
     top = order(best.amax(1)).view(scores.dtype).float()
     least = top - torch.finfo(scores.dtype).eps*top.abs() - slack
-    below = [] if order is flip else (least <= 0).nonzero().flatten()        # rows where negative ones count too
+    below = [] if order is flip else (least <= 0).nonzero().flatten()   # rows where negative ones count too
     if len(below): least[below] = torch.inf
     least = order(least.to(scores.dtype).view(i.dtype))
     rows, g = (best >= least[:, None]).nonzero().T
@@ -95,35 +99,45 @@ def rough_type(x:Tensor)->torch.dtype: # bfloat16 where the device has it
     return torch.bfloat16 if has_bfloat16(x.device) else torch.float32
 
 # %% ../nbs/05_clustering.ipynb #0e499596
-def rounding_losses(x:Tensor, low)->Tensor: # (N, D) → (2, N) length of each point, and of what rounding takes from it
+def rounding_losses(x:Tensor, low
+                   )->Tensor: # (N, D) → (2, N) length of each point, and of what rounding takes from it
     "How much of a point there is to lose, and how much is lost."
     return torch.cat([torch.stack([b, b - b.to(low)]).norm(dim=2) for b in x.split(8192)], 1)
 
 def nearest(x:Tensor,          # (N, D) float32
             centroids:Tensor,  # (k, D) float32
             tile:int=0,        # points scored at once: N × k never exists; 0: as suits the device
-            low=None,          # dtype of the rough scores; `rough_type`
-            losses=None,       # `rounding_losses` of the points, if they are known
+            low=None,          # dtype of the rough scores; rough_type
+            losses=None,       # rounding_losses of the points, if they are known
            )->Tensor:          # (N,) index; the first of several that are equally near
     "The nearest centroid of each point: rough scores, and exact ones where those leave a doubt."
     (k, d), low = centroids.shape, low or rough_type(x)
-    c    = F.pad(centroids, (0, 0, 0, -k % 256))                             # to a width that suits processors
-    room, pairs = (2**22 if TILES else 2**20, 2**14) if x.device.type == 'cpu' else (min(2**29, free_there(x.device) // 80), 2**18)   # 80 bytes a score, should all be equal
+    c    = F.pad(centroids, (0, 0, 0, -k % 256))                            # to a width that suits processors
+    # 80 bytes a score, should all be equal
+    room, pairs = ((2**22 if TILES else 2**20, 2**14) if x.device.type == 'cpu' else
+                   (min(2**29, free_there(x.device) // 80), 2**18))
     tile = min(len(x), tile or max(64, room // len(c)))
     half = F.pad(centroids.double().pow(2).sum(1) / 2, (0, -k % 256), value=torch.inf)
     rough_c, (length, lost) = c.to(low), rounding_losses(c, low).amax(1)
-    lift = 8 * torch.finfo(low).eps * length**2                              # a little up, so that few rows need a flip
+    lift = 8 * torch.finfo(low).eps * length**2                    # a little up, so that few rows need a flip
     bias = (lift - half).to(low)
-    lost, lost_half = lost + d*2**-23*length, (lift - half - bias)[:k].abs().max()   # 2⁻²³: sums are in float32
+    # 2⁻²³: sums are in float32
+    lost, lost_half = lost + d*2**-23*length, (lift - half - bias)[:k].abs().max()
     assign, scores = x.new_empty(len(x), dtype=torch.long), x.new_empty(tile, len(c), dtype=low)
-    for b,a,(b_length,b_lost) in zip(x.split(tile), assign.split(tile), (rounding_losses(x, low) if losses is None else losses).split(tile, 1)):
+    for b,a,(b_length,b_lost) in zip(x.split(tile), assign.split(tile),
+                                     (rounding_losses(x, low) if losses is None else losses).split(tile, 1)):
         error = b_lost*length + 1.01*b_length*lost + lost_half
-        rows, cols = contenders(torch.addmm(bias, b.to(low), rough_c.T, out=scores[:len(b)]), 2.01*error.float())
-        if low != torch.float32 and len(rows) > 8*len(b): a.copy_(nearest(b, centroids, low=torch.float32)); continue   # far from the origin
+        rows, cols = contenders(torch.addmm(bias, b.to(low), rough_c.T, out=scores[:len(b)]),
+                                2.01*error.float())
+        if low != torch.float32 and len(rows) > 8*len(b):  # far from the origin
+            a.copy_(nearest(b, centroids, low=torch.float32))
+            continue
         a[rows] = cols
-        doubt = (torch.zeros_like(a).scatter_add_(0, rows, torch.ones_like(rows))[rows] > 1).nonzero().flatten()
+        doubt = ((torch.zeros_like(a).scatter_add_(0, rows, torch.ones_like(rows))[rows] > 1)
+                 .nonzero().flatten())
         rows, cols = rows[doubt], cols[doubt]
-        exact = torch.cat([(b[r]*c[j]).sum(1, dtype=torch.float64) - half[j] for r,j in zip(rows.split(pairs), cols.split(pairs))])
+        exact = torch.cat([(b[r]*c[j]).sum(1, dtype=torch.float64) - half[j]
+                           for r,j in zip(rows.split(pairs), cols.split(pairs))])
         top = exact.new_full((len(b),), -torch.inf).scatter_reduce(0, rows, exact, 'amax')
         first = (exact == top[rows]).nonzero().flatten()
         a.scatter_reduce_(0, rows[first], cols[first], 'amin', include_self=False)
@@ -137,7 +151,8 @@ class Sums:
         size = lambda n: math.ceil(math.log2(max(n, 1e-30)))
         self.unit = 2.**(size(max(abs(v.item()) for v in x.aminmax())) + size(len(x)) - 52)
     def update(self, assign:Tensor): # (N,) clusters → (k, D) float64 sums, number of points that moved
-        moved = (torch.ones_like(assign) if self.assign is None else assign != self.assign).nonzero().flatten()
+        moved = (torch.ones_like(assign) if self.assign is None
+                 else assign != self.assign).nonzero().flatten()
         for rows in moved.split(2**14 if moved.device.type == 'cpu' else 2**18):
             p = (self.x[rows] / self.unit).round_().double()
             self.whole.index_add_(0, assign[rows], p)
@@ -149,14 +164,16 @@ class Sums:
 def faiss_draws(): # iterator of floats in [0, 1]
     "The numbers faiss draws for a repair: Mersenne twister, seed 1234, in single precision."
     rng = np.random.RandomState(1234)
-    while True: yield from (rng.randint(0, 2**32, 4096, np.uint32).astype(np.float32) / np.float32(2**32)).tolist()
+    while True:
+        yield from (rng.randint(0, 2**32, 4096, np.uint32).astype(np.float32) / np.float32(2**32)).tolist()
 
 # %% ../nbs/05_clustering.ipynb #106cb2f1
 def repair_empty(centroids:Tensor,  # (k, D), changed in place
                  sizes:Tensor,      # (k,) points in each cluster, float, changed in place
                  g=None,            # not used: faiss has its own seed
                 ):
-    "Each empty cluster takes half of a large one (paper, 'Avoiding trivial solutions'; faiss' rule and constants)."
+    ("Each empty cluster takes half of a large one (paper, 'Avoiding trivial solutions'; "
+     "faiss' rule and constants).")
     (k, d), n, draws = centroids.shape, int(sizes.sum(dtype=torch.float64)), faiss_draws()
     tilt = torch.ones(d).to(centroids) / 1024; tilt[1::2] *= -1
     for empty in (sizes == 0).nonzero().flatten().tolist():
@@ -176,7 +193,8 @@ def repair_random(centroids:Tensor, sizes:Tensor, # (k, D) and (k,), changed in 
     for empty in (sizes == 0).nonzero().flatten().tolist():
         full = sizes.nonzero().flatten()
         donor = full[torch.randint(len(full), (), generator=g).item()]
-        centroids[empty] = centroids[donor] + step * torch.randn(centroids.shape[1], generator=g).to(centroids)
+        centroids[empty] = (centroids[donor]
+                            + step * torch.randn(centroids.shape[1], generator=g).to(centroids))
         sizes[empty] = sizes[donor] / 2
         sizes[donor] -= sizes[empty]
 
@@ -186,14 +204,18 @@ def torch_kmeans(x:Tensor,             # (N, D) float32
                  init:Tensor,          # (k, D) starting centroids
                  repair=repair_empty,  # (centroids, sizes) → both changed in place
                 )->Clustering:
-    "Lloyd's algorithm in PyTorch; a repair after every update. The same bits for any number of threads and any order of the points."
-    centroids, sums, losses, objective, k = init.clone(), Sums(x, len(init)), rounding_losses(x, rough_type(x)), [], len(init)
+    ("Lloyd's algorithm in PyTorch; a repair after every update. "
+     "The same bits for any number of threads and any order of the points.")
+    centroids, sums, losses, objective, k = (init.clone(), Sums(x, len(init)),
+                                             rounding_losses(x, rough_type(x)), [], len(init))
     squares = sum(b.double().pow(2).sum().item() for b in x.split(8192))
     for i in range(niter + 1):
         assign = nearest(x, centroids, losses=losses)
-        (total, moved), sizes, c = sums.update(assign), torch.bincount(assign, minlength=k).float(), centroids.double()
+        (total, moved), sizes, c = (sums.update(assign), torch.bincount(assign, minlength=k).float(),
+                                    centroids.double())
         objective.append(max(0., squares + (sizes * c.pow(2).sum(1) - 2 * (c * total).sum(1)).sum().item()))
-        if i == niter or not moved and sizes.all(): return Clustering(assign, centroids, objective + (niter - i)*objective[-1:])
+        if i == niter or not moved and sizes.all():
+            return Clustering(assign, centroids, objective + (niter - i)*objective[-1:])
         full = sizes > 0
         centroids[full] = (total[full] / sizes[full, None]).float()
         repair(centroids, sizes)
@@ -205,14 +227,17 @@ def slow_faiss(share:float=.6)->str: # '' where faiss is fast enough
     x = torch.randn(4096, 256, generator=generator(0))
     index = faiss.IndexFlatIP(256); index.add(x[:1024].numpy())
     def gflops(f):
-        f()                                     # warm up, then the best of three: other work on the machine may slow one down
+        f()                     # warm up, then the best of three: other work on the machine may slow one down
         return 2 * 4096 * 1024 * 256 / min(seconds(f, 'cpu') for _ in range(3)) / 1e9
     theirs, ours = gflops(lambda: index.search(x.numpy(), 1)), gflops(lambda: x @ x[:1024].T)
-    return '' if theirs > share * ours else (f"faiss runs at {theirs:.0f} GFLOP/s here and torch at {ours:.0f}: the OpenBLAS in it has chosen slow code for this processor. "
-        "Try backend='torch', or another OPENBLAS_CORETYPE (Haswell, SkylakeX) in the environment before Python starts")
+    return '' if theirs > share * ours else (
+        f"faiss runs at {theirs:.0f} GFLOP/s here and torch at {ours:.0f}: "
+        "the OpenBLAS in it has chosen slow code for this processor. "
+        "Try backend='torch', or another OPENBLAS_CORETYPE (Haswell, SkylakeX) "
+        "in the environment before Python starts")
 
 # %% ../nbs/05_clustering.ipynb #bb244fab
-def faiss_kmeans(x:Tensor, niter:int, init:Tensor, repair=None)->Clustering: # `repair` is not used
+def faiss_kmeans(x:Tensor, niter:int, init:Tensor, repair=None)->Clustering: # repair is not used
     "The same through faiss: all points, flat index, no early stop, its own repair."
     import faiss
     xs, k = np.ascontiguousarray(x.cpu().numpy(), dtype=np.float32), len(init)
@@ -225,7 +250,8 @@ def faiss_kmeans(x:Tensor, niter:int, init:Tensor, repair=None)->Clustering: # `
     objective = [km.iteration_stats.at(i).obj for i in range(km.iteration_stats.size())][:niter]
     distance, assign = index.search(xs, 1)
     centroids = torch.from_numpy(faiss.vector_to_array(km.centroids).reshape(k, -1).copy())
-    return Clustering(torch.from_numpy(assign[:, 0]).to(x.device), centroids.to(x.device), objective + [float(distance.sum())])
+    return Clustering(torch.from_numpy(assign[:, 0]).to(x.device), centroids.to(x.device),
+                      objective + [float(distance.sum())])
 
 # %% ../nbs/05_clustering.ipynb #46191432
 BACKENDS = dict(torch=torch_kmeans, faiss=faiss_kmeans)
@@ -242,12 +268,16 @@ def kmeans(x:Tensor,          # (N, D) points
           )->Clustering:
     "Cluster points, with no cluster left empty for long (paper, equation 2)."
     x = as_points(x, k)
-    if backend not in BACKENDS: raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    if repair not in (REPAIRS if backend == 'torch' else ['faiss']): raise ValueError(f"repair: expected 'faiss', or 'paper' with backend 'torch', got {repair!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if repair not in (REPAIRS if backend == 'torch' else ['faiss']):
+        raise ValueError(f"repair: expected 'faiss', or 'paper' with backend 'torch', got {repair!r}")
     if niter < 0: raise ValueError(f"niter: expected 0 or more, got {niter}")
     init = starting_points(x, k, seed, epoch) if init is None else torch.as_tensor(init).to(x)
-    if init.shape != (k, x.shape[1]): raise ValueError(f"init: expected {(k, x.shape[1])} centroids, got {tuple(init.shape)}")
-    if k == len(x): niter, init = 0, x    # every point is its own cluster, whatever the start: faiss does so too
+    if init.shape != (k, x.shape[1]):
+        raise ValueError(f"init: expected {(k, x.shape[1])} centroids, got {tuple(init.shape)}")
+    # every point is its own cluster, whatever the start: faiss does so too
+    if k == len(x): niter, init = 0, x
     return BACKENDS[backend](x, niter, init, partial(REPAIRS[repair], g=generator(seed, 'repair', epoch)))
 
 # %% ../nbs/05_clustering.ipynb #ff591acd
@@ -262,8 +292,11 @@ def nmi(a:Tensor,  # (N,) cluster ids
        )->float:   # 0 (independent) to 1 (the same up to names)
     "Normalised mutual information, I / √(H(a) H(b)) (paper, section 4)."
     a, b = (torch.as_tensor(v).long() for v in (a, b))
-    if a.ndim != 1 or a.shape != b.shape or not len(a): raise ValueError(f"a, b: expected two (N,) partitions of the same points, got {tuple(a.shape)} and {tuple(b.shape)}")
-    if min(a.min(), b.min()) < 0: raise ValueError(f"a, b: expected ids from 0, got {int(min(a.min(), b.min()))}")
+    if a.ndim != 1 or a.shape != b.shape or not len(a):
+        raise ValueError("a, b: expected two (N,) partitions of the same points, "
+                         f"got {tuple(a.shape)} and {tuple(b.shape)}")
+    if min(a.min(), b.min()) < 0:
+        raise ValueError(f"a, b: expected ids from 0, got {int(min(a.min(), b.min()))}")
     joint = torch.unique(a * (int(b.max()) + 1) + b, return_counts=True)[1]   # a pair of ids as one number
     ha, hb, hab = entropy(torch.bincount(a)), entropy(torch.bincount(b)), entropy(joint)
     if ha == 0 or hb == 0: return float(ha == hb)
@@ -277,7 +310,8 @@ def chance_nmi(a:Tensor, b:Tensor, seed:int=0)->float:
 
 # %% ../nbs/05_clustering.ipynb #3927cc39
 def ami(a:Tensor, b:Tensor)->float: # about 0 for unrelated partitions, 1 for equal ones
-    "NMI with chance taken out, (NMI − chance) / (1 − chance): exact by scikit-learn, by a shuffle for over a million pairs of clusters."
+    ("NMI with chance taken out, (NMI − chance) / (1 − chance): "
+     "exact by scikit-learn, by a shuffle for over a million pairs of clusters.")
     a, b = torch.as_tensor(a).cpu(), torch.as_tensor(b).cpu()
     if (int(a.max()) + 1) * (int(b.max()) + 1) > 1e6:
         c = chance_nmi(a, b)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 class PackedImages:
     "N uint8 images in one flat buffer: of one size or ragged, in memory or memory-mapped."
     def __init__(self,
-                 pixels:Tensor,  # (N, C, H, W) uint8, or a flat (total,) uint8 buffer with `shapes`
+                 pixels:Tensor,  # (N, C, H, W) uint8, or a flat (total,) uint8 buffer with shapes
                  shapes=None,    # (N, 3) C, H, W of each image in a flat buffer
                  labels=None,    # (N,) class ids, None where nobody labelled the images
                  classes=(),     # class names, in label order
@@ -31,13 +31,18 @@ class PackedImages:
                 ):
         if pixels.dtype != torch.uint8: raise ValueError(f"pixels: expected uint8, got {pixels.dtype}")
         if shapes is None:
-            if pixels.ndim != 4: raise ValueError(f"pixels: expected (N, C, H, W), or a flat buffer and shapes, got {tuple(pixels.shape)}")
+            if pixels.ndim != 4:
+                raise ValueError("pixels: expected (N, C, H, W), or a flat buffer and shapes, "
+                                 f"got {tuple(pixels.shape)}")
             shapes = torch.tensor(pixels.shape[1:]).expand(len(pixels), 3)
         self.pixels, self.shapes = pixels.reshape(-1), torch.as_tensor(shapes).long()
-        if self.shapes.shape[1:] != (3,): raise ValueError(f"shapes: expected (N, 3), the C, H, W of each image, got {tuple(self.shapes.shape)}")
+        if self.shapes.shape[1:] != (3,):
+            raise ValueError("shapes: expected (N, 3), the C, H, W of each image, "
+                             f"got {tuple(self.shapes.shape)}")
         lengths = self.shapes.prod(1)
         if lengths.sum() != len(self.pixels):
-            raise ValueError(f"shapes: they add up to {int(lengths.sum()):,} bytes, but pixels holds {len(self.pixels):,}")
+            raise ValueError(f"shapes: they add up to {int(lengths.sum()):,} bytes, "
+                             f"but pixels holds {len(self.pixels):,}")
         self.starts = lengths.cumsum(0) - lengths
         n = len(self.shapes)
         self.labels  = None if labels is None else torch.as_tensor(labels).long()
@@ -45,26 +50,36 @@ class PackedImages:
         self.paths   = [str(i) for i in range(n)] if paths is None else [str(p) for p in paths]
         for name in ('labels', 'paths'):
             v = getattr(self, name)
-            if v is not None and len(v) != n: raise ValueError(f"{name}: expected {n}, one for each image, got {len(v)}")
+            if v is not None and len(v) != n:
+                raise ValueError(f"{name}: expected {n}, one for each image, got {len(v)}")
         same = n > 0 and bool((self.shapes == self.shapes[0]).all())
         self.size = tuple(self.shapes[0].tolist()) if same else None   # (C, H, W) where all images share it
-        self.center = None                                             # PackedImages of the exact central crops, where they were packed too
+        # PackedImages of the exact central crops, where they were packed too
+        self.center = None
 
     def __len__(self): return len(self.shapes)
     def __repr__(self):
         size = '×'.join(map(str, self.size)) if self.size else 'ragged'
-        return f"PackedImages({len(self):,} images, {size}, {'no labels' if self.labels is None else f'{len(self.classes)} classes'})"
+        return (f"PackedImages({len(self):,} images, {size}, "
+                f"{'no labels' if self.labels is None else f'{len(self.classes)} classes'})")
 
     def __getitem__(self, i:int)->Tensor: # (C, H, W) uint8, a view
         c,h,w = self.shapes[i].tolist()
         start = int(self.starts[i])
         return self.pixels[start:start + c*h*w].view(c, h, w)
 
-    def rows(self, idx)->Tensor: return self.starts[idx] // int(np.prod(self.size))      # (B,) places in the buffer, where all images share a size
+    def rows(self, idx)->Tensor: # (B,) places in the buffer, where all images share a size
+        return self.starts[idx] // int(np.prod(self.size))
 
-    def batch(self, idx, out=None): # (B, C, H, W) uint8 where all images share a size, into `out` where given, else a list of (C, H, W)
-        if self.size is None: return [self.pixels[s:s + c*h*w].view(c, h, w) for s,(c,h,w) in zip(self.starts[idx].tolist(), self.shapes[idx].tolist())]
-        return torch.index_select(self.pixels.view(-1, *self.size), 0, self.rows(idx), out=out)      # image by image; `[rows]` would go number by number
+    def batch(self, idx,
+              # (B, C, H, W) uint8 where all images share a size, into out where given,
+              # else a list of (C, H, W)
+              out=None):
+        if self.size is None:
+            return [self.pixels[s:s + c*h*w].view(c, h, w)
+                    for s,(c,h,w) in zip(self.starts[idx].tolist(), self.shapes[idx].tolist())]
+        # image by image; [rows] would go number by number
+        return torch.index_select(self.pixels.view(-1, *self.size), 0, self.rows(idx), out=out)
 
     def subset(self, idx)->'PackedImages': # the same buffer, fewer images
         idx, res = torch.arange(len(self))[idx].reshape(-1), copy.copy(self)
@@ -75,42 +90,53 @@ class PackedImages:
         return res
 
     def save(self, path):
-        "Write one safetensors file that `load` can memory-map: first under another name, so that `path` is whole or absent."
+        ("Write one safetensors file that `load` can memory-map: "
+         "first under another name, so that `path` is whole or absent.")
         as_bytes = torch.frombuffer(bytearray(json.dumps(self.paths), 'utf8'), dtype=torch.uint8)
-        tensors = dict(pixels=torch.cat([im.reshape(-1) for im in self]), shapes=self.shapes.contiguous(), paths=as_bytes)
+        tensors = dict(pixels=torch.cat([im.reshape(-1) for im in self]), shapes=self.shapes.contiguous(),
+                       paths=as_bytes)
         if self.labels is not None: tensors['labels'] = self.labels.contiguous()
         save_file(tensors, f'{path}.tmp', metadata=dict(classes=json.dumps(self.classes)))
         os.replace(f'{path}.tmp', path)
 
     @classmethod
-    def load(cls, path)->'PackedImages': # pixels are mapped, not read: the system brings in the pages that are touched
+    def load(cls, path
+            )->'PackedImages': # pixels are mapped, not read: the system brings in the pages that are touched
         try:
             with safe_open(path, 'np') as f:
-                t, meta = {k: torch.from_numpy(f.get_tensor(k)) for k in f.keys() if k in ('shapes', 'labels', 'paths')}, f.metadata()
-            res = cls(map_pixels(path), t['shapes'], t.get('labels'), json.loads(meta['classes']), json.loads(t['paths'].numpy().tobytes()))
+                t, meta = ({k: torch.from_numpy(f.get_tensor(k))
+                            for k in f.keys() if k in ('shapes', 'labels', 'paths')},
+                           f.metadata())
+            res = cls(map_pixels(path), t['shapes'], t.get('labels'), json.loads(meta['classes']),
+                      json.loads(t['paths'].numpy().tobytes()))
             center = json.loads(meta.get('packing', '{}')).get('center')
-        except (SafetensorError, KeyError, TypeError) as e: raise ValueError(f"path: {str(path)!r} is no whole file of packed images ({e})") from None
+        except (SafetensorError, KeyError, TypeError) as e:
+            raise ValueError(f"path: {str(path)!r} is no whole file of packed images ({e})") from None
         if center: res.center = cls.load(center_path(path, center))
-        if center and res.center.paths != res.paths: raise ValueError(f"path: {str(center_path(path, center))!r} holds other images than {str(path)!r}; pack both again")
+        if center and res.center.paths != res.paths:
+            raise ValueError(f"path: {str(center_path(path, center))!r} holds other images than "
+                             f"{str(path)!r}; pack both again")
         return res
 
 # %% ../nbs/00_data.ipynb #c3788fc9
 def map_pixels(path)->Tensor: # (total,) uint8
     "The `pixels` of a safetensors file, mapped: nothing is read yet."
     private = dict(access=mmap.ACCESS_COPY)
-    if sys.platform == 'linux': private = dict(flags=mmap.MAP_PRIVATE | getattr(mmap, 'MAP_NORESERVE', 0x4000), prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    if sys.platform == 'linux':
+        private = dict(flags=mmap.MAP_PRIVATE | getattr(mmap, 'MAP_NORESERVE', 0x4000),
+                       prot=mmap.PROT_READ | mmap.PROT_WRITE)
     with open(path, 'rb') as f:
         n = int.from_bytes(f.read(8), 'little')
         start, end = json.loads(f.read(n))['pixels']['data_offsets']
-        return torch.frombuffer(mmap.mmap(f.fileno(), 0, **private), dtype=torch.uint8, offset=8 + n + start, count=end - start)
+        return torch.frombuffer(mmap.mmap(f.fileno(), 0, **private), dtype=torch.uint8, offset=8 + n + start,
+                                count=end - start)
 
 def center_path(path, size:int)->Path: # train.safetensors → train-center224.safetensors
     "Where the exact central crops of a packed file lie: beside it."
     return Path(path).with_name(f"{Path(path).stem}-center{size}.safetensors")
 
 # %% ../nbs/00_data.ipynb #54da5443
-#| code-fold: true
-def show_images(images,         # (N, C, H, W) uint8 or floats in [0, 1], a list of (C, H, W), or `PackedImages`
+def show_images(images,         # (N, C, H, W) uint8 or floats in [0, 1], a list of (C, H, W), or PackedImages
                 titles=None,    # one a picture
                 cols:int=10,    # pictures in a row
                 size:float=1.,  # inches a picture
@@ -118,12 +144,14 @@ def show_images(images,         # (N, C, H, W) uint8 or floats in [0, 1], a list
     "A grid of pictures."
     import matplotlib.pyplot as plt
     rows, cols = max(1, -(-len(images) // cols)), max(1, min(cols, len(images)))
-    fig, axs = plt.subplots(rows, cols, figsize=(cols*size, rows*(size + (0 if titles is None else .25))), squeeze=False)
+    fig, axs = plt.subplots(rows, cols, figsize=(cols*size, rows*(size + (0 if titles is None else .25))),
+                            squeeze=False)
     for i,ax in enumerate(axs.flat):
         ax.axis('off')
         if i >= len(images): continue
         im = torch.as_tensor(images[i])
-        if im.ndim != 3 or len(im) not in (1, 3): raise ValueError(f"images: expected (1 or 3, H, W) each, got {tuple(im.shape)}")
+        if im.ndim != 3 or len(im) not in (1, 3):
+            raise ValueError(f"images: expected (1 or 3, H, W) each, got {tuple(im.shape)}")
         im = im.detach().cpu().permute(1, 2, 0).numpy()
         if im.dtype != np.uint8: im = im.clip(0, 1)
         ax.imshow(im, cmap='gray', interpolation='nearest', vmin=0, vmax=255 if im.dtype == np.uint8 else 1)
@@ -146,17 +174,18 @@ def digits(split:str)->PackedImages: # (1 × 8 × 8), 1,438 'train' and 359 'tes
     return PackedImages(pixels, labels=d.target[mine], classes=list('0123456789'))
 
 # %% ../nbs/00_data.ipynb #2781f1b9
-OUTLINES = dict(disc     = lambda u, v: np.hypot(u, v) < .8,
-                square   = lambda u, v: np.maximum(abs(u), abs(v)) < .7,
+OUTLINES = dict(disc = lambda u, v: np.hypot(u, v) < .8,
+                square = lambda u, v: np.maximum(abs(u), abs(v)) < .7,
                 triangle = lambda u, v: (v > -.5) & (abs(u)*3**.5 + v < 1),
-                ring     = lambda u, v: abs(np.hypot(u, v) - .75) < .2,
-                cross    = lambda u, v: (np.maximum(abs(u), abs(v)) < .9) & (np.minimum(abs(u), abs(v)) < .27))
+                ring = lambda u, v: abs(np.hypot(u, v) - .75) < .2,
+                cross = lambda u, v: (np.maximum(abs(u), abs(v)) < .9) & (np.minimum(abs(u), abs(v)) < .27))
 
 # %% ../nbs/00_data.ipynb #d08d0709
 def shapes(split:str, n:int=1200, size:int=32)->PackedImages: # (3 × size × size)
     "Five outlines in random places, sizes, turns and colours: the truth is known, and it is not colour."
     g = np.random.default_rng(int(is_test(split)))
-    labels, at = np.arange(n) % len(OUTLINES), (np.arange(4*size) + .5) / (2*size) - 1   # 4 × 4 points a pixel, from −1 to 1
+    # 4 × 4 points a pixel, from −1 to 1
+    labels, at = np.arange(n) % len(OUTLINES), (np.arange(4*size) + .5) / (2*size) - 1
     pixels = []
     for outline in [list(OUTLINES.values())[l] for l in labels]:
         (cx, cy), radius, turn = g.uniform(-.3, .3, 2), g.uniform(.4, .65), g.uniform(0, 2*np.pi)
@@ -172,10 +201,12 @@ EXTENSIONS = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm',
 
 # %% ../nbs/00_data.ipynb #fba69fe6
 def image_files(folder): # (paths, labels or None, class names)
-    "The images of an ImageFolder tree in torchvision's order; no labels where some lie outside the class folders."
+    ("The images of an ImageFolder tree in torchvision's order; "
+     "no labels where some lie outside the class folders.")
     folder = Path(folder)
     files = [Path(d).relative_to(folder)/f for d,_,names in os.walk(folder, followlinks=True) for f in names]
-    files = [f for f in files if f.suffix.lower() in EXTENSIONS and not any(part.startswith('.') for part in f.parts)]
+    files = [f for f in files
+             if f.suffix.lower() in EXTENSIONS and not any(part.startswith('.') for part in f.parts)]
     files.sort(key=lambda f: (f.parts[0], str(f.parent), f.name))
     paths = [folder/f for f in files]
     if any(len(f.parts) == 1 for f in files): return paths, None, []
@@ -187,7 +218,8 @@ def image_files(folder): # (paths, labels or None, class names)
 def decode(path)->Tensor: # (3, H, W) uint8
     "One image file as RGB; a broken one is an error, never a grey patch."
     with Image.open(path) as im:
-        if im.mode[0] in 'IF': raise ValueError(f"its pixels (mode {im.mode}) do not fit into 8 bits; convert it first")
+        if im.mode[0] in 'IF':
+            raise ValueError(f"its pixels (mode {im.mode}) do not fit into 8 bits; convert it first")
         return torch.from_numpy(np.array(im.convert('RGB'))).permute(2, 0, 1).contiguous()
 
 # %% ../nbs/00_data.ipynb #9f4ec9ee
@@ -203,12 +235,16 @@ def read_images(paths,        # image files, in the order wanted
                )->PackedImages:
     "Decode all files (several threads, order kept); one error names those that can't be read."
     if not len(paths): raise ValueError("paths: expected at least one image file, got none")
-    if ImageFile.LOAD_TRUNCATED_IMAGES: raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which hides broken files; expected it off")
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, "
+                         "which hides broken files; expected it off")
     with ThreadPoolExecutor() as pool:
-        ims = list(tqdm(pool.map(_try, paths), total=len(paths), desc='reading images', leave=False, disable=len(paths) < 5000))
+        ims = list(tqdm(pool.map(_try, paths), total=len(paths), desc='reading images', leave=False,
+                        disable=len(paths) < 5000))
     broken = [im for im in ims if isinstance(im, str)]
     if broken:
-        raise ValueError(f"{len(broken)} of {len(paths)} images can't be read: " + '; '.join(broken[:5]) + (' …' if broken[5:] else ''))
+        raise ValueError(f"{len(broken)} of {len(paths)} images can't be read: " + '; '.join(broken[:5])
+                         + (' …' if broken[5:] else ''))
     return PackedImages(torch.cat([im.reshape(-1) for im in ims]), [im.shape for im in ims], labels, classes,
                         [Path(p).relative_to(root) for p in paths] if root else paths)
 
@@ -225,7 +261,9 @@ def sample_sizes(paths, n:int=500)->list: # [(width, height)]
 def free_memory()->float: # bytes; infinite where the system does not say
     "What is available now, and no more than the container may use."
     found = [float('inf')]
-    with suppress(OSError): found += [1024*int(l.split()[1]) for l in Path('/proc/meminfo').read_text().splitlines() if l.startswith('MemAvailable')]
+    with suppress(OSError):
+        found += [1024*int(l.split()[1])
+                  for l in Path('/proc/meminfo').read_text().splitlines() if l.startswith('MemAvailable')]
     with suppress(OSError, ValueError): found.append(int(Path('/sys/fs/cgroup/memory.max').read_text()))
     return min(found)
 
@@ -234,17 +272,20 @@ def check_memory(paths):
     sizes, free = sample_sizes(paths, 200), free_memory()
     need = 2 * 3 * sum(w*h for w,h in sizes) / max(1, len(sizes)) * len(paths)
     if need > free:
-        raise ValueError(f"root: {len(paths):,} images need about {need/2e9:,.1f} GB decoded and twice that while they are read, but {free/1e9:,.1f} GB of memory are available; "
-                         "take fewer (n_images), or pack them into a file with data_scripts/pack_images.py and load dataset 'packed'")
+        raise ValueError(f"root: {len(paths):,} images need about {need/2e9:,.1f} GB decoded and twice that "
+                         f"while they are read, but {free/1e9:,.1f} GB of memory are available; "
+                         "take fewer (n_images), or pack them into a file with data_scripts/pack_images.py "
+                         "and load dataset 'packed'")
 
 # %% ../nbs/00_data.ipynb #f8f2b9ac
-def find_folder(name:str, root, split:str): # the folder of `split`'s images, or None
+def find_folder(name:str, root, split:str): # the folder of split's images, or None
     "Where an ImageFolder tree keeps a split: `root/name/split`, `root/split`, or `root` itself for training."
     subs, root = ('test', 'val') if is_test(split) else ('train',), Path(root)
     for top in (root/name, root):
         for sub in subs:
             if (top/sub).is_dir(): return top/sub
-    if name == 'folder' and not is_test(split) and not any((root/s).is_dir() for s in ('test', 'val')): return root
+    if name == 'folder' and not is_test(split) and not any((root/s).is_dir() for s in ('test', 'val')):
+        return root
 
 # %% ../nbs/00_data.ipynb #9d25f9ac
 def torchvision_images(name:str, root, split:str, download:bool=False)->PackedImages:
@@ -253,18 +294,23 @@ def torchvision_images(name:str, root, split:str, download:bool=False)->PackedIm
     if name == 'stl10':
         d = datasets.STL10(root, split, download=download)
         return PackedImages(torch.from_numpy(d.data), labels=d.labels, classes=d.classes)
-    d = dict(cifar10=datasets.CIFAR10, cifar100=datasets.CIFAR100)[name](root, not is_test(split), download=download)
-    return PackedImages(torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous(), labels=d.targets, classes=d.classes)
+    d = dict(cifar10=datasets.CIFAR10,
+             cifar100=datasets.CIFAR100)[name](root, not is_test(split), download=download)
+    return PackedImages(torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous(), labels=d.targets,
+                        classes=d.classes)
 
 # %% ../nbs/00_data.ipynb #b132c111
-def packed_file(root, split:str)->Path: # of `split`'s images
-    "The packed file of a split: `root/train.safetensors`, `root/test.safetensors` or `root/val.safetensors`; a file itself is for training."
+def packed_file(root, split:str)->Path: # of split's images
+    ("The packed file of a split: `root/train.safetensors`, "
+     "`root/test.safetensors` or `root/val.safetensors`; a file itself is for training.")
     root, names = Path(root), ('test', 'val') if is_test(split) else ('train',)
     if root.is_file() and not is_test(split): return root
     for file in (top/f'{n}.safetensors' for top in (root/'packed', root) for n in names):
         if file.is_file(): return file
-    raise FileNotFoundError(f"root: no packed {split} images in {str(root)!r}; expected a folder with {' or '.join(f'{n}.safetensors' for n in names)}"
-                            f"{'' if is_test(split) else ', or such a file itself'}; make it with `python data_scripts/pack_images.py FOLDER/{names[-1]} {root}/{names[-1]}.safetensors`")
+    raise FileNotFoundError(f"root: no packed {split} images in {str(root)!r}; "
+                            f"expected a folder with {' or '.join(f'{n}.safetensors' for n in names)}"
+                            f"{'' if is_test(split) else ', or such a file itself'}; make it with `python "
+                            f"data_scripts/pack_images.py FOLDER/{names[-1]} {root}/{names[-1]}.safetensors`")
 
 # %% ../nbs/00_data.ipynb #c0842004
 def generator(seed:int, # the run's seed
@@ -280,19 +326,20 @@ def pick(n:int,         # images there are
          seed:int,
         )->Tensor:      # (n_images,) sorted row numbers
     "`n_images` of n rows at random, in the data set's order; all of them for 0."
-    if n_images > n or n_images < 0: raise ValueError(f"n_images: expected 0 (all) to {n:,}, the size of the data set, got {n_images:,}")
+    if n_images > n or n_images < 0:
+        raise ValueError(f"n_images: expected 0 (all) to {n:,}, the size of the data set, got {n_images:,}")
     return torch.randperm(n, generator=generator(seed, 'pick'))[:n_images or n].sort().values
 
 # %% ../nbs/00_data.ipynb #83bd9cbd
 DATASETS = ['digits', 'shapes', 'cifar10', 'cifar100', 'stl10', 'folder', 'packed']
 
 # %% ../nbs/00_data.ipynb #d64c7ed8
-def load_images(name:str,            # one of `DATASETS`
+def load_images(name:str,            # one of DATASETS
                 root=None,           # where the files are; $DEEPCLUSTER_DATA where not given
                 split:str='train',   # 'train' or 'test'
                 n_images:int=0,      # a random subset of this size, 0 for all
                 seed:int=0,          # of the subset
-                download:bool=False, # let torchvision fetch cifar10, cifar100 or stl10 into `root`
+                download:bool=False, # let torchvision fetch cifar10, cifar100 or stl10 into root
                )->PackedImages:      # in the data set's own order
     "Any data set by its name."
     if name not in DATASETS: raise ValueError(f"dataset: expected one of {', '.join(DATASETS)}, got {name!r}")
@@ -300,20 +347,35 @@ def load_images(name:str,            # one of `DATASETS`
         images = digits(split) if name == 'digits' else shapes(split, 300 if is_test(split) else 1200)
         return images.subset(pick(len(images), n_images, seed))
     root = root or os.environ.get('DEEPCLUSTER_DATA')
-    how = ("point root (or DEEPCLUSTER_DATA) at a folder of images, one sub-folder a class where there are labels" if name == 'folder' else
-           "make one with `python data_scripts/pack_images.py FOLDER OUT/train.safetensors` and pass root='OUT'" if name == 'packed' else
-           f"fetch it with `python -c \"from deepcluster_nb.data import load_images; load_images('{name}', 'data', download=True)\"` and pass root='data'")
+    how = ("point root (or DEEPCLUSTER_DATA) at a folder of images, "
+           "one sub-folder a class where there are labels"
+           if name == 'folder' else
+           "make one with `python data_scripts/pack_images.py FOLDER OUT/train.safetensors` "
+           "and pass root='OUT'"
+           if name == 'packed' else
+           "fetch it with `python -c \"from deepcluster_nb.data import load_images; "
+           f"load_images('{name}', 'data', download=True)\"` and pass root='data'")
     if not root: raise FileNotFoundError(f"root: {name} needs a folder and none was given; {how}")
-    if name == 'packed': return (images := PackedImages.load(packed_file(root, split))).subset(pick(len(images), n_images, seed))
-    if not Path(root).is_dir() and not download: raise FileNotFoundError(f"root: no folder {str(root)!r}; {how}")
+    if name == 'packed':
+        return ((images := PackedImages.load(packed_file(root, split)))
+                .subset(pick(len(images), n_images, seed)))
+    if not Path(root).is_dir() and not download:
+        raise FileNotFoundError(f"root: no folder {str(root)!r}; {how}")
     folder = find_folder(name, root, split)
     if folder:
         paths, labels, classes = image_files(folder)
-        if not paths: raise FileNotFoundError(f"root: no images in {str(folder)!r} (looked for {' '.join(sorted(EXTENSIONS))}); {how}")
+        if not paths:
+            raise FileNotFoundError(f"root: no images in {str(folder)!r} "
+                                    f"(looked for {' '.join(sorted(EXTENSIONS))}); {how}")
         rows = pick(len(paths), n_images, seed).tolist()
         check_memory([paths[i] for i in rows])
-        return read_images([paths[i] for i in rows], None if labels is None else [labels[i] for i in rows], classes, folder)
-    if name == 'folder': raise FileNotFoundError(f"root: {str(root)!r} has no {split} images; expected {split}/ beside the other split; {how}")
-    try: images = torchvision_images(name, root, split, download)
-    except RuntimeError as e: raise FileNotFoundError(f"root: no {name} in {str(root)!r} ({e}); {how}") from None
+        return read_images([paths[i] for i in rows], None if labels is None else [labels[i] for i in rows],
+                           classes, folder)
+    if name == 'folder':
+        raise FileNotFoundError(f"root: {str(root)!r} has no {split} images; "
+                                f"expected {split}/ beside the other split; {how}")
+    try:
+        images = torchvision_images(name, root, split, download)
+    except RuntimeError as e:
+        raise FileNotFoundError(f"root: no {name} in {str(root)!r} ({e}); {how}") from None
     return images.subset(pick(len(images), n_images, seed))

@@ -23,7 +23,8 @@ from .features import PCA, autocast, compute_features, keep_memory, l2_normalize
 from .clustering import Clustering, kmeans
 from .sampling import SAMPLERS
 from .runs import amount, duration, save_checkpoint
-from .training import Config, agreement, check, network, resolve, sgd, train_epoch, trunk_parameters
+from .training import (Config, agreement, check, network, resolve, sgd, train_epoch,
+                                     trunk_parameters)
 from .probes import MOST_PROBED, conv_activations, knn_accuracy, linear_probe, pool_activation
 
 # %% ../nbs/19_estimate.ipynb #c7fa19ba
@@ -71,8 +72,9 @@ def kept_bytes(forward, # a batch → anything with a graph
     return (kept(x.clone()) - kept(x[:len(x)//2].clone())) / (len(x) - len(x)//2)
 
 # %% ../nbs/19_estimate.ipynb #b0897515
-SPLITS = dict(digits=(1438, 359, 10), shapes=(1200, 300, 5), cifar10=(50_000, 10_000, 10), cifar100=(50_000, 10_000, 100),
-              stl10=(5_000, 8_000, 10))                         # training images, test images, classes
+# training images, test images, classes
+SPLITS = dict(digits=(1438, 359, 10), shapes=(1200, 300, 5), cifar10=(50_000, 10_000, 10),
+              cifar100=(50_000, 10_000, 100), stl10=(5_000, 8_000, 10))
 IMAGENET = (1_281_167, 50_000, 1000)
 
 # %% ../nbs/19_estimate.ipynb #cf01e9a8
@@ -80,12 +82,14 @@ def made_up(dataset:str, n:int=32)->PackedImages: # noise
     "Images of the data set's usual size; photographs of two shapes where it has none of its own."
     side, c = dict(cifar10=32, cifar100=32, stl10=96).get(dataset), 1 if dataset == 'packed' else 3
     shapes = [(c, side, side)]*n if side else [(c, 375, 500), (c, 500, 375)]*(n//2)
-    pixels = torch.randint(0, 256, (sum(a*b*c for a,b,c in shapes),), generator=generator(0, 'noise'), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (sum(a*b*c for a,b,c in shapes),), generator=generator(0, 'noise'),
+                           dtype=torch.uint8)
     return PackedImages(pixels, shapes, classes=range(SPLITS.get(dataset, IMAGENET)[2]))
 
 # %% ../nbs/19_estimate.ipynb #205f69c5
 def material(c:Config, n_images:int=0): # (images to measure with, facts)
-    "What a run would work on: how many images, of what size, with labels or without, and how long they take to load."
+    ("What a run would work on: "
+     "how many images, of what size, with labels or without, and how long they take to load.")
     n, n_test, classes = SPLITS.get(c.dataset, IMAGENET)
     root, listing, tick = c.root or os.environ.get('DEEPCLUSTER_DATA', ''), 0., time.perf_counter
     here = Path(root).is_dir() and root and c.dataset not in ('digits', 'shapes', 'packed')
@@ -104,8 +108,11 @@ def material(c:Config, n_images:int=0): # (images to measure with, facts)
         images, real = made_up(c.dataset), False
     check(c.n_images <= n or n_images, 'n_images', c.n_images, f"at most {n:,}, the size of the data set")
     seconds = max(tick() - begin - listing, 0) / (len(images) if folder else 1) * real
-    return images, dict(n=n_images or c.n_images or n, n_test=c.n_test or n_test, classes=classes, real=real, decoded=bool(folder),
-                        listing=listing, loading=seconds, image_bytes=sum(float(im.shapes.prod(1).double().mean()) for im in (images, getattr(images, 'center', None)) if im is not None))
+    return (images,
+            dict(n=n_images or c.n_images or n, n_test=c.n_test or n_test, classes=classes, real=real,
+                 decoded=bool(folder), listing=listing, loading=seconds,
+                 image_bytes=sum(float(im.shapes.prod(1).double().mean())
+                                 for im in (images, getattr(images, 'center', None)) if im is not None)))
 
 # %% ../nbs/19_estimate.ipynb #bc5306f9
 def sample_clustering(c:Config, n:int, dim:int, seconds:float)->dict: # kind of work → samples
@@ -121,65 +128,88 @@ def sample_clustering(c:Config, n:int, dim:int, seconds:float)->dict: # kind of 
     m = min(n, max(2*c.k, 8192))
     x = l2_normalize(torch.randn(m, d, generator=g)).to(c.device if c.backend == 'torch' else 'cpu')
     niter, times = 2, sample(lambda _: kmeans(x, c.k, 2, backend=c.backend), 1, seconds/4)[0]
-    if 100*median(times) < seconds: niter, times = 20, sample(lambda _: kmeans(x, c.k, 20, backend=c.backend), 1, seconds/2)[0]
+    if 100*median(times) < seconds:
+        niter, times = 20, sample(lambda _: kmeans(x, c.k, 20, backend=c.backend), 1, seconds/2)[0]
     prev = torch.randint(0, c.k, (m,), generator=g)
     found = Clustering(torch.randint(0, c.k, (m,), generator=g), torch.empty(c.k, d), [])
     def books(_): agreement(found, prev, prev); SAMPLERS[c.sampler](prev, c.passes*m, 0, 0)
-    return dict(pca=[r*less*dim/D**2 + project for r in row], axes=axes, kmeans=[t*21/(niter + 1)/m for t in times], books=[t/m for t in sample(books, 1, seconds/16)[0]])
+    return dict(pca=[r*less*dim/D**2 + project for r in row], axes=axes,
+                kmeans=[t*21/(niter + 1)/m for t in times],
+                books=[t/m for t in sample(books, 1, seconds/16)[0]])
 
 # %% ../nbs/19_estimate.ipynb #f65881f3
-def sample_training(net, images, c:Config, seconds:float)->list: # seconds an image, in steps of the real batch size
-    "Training steps on random labels, with a learning rate of next to nothing: a step takes as long, and none diverges."
+def sample_training(net, images, c:Config, seconds:float
+                   )->list: # seconds an image, in steps of the real batch size
+    ("Training steps on random labels, with a learning rate of next to nothing: "
+     "a step takes as long, and none diverges.")
     g, B = generator(0, 'estimate'), c.batch_size
     rows, assign = torch.arange(16*B) % len(images), torch.randint(0, c.k, (len(images),), generator=g)
     still = replace(c, lr=1e-9)
     opts = sgd(trunk_parameters(net), still, c.momentum), sgd(net.top_layer.parameters(), still)
-    return per_image(lambda n: train_epoch(net, images, rows[:n], assign, opts, c, 0), B, seconds, least=min(4, B))
+    return per_image(lambda n: train_epoch(net, images, rows[:n], assign, opts, c, 0), B, seconds,
+                     least=min(4, B))
 
 # %% ../nbs/19_estimate.ipynb #7eaf0630
 def sample_probes(net, facts:dict, c:Config, seconds:float)->dict: # kind of work → samples
     "A linear probe's pass over an image, and a pair of images in the nearest-neighbour test."
     g, width = generator(0, 'estimate'), max(1, sum(facts['probes'])//len(facts['probes']))
     x, y = torch.rand(1024, width, generator=g).half(), torch.arange(1024) % facts['classes']
-    y[0] = facts['classes'] - 1                                 # a probe has as many outputs as the largest label says
+    y[0] = facts['classes'] - 1                        # a probe has as many outputs as the largest label says
     f = torch.randn(1024, facts['dim'], generator=g)
-    return dict(probe=[t/4 for t in sample(lambda n: linear_probe(x[:n], y[:n], x[:8], y[:8], epochs=4, device=c.device), len(x), seconds/2, least=128)[0]],
-                pair=[t/len(f) for t in sample(lambda n: knn_accuracy(f, y, f[:n], y[:n], 200), len(f), seconds/2, least=64)[0]])
+    return dict(probe=[t/4 for t in sample(lambda n: linear_probe(x[:n], y[:n], x[:8], y[:8], epochs=4,
+                                                                  device=c.device),
+                                           len(x), seconds/2, least=128)[0]],
+                pair=[t/len(f) for t in sample(lambda n: knn_accuracy(f, y, f[:n], y[:n], 200), len(f),
+                                               seconds/2, least=64)[0]])
 
 # %% ../nbs/19_estimate.ipynb #6f27bbfa
-def measure(c:Config, images, facts:dict, seconds:float, echo=None)->dict: # kind of work → seconds a unit, a number a repetition
+def measure(c:Config, images, facts:dict, seconds:float, echo=None
+           )->dict: # kind of work → seconds a unit, a number a repetition
     "All samples; what else was seen on the way goes into `facts`."
     say = echo or (lambda line: None)
     net = network(c)
     check(c.pca <= net.dim, 'pca', c.pca, f"at most {net.dim}, the features' dimension")
     x = normalize(center_crop(images.batch(torch.arange(4) % len(images)), c.size)).to(c.device)
-    with torch.inference_mode(): facts['probes'] = [pool_activation(name, a.float()).shape[1] for name,a in conv_activations(net.eval(), x[:1]).items()]
+    with torch.inference_mode():
+        facts['probes'] = [pool_activation(name, a.float()).shape[1]
+                           for name,a in conv_activations(net.eval(), x[:1]).items()]
     def forward(x):
-        with autocast(c.precision, c.device), torch.random.fork_rng(): return net.train()(x)     # dropout draws from the global generator
+        # dropout draws from the global generator
+        with autocast(c.precision, c.device), torch.random.fork_rng(): return net.train()(x)
     learnt = [p.numel() for p in net.parameters() if p.requires_grad]
     trunk  = [p.numel() for p in trunk_parameters(net)]
-    facts |= dict(dim=net.dim, activations=kept_bytes(forward, x), network=4*(2*sum(learnt) + sum(trunk)), checkpoint=4*(sum(learnt) + sum(trunk)))
-    if fits(facts['n']*facts['image_bytes'], c.device): images = resident(images.subset(torch.arange(min(len(images), 4096))), c.device)      # as the run will
+    facts |= dict(dim=net.dim, activations=kept_bytes(forward, x), network=4*(2*sum(learnt) + sum(trunk)),
+                  checkpoint=4*(sum(learnt) + sum(trunk)))
+    if fits(facts['n']*facts['image_bytes'], c.device):  # as the run will
+        images = resident(images.subset(torch.arange(min(len(images), 4096))), c.device)
     rows = torch.arange(16*512) % len(images)
     say('measuring features')
-    out = dict(features=per_image(lambda n: compute_features(net, images.subset(rows[:n]), c.size, 512, c.device, c.precision), min(512, facts['n']), .2*seconds))
+    out = dict(features=per_image(lambda n: compute_features(net, images.subset(rows[:n]), c.size, 512,
+                                                             c.device, c.precision),
+                                  min(512, facts['n']), .2*seconds))
     say('measuring PCA and k-means')
     out |= sample_clustering(c, facts['n'], net.dim, .3*seconds)
     say('measuring training')
     out['training'] = sample_training(net, images, c, .4*seconds)
     say('measuring checkpoints and probes')
     blob = dict(x=torch.zeros(2**21))                           # 8 MB
-    with tempfile.TemporaryDirectory() as tmp: out['saving'] = [t/2**23 for t in sample(lambda _: save_checkpoint(tmp, 0, blob, {}), 1, .02*seconds)[0]]
+    with tempfile.TemporaryDirectory() as tmp:
+        out['saving'] = [t/2**23
+                         for t in sample(lambda _: save_checkpoint(tmp, 0, blob, {}), 1, .02*seconds)[0]]
     if facts['classes']: out |= sample_probes(net, facts, c, .08*seconds)
-    facts['ram']  = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf') else None
+    facts['ram'] = (os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf')
+                    else None)
     facts['free'] = shutil.disk_usage(Path(c.run_dir).anchor or '.').free
     if c.device != 'cpu': facts['peak'] = torch.cuda.max_memory_allocated()
     else:
-        with suppress(ImportError): import resource; facts['peak'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+        with suppress(ImportError):
+            import resource
+            facts['peak'] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                             * (1 if sys.platform == 'darwin' else 1024))
     return out
 
 # %% ../nbs/19_estimate.ipynb #bff3578d
-def long(seconds:float)->str: # `duration`, with tenths below ten seconds and days above two
+def long(seconds:float)->str: # duration, with tenths below ten seconds and days above two
     if seconds < 9.95: return f"{seconds:.1f} s"
     return duration(seconds) if seconds < 2*86400 else f"{seconds/86400:,.1f} days"
 
@@ -193,17 +223,20 @@ class Estimate:
 
     def epoch(self, of=median)->dict: # phase → seconds a reassignment
         c, n, t = self.config, self.facts['n'], {name: of(v) for name,v in self.samples.items()}
-        return dict(features=n*t['features'], pca=n*t['pca'] + t['axes'], kmeans=n*t['kmeans'], training=c.passes*n*t['training'],
+        return dict(features=n*t['features'], pca=n*t['pca'] + t['axes'], kmeans=n*t['kmeans'],
+                    training=c.passes*n*t['training'],
                     bookkeeping=n*t['books'] + self.facts['checkpoint']*t['saving'])
 
     def once(self, of=median)->dict: # phase → seconds at the start and the end
         f, e, n = self.facts, self.epoch(of), self.facts['n']
-        out = dict(loading=f['listing'] + f['loading'] * (n if f['decoded'] else 1), **{p: e[p] for p in ('features', 'pca', 'kmeans')})
+        out = dict(loading=f['listing'] + f['loading'] * (n if f['decoded'] else 1),
+                   **{p: e[p] for p in ('features', 'pca', 'kmeans')})
         if not f['classes']: return out
         n = min(n, MOST_PROBED)
-        passes = min(100, max(15, -(-1000 // -(-n // 128))))    # as `linear_probe` chooses them
+        passes = min(100, max(15, -(-1000 // -(-n // 128))))    # as linear_probe chooses them
         t = {name: of(self.samples[name]) for name in ('features', 'probe', 'pair')}
-        return out | dict(probes=3*(2*(n + f['n_test'])*t['features'] + len(f['probes'])*passes*n*t['probe'] + n*f['n_test']*t['pair']))
+        return out | dict(probes=3*(2*(n + f['n_test'])*t['features'] + len(f['probes'])*passes*n*t['probe']
+                                    + n*f['n_test']*t['pair']))
 
     def totals(self, of=median)->dict: # phase → seconds of the whole run
         e, o = self.epoch(of), self.once(of)
@@ -216,14 +249,18 @@ class Estimate:
     def disk(self)->dict: # what → bytes
         f = self.facts
         images = {'packed images': f['n']*f['image_bytes']} if self.config.dataset == 'packed' else {}
-        return images | {'three checkpoints and the reserve': 4*f['checkpoint'], 'features in half precision': 2*f['n']*f['dim'], 'assignments': 4*f['n']*(self.config.epochs + 1)}
+        return images | {'three checkpoints and the reserve': 4*f['checkpoint'],
+                         'features in half precision': 2*f['n']*f['dim'],
+                         'assignments': 4*f['n']*(self.config.epochs + 1)}
 
     @property
     def memory(self)->dict: # what → bytes
         c, f = self.config, self.facts
         images = {} if c.dataset == 'packed' else {'images': f['n']*f['image_bytes']}
-        probes = {'features of the probes': (min(f['n'], MOST_PROBED) + f['n_test'])*(2*sum(f['probes']) + 4*f['dim'])} if f['classes'] else {}
-        return images | {'weights, gradients, momentum': f['network'], f"activations of {c.batch_size} images": c.batch_size*f['activations'],
+        probes = {'features of the probes': ((min(f['n'], MOST_PROBED) + f['n_test'])
+                                             *(2*sum(f['probes']) + 4*f['dim']))} if f['classes'] else {}
+        return images | {'weights, gradients, momentum': f['network'],
+                         f"activations of {c.batch_size} images": c.batch_size*f['activations'],
                          'features after PCA': 4*f['n']*c.pca} | probes
 
     def advice(self)->str:
@@ -231,27 +268,39 @@ class Estimate:
         for name, need, have in (('memory', self.memory, f.get('ram')), ('disk', self.disk, f.get('free'))):
             if have and sum(need.values()) > have:
                 most = max(need, key=need.get)
-                cure = {'images': '; pack them (data_scripts/pack_images.py) and use dataset packed', 'features of the probes': '; run with fewer images, or without labels'}.get(most, '')
-                return f"{name} first: {amount(have)} are here, and {most} alone would take {amount(need[most])} of {amount(sum(need.values()))}{cure}"
+                cure = {'images': '; pack them (data_scripts/pack_images.py) and use dataset packed',
+                        'features of the probes': '; run with fewer images, or without labels'}.get(most, '')
+                return (f"{name} first: {amount(have)} are here, and {most} alone would take "
+                        f"{amount(need[most])} of {amount(sum(need.values()))}{cure}")
         most, gpu = max(t, key=t.get), '' if c.device != 'cpu' else 'a GPU; '
         half = 'fewer clusters, its time is proportional to k'
         return f"{t[most]/max(self.seconds, 1e-9):.0%} of the time goes into {most}: " + dict(
-            loading='decode once: pack the images (data_scripts/pack_images.py)', features=gpu + 'a smaller network or smaller images',
-            pca='a network with fewer features, its time grows with their square', kmeans=('the torch backend; ' if c.backend == 'faiss' else '') + half,
-            training=gpu + ('fewer passes, its time is proportional to them' if c.passes > 1 else 'fewer epochs'),
-            bookkeeping='a faster disk', probes='fewer images or layers in the probes; they come once, at the end')[most]
+            loading='decode once: pack the images (data_scripts/pack_images.py)',
+            features=gpu + 'a smaller network or smaller images',
+            pca='a network with fewer features, its time grows with their square',
+            kmeans=('the torch backend; ' if c.backend == 'faiss' else '') + half,
+            training=gpu + ('fewer passes, its time is proportional to them' if c.passes > 1
+                            else 'fewer epochs'), bookkeeping='a faster disk',
+            probes='fewer images or layers in the probes; they come once, at the end')[most]
 
     def __str__(self):
-        c, f, e, t, low, high = self.config, self.facts, self.epoch(), self.totals(), self.totals(min), self.totals(max)
+        c, f, e, t, low, high = (self.config, self.facts, self.epoch(), self.totals(), self.totals(min),
+                                 self.totals(max))
         spread = lambda l, m, h: f"± {(h - l)/2/m:.0%}" if m else ''
-        rows = [f"{p:12}{long(e[p]) if p in e else '':>18}{long(t[p]):>18}{t[p]/max(self.seconds, 1e-9):8.0%}{spread(low[p], t[p], high[p]):>9}" for p in t if t[p]]
-        total = f"{'in all':12}{long(sum(e.values())):>18}{long(self.seconds):>18}{'':8}{spread(sum(low.values()), self.seconds, sum(high.values())):>9}"
+        rows = [f"{p:12}{long(e[p]) if p in e else '':>18}{long(t[p]):>18}"
+                f"{t[p]/max(self.seconds, 1e-9):8.0%}{spread(low[p], t[p], high[p]):>9}" for p in t if t[p]]
+        total = (f"{'in all':12}{long(sum(e.values())):>18}{long(self.seconds):>18}{'':8}"
+                 f"{spread(sum(low.values()), self.seconds, sum(high.values())):>9}")
         peak = f"; {amount(f['peak'])} were in use at most during the samples" if f.get('peak') else ''
         what = lambda d: ', '.join(f"{name} {amount(b)}" for name,b in d.items())
-        return '\n'.join([f"{c.dataset}, {f['n']:,} images{'' if f['real'] else ' (measured on noise: no images found)'} at {c.size} px · {c.arch} · k = {c.k:,} · "
-                          f"{c.epochs} reassignments of {c.passes} {'pass' if c.passes == 1 else 'passes'} · {c.precision} on {c.device}, {torch.get_num_threads()} threads",
-                          f"{'phase':12}{'a reassignment':>18}{'in all':>18}{'share':>8}{'sure to':>9}", *rows, total,
-                          f"disk: {what(self.disk)}", f"memory: {what(self.memory)}{peak}", f"what would help most: {self.advice()}"])
+        return '\n'.join([
+            f"{c.dataset}, {f['n']:,} images{'' if f['real'] else ' (measured on noise: no images found)'} "
+            f"at {c.size} px · {c.arch} · k = {c.k:,} · "
+            f"{c.epochs} reassignments of {c.passes} {'pass' if c.passes == 1 else 'passes'} · "
+            f"{c.precision} on {c.device}, {torch.get_num_threads()} threads",
+            f"{'phase':12}{'a reassignment':>18}{'in all':>18}{'share':>8}{'sure to':>9}", *rows, total,
+            f"disk: {what(self.disk)}", f"memory: {what(self.memory)}{peak}",
+            f"what would help most: {self.advice()}"])
 
 # %% ../nbs/19_estimate.ipynb #7ed4426f
 def estimate(config:Config,     # of the run
@@ -263,7 +312,7 @@ def estimate(config:Config,     # of the run
     c = resolve(config)
     check(n_images is None or n_images >= 2, 'n_images', n_images, 'at least 2 images')
     check(seconds > 0, 'seconds', seconds, 'a time above 0')
-    if c.device == 'cpu': keep_memory()                                 # as `fit` does
+    if c.device == 'cpu': keep_memory()                                 # as fit does
     images, facts = material(c, n_images or 0)
     check(c.k <= facts['n'], 'k', c.k, f"at most {facts['n']:,}, the number of images")
     return Estimate(c, measure(c, images, facts, seconds, echo), facts)

@@ -32,7 +32,8 @@ def experiments_folder()->Path: # nbs/experiments of the clone
     import deepcluster_nb
     for top in (Path(deepcluster_nb.__file__).parent.parent, Path.cwd(), *Path.cwd().parents):
         if (top/'nbs'/'experiments'/'presets').is_dir(): return top/'nbs'/'experiments'
-    raise FileNotFoundError("experiments: no nbs/experiments here; they run from a clone: git clone the repository and call deepcluster-nb inside it")
+    raise FileNotFoundError("experiments: no nbs/experiments here; they run from a clone: "
+                            "git clone the repository and call deepcluster-nb inside it")
 
 # %% ../nbs/20_experiments.ipynb #a49cf0d0
 def one_of(what:str, name:str, folder:Path, suffix:str)->Path:
@@ -49,7 +50,8 @@ def parameters(notebook:Path)->dict: # name → default value
     return {name: literal_eval(p['default']) for name,p in inspect_notebook(str(notebook)).items()}
 
 # %% ../nbs/20_experiments.ipynb #195d60e5
-def gather(name:str, preset:str=None, params:dict=None)->tuple: # (notebook, parameters that differ from its defaults)
+def gather(name:str, preset:str=None, params:dict=None
+          )->tuple: # (notebook, parameters that differ from its defaults)
     "Preset and single parameters, checked by name."
     folder = experiments_folder()
     notebook = one_of('experiment', name, folder, '.ipynb')
@@ -61,17 +63,19 @@ def gather(name:str, preset:str=None, params:dict=None)->tuple: # (notebook, par
     return notebook, given
 
 # %% ../nbs/20_experiments.ipynb #8a7fa5ba
-def run_params(path)->dict: # of a run of `train`; what came into the kit later has its default
+def run_params(path)->dict: # of a run of train; what came into the kit later has its default
     "What a run was told, or an error that says why the folder is none."
     file, there = Path(path)/'params.yaml', None
-    if not file.is_file(): raise FileNotFoundError(f"run: no run in {str(path)!r} (no params.yaml); expected the folder of a run of train that has begun")
+    if not file.is_file():
+        raise FileNotFoundError(f"run: no run in {str(path)!r} (no params.yaml); "
+                                "expected the folder of a run of train that has begun")
     with suppress(yaml.YAMLError, UnicodeDecodeError): there = yaml.safe_load(file.read_text())
     known = asdict(Config())
     if not isinstance(there, dict) or not {'k', 'epochs', 'passes'} <= there.keys() <= known.keys():
         raise ValueError(f"run: {str(path)!r} is the folder of another experiment than train")
     return known | there
 
-def is_run(path)->bool: # whether `run_params` finds one
+def is_run(path)->bool: # whether run_params finds one
     try: return bool(run_params(path))
     except (ValueError, FileNotFoundError): return False
 
@@ -79,7 +83,8 @@ def find_runs(text:str)->list: # of folders
     "Runs of `train`, finished or not, from paths and patterns with spaces between them."
     found = []
     for word in [text] if text and Path(text).is_dir() else text.split():
-        if Path(word).is_dir() or not set(word) & set('*?['): run_params(word); found.append(word)      # an error says what is wrong
+        # an error says what is wrong
+        if Path(word).is_dir() or not set(word) & set('*?['): run_params(word); found.append(word)
         elif some := [p for p in sorted(glob(word)) if is_run(p)]: found += some
         else: raise FileNotFoundError(f"runs: no run of train at {word!r}")
     return list(dict.fromkeys(Path(p).resolve() for p in found))
@@ -87,12 +92,16 @@ def find_runs(text:str)->list: # of folders
 # %% ../nbs/20_experiments.ipynb #80515722
 def check_parameters(notebook:Path, given:dict, run_dir:Path):
     "Impossible values, and a folder that holds another run, are found before anything is started or written."
-    values, (kind, checked) = {**parameters(notebook), **given}, {'probe': (ProbeConfig, resolve_probe)}.get(notebook.stem, (Config, resolve))
+    values, (kind, checked) = ({**parameters(notebook), **given},
+                               {'probe': (ProbeConfig, resolve_probe)}.get(notebook.stem, (Config, resolve)))
     config = kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
     checked(config)
     if notebook.stem == 'compare': find_runs(values['runs'])                                       # likewise
-    if config.root and not Path(config.root).exists(): load_images(config.dataset, config.root)    # which says what is missing
-    if who := held_by(run_dir): raise ValueError(f"run_dir: {str(run_dir)!r} is in use by {who}; let it finish, or choose another folder")
+    # which says what is missing
+    if config.root and not Path(config.root).exists(): load_images(config.dataset, config.root)
+    if who := held_by(run_dir):
+        raise ValueError(f"run_dir: {str(run_dir)!r} is in use by {who}; "
+                         "let it finish, or choose another folder")
     if (run_dir/'params.yaml').exists(): RunFolder(run_dir, values, free(run_dir, values))
 
 # %% ../nbs/20_experiments.ipynb #5af89d8d
@@ -116,7 +125,9 @@ class Watcher(threading.Thread):
         log = self.run_dir/'log.jsonl'
         lines = log.read_text().splitlines() if log.exists() else []
         epochs = yaml.safe_load((self.run_dir/'params.yaml').read_text())['epochs'] if lines else 0
-        for r in map(json.loads, lines[self.printed:]): print(('\r\033[K' if sys.stderr.isatty() else '') + (r.get('line') or describe(r, epochs)), flush=True)
+        for r in map(json.loads, lines[self.printed:]):
+            print(('\r\033[K' if sys.stderr.isatty() else '') + (r.get('line') or describe(r, epochs)),
+                  flush=True)
         self.printed = len(lines)
         if sys.stderr.isatty():
             width = shutil.get_terminal_size().columns - 1
@@ -131,26 +142,32 @@ class Watcher(threading.Thread):
         if sys.stderr.isatty(): print('\r\033[K', end='', file=sys.stderr, flush=True)
 
 # %% ../nbs/20_experiments.ipynb #023ce07a
-PAGE = '<style>body {max-width: 64rem; margin: auto !important; padding: 1rem} .jp-RenderedImage img {max-width: 100%; height: auto} summary {cursor: pointer}</style>'
+PAGE = ('<style>body {max-width: 64rem; margin: auto !important; padding: 1rem} '
+        '.jp-RenderedImage img {max-width: 100%; height: auto} summary {cursor: pointer}</style>')
 
 def write_report(notebook:Path, html:Path):
     "The executed notebook as one HTML page, without its code; figures with their captions."
     import nbformat
     from nbconvert import HTMLExporter
     nb = nbformat.read(notebook, 4)
-    title = next((m[1] for c in nb.cells if c.cell_type == 'markdown' and (m := re.match('# (.*)', c.source))), notebook.stem)
+    title = next((m[1]
+                  for c in nb.cells if c.cell_type == 'markdown' and (m := re.match('# (.*)', c.source))),
+                 notebook.stem)
     for c in nb.cells:
         says = dict(re.findall('^#\\| fig-(cap|alt): "(.*)"', c.source, re.M))
         figures = [o for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
         for o in figures: o.metadata['alt'] = says.get('alt', '')
-        if figures and 'cap' in says: c.outputs.append(nbformat.v4.new_output('display_data', {'text/markdown': f"*{says['cap']}*"}))
-    body, _ = HTMLExporter(exclude_input=True, exclude_output_prompt=True, exclude_input_prompt=True).from_notebook_node(nb, dict(metadata=dict(name=title)))
+        if figures and 'cap' in says:
+            c.outputs.append(nbformat.v4.new_output('display_data', {'text/markdown': f"*{says['cap']}*"}))
+    body, _ = HTMLExporter(exclude_input=True, exclude_output_prompt=True,
+                           exclude_input_prompt=True).from_notebook_node(nb, dict(metadata=dict(name=title)))
     html.write_text(body.replace('</head>', PAGE + '</head>', 1), encoding='utf-8')
 
 # %% ../nbs/20_experiments.ipynb #5af30b44
 @contextmanager
 def signals_passed_on(run_dir:Path):
-    "SIGTERM and Ctrl-C go to the process that trains. Where none does, and at the second Ctrl-C, they stop everything."
+    ("SIGTERM and Ctrl-C go to the process that trains. "
+     "Where none does, and at the second Ctrl-C, they stop everything.")
     came = []
     def pass_on(number, frame):
         came.append(signal.Signals(number).name)
@@ -170,7 +187,8 @@ def run_experiment(name:str,            # a notebook in nbs/experiments, such as
     "Run a notebook with papermill; the same call continues a run that was stopped."
     import papermill as pm
     notebook, given = gather(name, preset, params)
-    run_dir = Path(run_dir or given.get('run_dir') or Path('runs')/'-'.join(filter(None, (name, preset)))).resolve()
+    run_dir = Path(run_dir or given.get('run_dir')
+                   or Path('runs')/'-'.join(filter(None, (name, preset)))).resolve()
     given['run_dir'] = str(run_dir)
     check_parameters(notebook, given, run_dir)
     made = not run_dir.exists()
@@ -178,11 +196,16 @@ def run_experiment(name:str,            # a notebook in nbs/experiments, such as
     watcher = Watcher(run_dir); watcher.start()
     try:
         with signals_passed_on(run_dir):
-            try: pm.execute_notebook(str(notebook), str(run_dir/'notebook.ipynb'), given, kernel_name='python3', cwd=os.getcwd(),
-                                     progress_bar=False, report_mode=True, extra_arguments=['--IPKernelApp.log_level=CRITICAL'])
+            try:
+                pm.execute_notebook(str(notebook), str(run_dir/'notebook.ipynb'), given,
+                                    kernel_name='python3', cwd=os.getcwd(), progress_bar=False,
+                                    report_mode=True, extra_arguments=['--IPKernelApp.log_level=CRITICAL'])
             except pm.PapermillExecutionError as e:
-                if made and not (run_dir/'params.yaml').exists(): (run_dir/'notebook.ipynb').unlink(missing_ok=True); run_dir.rmdir()
-                raise (Stopped(e.evalue) if e.ename == 'Stopped' else RuntimeError(f"{e.ename}: {e.evalue}")) from None
+                if made and not (run_dir/'params.yaml').exists():
+                    (run_dir/'notebook.ipynb').unlink(missing_ok=True)
+                    run_dir.rmdir()
+                raise (Stopped(e.evalue) if e.ename == 'Stopped' else
+                       RuntimeError(f"{e.ename}: {e.evalue}")) from None
     finally: watcher.finish()
     write_report(run_dir/'notebook.ipynb', run_dir/'report.html')
     return run_dir
@@ -193,11 +216,16 @@ def summary(run_dir:Path)->str: # the table that ends a run
     m = json.loads((Path(run_dir)/'metrics.json').read_text())
     probes, knn = m.get('probes') or {}, m.get('knn')
     names = [n for n in ('random', 'supervised', 'deepcluster') if n in probes]
-    rows = [(f'linear probe {layer}', *[probes[n][layer] for n in names]) for layer in probes['random']] + [('kNN', *[knn[n] for n in names])] if probes else []
-    gain, titles = 'deepcluster' in names, dict(random='random', supervised='labels', deepcluster='DeepCluster')
-    lines = [f"{'accuracy, %':22}{'random':>8}" + ''.join(f'{titles[n]:>13}' for n in names[1:]) + (f"{'gain':>8}" if gain else '')] if rows else []
-    lines += [f"{name:22}{v[0]:8.1f}" + ''.join(f'{x:13.1f}' for x in v[1:]) + (f"{v[-1]-v[0]:+8.1f}" if gain else '') for name,*v in rows]
-    lines += [*m.get('verdict', []), *([f"seconds in all: {m['seconds']['total']:.0f}"] if 'seconds' in m else [])]
+    rows = [(f'linear probe {layer}', *[probes[n][layer] for n in names])
+            for layer in probes['random']] + [('kNN', *[knn[n] for n in names])] if probes else []
+    gain, titles = 'deepcluster' in names, dict(random='random', supervised='labels',
+                                                deepcluster='DeepCluster')
+    lines = [f"{'accuracy, %':22}{'random':>8}" + ''.join(f'{titles[n]:>13}' for n in names[1:])
+             + (f"{'gain':>8}" if gain else '')] if rows else []
+    lines += [f"{name:22}{v[0]:8.1f}" + ''.join(f'{x:13.1f}' for x in v[1:])
+              + (f"{v[-1]-v[0]:+8.1f}" if gain else '') for name,*v in rows]
+    lines += [*m.get('verdict', []),
+              *([f"seconds in all: {m['seconds']['total']:.0f}"] if 'seconds' in m else [])]
     return '\n'.join(lines)
 
 # %% ../nbs/20_experiments.ipynb #2c9178dc
@@ -226,21 +254,33 @@ def look_at(run_dir)->Look:
     seen, holder, note, hidden = 0., '', read('checkpoint/holder') or '', False
     for name in ('params.yaml', 'progress.json', 'log.jsonl', 'clusters.csv', 'notebook.ipynb'):
         with suppress(OSError): seen = max(seen, (path/name).stat().st_mtime)
-    try: holder = held_by(path)                                          # first: what a run writes before it lets go is seen then
-    except OSError: hidden = True                                        # a folder that we may only read: its lock is not for us
-    log, metrics, progress = [json.loads(l) for l in (read('log.jsonl') or '').splitlines()], parsed('metrics.json'), parsed('progress.json')
+    try: holder = held_by(path)                      # first: what a run writes before it lets go is seen then
+    except OSError: hidden = True                    # a folder that we may only read: its lock is not for us
+    log, metrics, progress = ([json.loads(l) for l in (read('log.jsonl') or '').splitlines()],
+                              parsed('metrics.json'), parsed('progress.json'))
     silent, goes_on = time.time() - seen, 'the same command goes on from there'
     ago = f"nothing was written for {duration(silent)}"
     elsewhere = note and (hidden or f' on {socket.gethostname()} ' not in note) and silent < 600
-    if holder or elsewhere: state, words = 'running', (holder or note) + (f"; {ago}" if silent > 600 else '')
-    elif metrics: state, words = 'finished', 'finished'
+    if holder or elsewhere:
+        state, words = 'running', (holder or note) + (f"; {ago}" if silent > 600 else '')
+    elif metrics:
+        state, words = 'finished', 'finished'
     elif (path/'clusters.csv').exists():
         papermill = (parsed('notebook.ipynb') or {}).get('metadata', {}).get('papermill')
-        if papermill is None: state, words = 'finished', 'training is finished, and nothing was measured'
-        elif papermill.get('exception'): state, words = 'failed', f"training is finished, but the notebook stopped with an error after it: see notebook.ipynb; {goes_on}"
-        elif silent < 3600: state, words = 'probing', 'training is finished; probes and report are still to come' + (f"; {ago}" if silent > 600 else '')
-        else: state, words = 'stopped', f"training is finished, but probes and report are missing and {ago}; {goes_on}"
-    else: state, words = 'stopped', f"not running: {f'{note} was killed' if note else 'it was stopped'} after {len(log)} of {params['epochs']} epochs, and {ago}; {goes_on}"
+        if papermill is None:
+            state, words = 'finished', 'training is finished, and nothing was measured'
+        elif papermill.get('exception'):
+            state, words = ('failed', "training is finished, but the notebook stopped with an error after "
+                                      f"it: see notebook.ipynb; {goes_on}")
+        elif silent < 3600:
+            state, words = ('probing', 'training is finished; probes and '
+                                       'report are still to come' + (f"; {ago}" if silent > 600 else ''))
+        else:
+            state, words = ('stopped',
+                            f"training is finished, but probes and report are missing and {ago}; {goes_on}")
+    else:
+        state, words = ('stopped', f"not running: {f'{note} was killed' if note else 'it was stopped'} after "
+                                   f"{len(log)} of {params['epochs']} epochs, and {ago}; {goes_on}")
     return Look(path, params, log, progress, metrics, state, words)
 
 # %% ../nbs/20_experiments.ipynb #f5e0531a
@@ -259,27 +299,43 @@ def sparkline(values,        # numbers, None where there is none
 def dashboard(look:Look)->str: # lines for a terminal
     "Where a run is, and a line for each curve of its log with what chance would give."
     p, log, r = look.params, look.log, look.log[-1] if look.log else None
-    lines = [f"{look.path} · {p['dataset']}, {p['arch']}, k = {p['k']}, {p['epochs']} reassignments, seed {p['seed']}"]
+    lines = [f"{look.path} · {p['dataset']}, {p['arch']}, k = {p['k']}, "
+             f"{p['epochs']} reassignments, seed {p['seed']}"]
     if look.state == 'running' and look.progress: lines.append(progress_line(look.progress))
     lines.append(look.words)
     if r is None: return '\n'.join([*lines, 'no epoch is finished yet'])
-    curve = lambda f, low, high=None: sparkline(v := [f(x) for x in log], low, high or max([x for x in v if x is not None], default=1))
-    last, labels, s, k = r['nmi_prev'] is not None, r['nmi_labels'] is not None, r['cluster_sizes'], round(math.exp(r['ln_k']))
-    rows = [('loss', f"{r['loss']:.2f}", curve(lambda x: x['loss'], 0, r['ln_k']), f"ln k = {r['ln_k']:.2f} is a blind guess" + (': next to nothing is learnt yet' if r['loss'] > .9*r['ln_k'] else '')),
-            ('NMI, last', f"{r['nmi_prev']:.2f}" if last else '', curve(lambda x: x['nmi_prev'], r['nmi_prev_chance'] or 0, 1), f"chance {r['nmi_prev_chance']:.2f}" if last else 'from the second epoch on'),
-            ('NMI, labels', f"{r['nmi_labels']:.3f}" if labels else '', curve(lambda x: x['nmi_labels'], 0), 'never trained on' if labels else 'no labels'),
+    curve = lambda f, low, high=None: sparkline(v := [f(x) for x in log], low,
+                                                high or max([x for x in v if x is not None], default=1))
+    last, labels, s, k = (r['nmi_prev'] is not None, r['nmi_labels'] is not None, r['cluster_sizes'],
+                          round(math.exp(r['ln_k'])))
+    rows = [('loss', f"{r['loss']:.2f}", curve(lambda x: x['loss'], 0, r['ln_k']),
+             f"ln k = {r['ln_k']:.2f} is a blind guess"
+             + (': next to nothing is learnt yet' if r['loss'] > .9*r['ln_k'] else '')),
+            ('NMI, last', f"{r['nmi_prev']:.2f}" if last else '',
+             curve(lambda x: x['nmi_prev'], r['nmi_prev_chance'] or 0, 1),
+             f"chance {r['nmi_prev_chance']:.2f}" if last else 'from the second epoch on'),
+            ('NMI, labels', f"{r['nmi_labels']:.3f}" if labels else '', curve(lambda x: x['nmi_labels'], 0),
+             'never trained on' if labels else 'no labels'),
             ('empty', f"{r['n_empty']:,}", curve(lambda x: x['n_empty'], 0, k), f"of {k:,} clusters"),
-            ('largest', f"{s['max']:,}", curve(lambda x: x['cluster_sizes']['max'], 0), f"images in a cluster; median {s['median']:,.0f}, smallest {s['min']:,}"),
-            ('seconds', f"{sum(r['seconds'].values()):.1f}", curve(lambda x: sum(x['seconds'].values()), 0), f"an epoch; {r['seconds']['training']:.1f} of them training")]
-    lines += [f"epoch {r['epoch'] + 1} of {p['epochs']}"] + [f"  {name:12}{value:>8}  {line:24}  {note}" for name,value,line,note in rows]
-    if knn := (look.metrics or {}).get('knn'): lines.append(f"  {'kNN, %':12}{knn['deepcluster']:8.1f}  {'':24}  random features {knn['random']:.1f}")
+            ('largest', f"{s['max']:,}", curve(lambda x: x['cluster_sizes']['max'], 0),
+             f"images in a cluster; median {s['median']:,.0f}, smallest {s['min']:,}"),
+            ('seconds', f"{sum(r['seconds'].values()):.1f}", curve(lambda x: sum(x['seconds'].values()), 0),
+             f"an epoch; {r['seconds']['training']:.1f} of them training")]
+    lines += ([f"epoch {r['epoch'] + 1} of {p['epochs']}"]
+              + [f"  {name:12}{value:>8}  {line:24}  {note}" for name,value,line,note in rows])
+    if knn := (look.metrics or {}).get('knn'):
+        lines.append(f"  {'kNN, %':12}{knn['deepcluster']:8.1f}  {'':24}  "
+                     f"random features {knn['random']:.1f}")
     return '\n'.join(lines)
 
 # %% ../nbs/20_experiments.ipynb #fe48662e
 def event_writer(folder): # → SummaryWriter
     "Where TensorBoard's events go."
-    try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError: raise ValueError("tensorboard: the package tensorboard is not installed: pip install tensorboard, or watch without --tensorboard") from None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("tensorboard: the package tensorboard is not installed: "
+                         "pip install tensorboard, or watch without --tensorboard") from None
     return SummaryWriter(str(folder), purge_step=0)
 
 # %% ../nbs/20_experiments.ipynb #05a538b3
@@ -303,12 +359,14 @@ def watch(run_dir,
     writer = event_writer(Path(tensorboard)/look.path.resolve().name) if tensorboard else None
     try:
         while True:
-            new, told = look.log[told:], len(look.log)      # of a run that went back to a checkpoint: what comes from there on
+            # of a run that went back to a checkpoint: what comes from there on
+            new, told = look.log[told:], len(look.log)
             for r in new if writer else []:
                 for name,v in log_numbers(r).items(): writer.add_scalar(name, v, r['epoch'])
             if once or terminal:
                 lines, size = dashboard(look).split('\n'), shutil.get_terminal_size()
-                if terminal: lines = [l[:size.columns - 1] for l in lines[:size.lines - 1]]     # what wraps or scrolls can't be taken back
+                # what wraps or scrolls can't be taken back
+                if terminal: lines = [l[:size.columns - 1] for l in lines[:size.lines - 1]]
                 print(f'\033[{height}F\033[J' * bool(height) + '\n'.join(lines), flush=True)
                 height = len(lines)
             else:
@@ -341,7 +399,8 @@ def watch_figure(run_dir,
             if look.log and len(look.log) != drawn:
                 fig, png, drawn = training_curves(look.log), io.BytesIO(), len(look.log)
                 fig.savefig(png, format='png', dpi=80); plt.close(fig)
-                show('curves', {'image/png': base64.b64encode(png.getvalue()).decode(), 'text/plain': 'the curves of the log'})
+                show('curves', {'image/png': base64.b64encode(png.getvalue()).decode(),
+                                'text/plain': 'the curves of the log'})
             if look.ended: break
             time.sleep(every)
     return look.state
@@ -351,35 +410,46 @@ def decoded(path): # (3, H, W) uint8, or a string that says why not
     try: return decode(path)
     except Exception as e: return str(e) or type(e).__name__
 
-def predict_folder(run_dir,                 # of a run of `train`
+def predict_folder(run_dir,                 # of a run of train
                    folder,                  # of images: an ImageFolder tree, or flat
                    out='clusters.csv',      # path,cluster; the paths are relative to the folder
-                   force:bool=False,        # replace `out` where it exists
+                   force:bool=False,        # replace out where it exists
                    skip_broken:bool=False,  # leave out what can't be read, else that is an error
                    chunk:int=64,            # images decoded at once
                   )->tuple:                 # (rows: path and cluster, [path: why] of the images left out)
     "The clusters of new images. The file is whole or absent."
     folder, out, rows, broken = Path(folder), Path(out), [], []
-    if out.is_dir() or not out.parent.is_dir(): raise FileNotFoundError(f"out: expected a file in an existing folder, got {str(out)!r}")
-    if out.exists() and not force: raise ValueError(f"out: {str(out)!r} exists already; choose another name, or replace it (--force)")
+    if out.is_dir() or not out.parent.is_dir():
+        raise FileNotFoundError(f"out: expected a file in an existing folder, got {str(out)!r}")
+    if out.exists() and not force:
+        raise ValueError(f"out: {str(out)!r} exists already; choose another name, or replace it (--force)")
     if not folder.is_dir(): raise FileNotFoundError(f"folder: no folder {str(folder)!r}")
     if not (files := image_files(folder)[0]): raise FileNotFoundError(f"folder: no images in {str(folder)!r}")
-    if ImageFile.LOAD_TRUNCATED_IMAGES: raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which hides broken files; expected it off")
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, "
+                         "which hides broken files; expected it off")
     run = open_run(run_dir)
-    if not (Path(run_dir)/'clusters.csv').exists(): print("this run is not finished: its network has trained on since its clusters were made", file=sys.stderr)
-    bar = tqdm(total=len(files), unit=' images', desc='predicting', disable=len(files) < 1000, mininterval=.5 if sys.stderr.isatty() else 30)
+    if not (Path(run_dir)/'clusters.csv').exists():
+        print("this run is not finished: its network has trained on since its clusters were made",
+              file=sys.stderr)
+    bar = tqdm(total=len(files), unit=' images', desc='predicting', disable=len(files) < 1000,
+               mininterval=.5 if sys.stderr.isatty() else 30)
     with bar, ThreadPoolExecutor() as pool:
         for some in (files[i:i + chunk] for i in range(0, len(files), chunk)):
             found = [(str(p.relative_to(folder)), im) for p,im in zip(some, pool.map(decoded, some))]
             broken += [f"{p}: {im}" for p,im in found if isinstance(im, str)]
             paths, ims = zip(*good) if (good := [f for f in found if not isinstance(f[1], str)]) else ((), ())
             if good and (skip_broken or not broken):
-                images = PackedImages(torch.cat([im.reshape(-1) for im in ims]), [im.shape for im in ims], paths=paths)
+                images = PackedImages(torch.cat([im.reshape(-1) for im in ims]), [im.shape for im in ims],
+                                      paths=paths)
                 rows += zip(paths, predict(run, images).tolist())
             bar.update(len(some))
     if broken and not (skip_broken and rows):
-        raise ValueError('\n  '.join([f"folder: {len(broken):,} of {len(files):,} images can't be read, and nothing was written{'' if skip_broken else '; --skip-broken leaves them out'}:", *broken]))
-    write_atomic(out, clusters_csv([p for p,_ in rows], torch.tensor([c for _,c in rows])).encode(errors='surrogateescape'))
+        raise ValueError('\n  '.join([
+            f"folder: {len(broken):,} of {len(files):,} images can't be read, "
+            f"and nothing was written{'' if skip_broken else '; --skip-broken leaves them out'}:", *broken]))
+    write_atomic(out, clusters_csv([p for p,_ in rows],
+                                   torch.tensor([c for _,c in rows])).encode(errors='surrogateescape'))
     return rows, broken
 
 # %% ../nbs/20_experiments.ipynb #fc8a7945
@@ -390,11 +460,13 @@ def listing(name:str='')->str: # of one experiment, or of all
     lines = []
     for nb in [one_of('experiment', name, folder, '.ipynb')] if name else sorted(folder.glob('*.ipynb')):
         lines += [f"experiment {nb.stem}", "  parameters:"]
-        lines += [f"    {n + ' = ' + p['default']:26} {p['help']}" for n,p in inspect_notebook(str(nb)).items()]
+        lines += [f"    {n + ' = ' + p['default']:26} {p['help']}"
+                  for n,p in inspect_notebook(str(nb)).items()]
     lines.append("presets:")
     for y in sorted((folder/'presets').glob('*.yaml')):
         about = y.read_text().splitlines()[0].lstrip('# ')
-        if name in ('', m[1] if (m := re.match(r'for (\w+):', about)) else 'train'): lines.append(f"  {y.stem:17} {about}")
+        if name in ('', m[1] if (m := re.match(r'for (\w+):', about)) else 'train'):
+            lines.append(f"  {y.stem:17} {about}")
     return '\n'.join(lines)
 
 # %% ../nbs/20_experiments.ipynb #b2868ffe
@@ -405,45 +477,76 @@ def forecast(preset:str=None,    # a file in nbs/experiments/presets
             ):                   # → Estimate
     "What `deepcluster-nb estimate` prints."
     from deepcluster_nb.estimate import estimate
-    return estimate(Config(**gather('train', preset, params)[1]), n_images, seconds, lambda line: print(line, file=sys.stderr, flush=True))
+    return estimate(Config(**gather('train', preset, params)[1]), n_images, seconds,
+                    lambda line: print(line, file=sys.stderr, flush=True))
 
 # %% ../nbs/20_experiments.ipynb #51eaf956
-def main(argv=None)->int: # exit status: 0 done, 1 the run failed, 2 the input was wrong, 130 or 143 stopped by Ctrl-C or SIGTERM
+def main(argv=None
+         # exit status: 0 done, 1 the run failed, 2 the input
+         # was wrong, 130 or 143 stopped by Ctrl-C or SIGTERM
+        )->int:
     "The console script `deepcluster-nb`."
-    parser = argparse.ArgumentParser('deepcluster-nb', description='Run DeepCluster experiments: notebooks with parameters, through papermill.')
+    parser = argparse.ArgumentParser('deepcluster-nb',
+                                     description='Run DeepCluster experiments: '
+                                                 'notebooks with parameters, through papermill.')
     commands = parser.add_subparsers(dest='command', required=True)
     show = commands.add_parser('list', help='experiments, presets and parameters')
-    show.add_argument('name', nargs='?', default='', metavar='NAME', help='of one experiment; all where not given')
-    run = commands.add_parser('run', help='run one, or continue it', epilog='deepcluster-nb list NAME says what the parameters and presets of an experiment are.')
-    run.add_argument('name', metavar='NAME', help='of the experiment, such as train'); run.add_argument('--preset', metavar='PRESET', help='a file of parameters by its name, such as digits')
+    show.add_argument('name', nargs='?', default='', metavar='NAME',
+                      help='of one experiment; all where not given')
+    run = commands.add_parser('run', help='run one, or continue it',
+                              epilog='deepcluster-nb list NAME says what the parameters and presets of '
+                                     'an experiment are.')
+    run.add_argument('name', metavar='NAME', help='of the experiment, such as train')
+    run.add_argument('--preset', metavar='PRESET', help='a file of parameters by its name, such as digits')
     run.add_argument('--out', metavar='DIR', help='the run folder; runs/NAME-PRESET where not given')
     see = commands.add_parser('watch', help='how a run of train stands, again and again until it has ended')
-    see.add_argument('run', metavar='RUN', help='its folder'); see.add_argument('--once', action='store_true', help='look once')
+    see.add_argument('run', metavar='RUN', help='its folder')
+    see.add_argument('--once', action='store_true', help='look once')
     see.add_argument('--every', type=float, default=2., metavar='SECONDS', help='between two looks (2)')
-    see.add_argument('--tensorboard', metavar='DIR', default='', help="write the log's numbers as TensorBoard events into DIR/NAME OF THE RUN")
-    ask = commands.add_parser('estimate', help='how long a run would take on this machine, from a minute or two of samples')
-    ask.add_argument('--preset', metavar='PRESET', help='as of run'); ask.add_argument('--images', type=int, metavar='N', help='images to scale to; those of the preset where not given')
+    see.add_argument('--tensorboard', metavar='DIR', default='',
+                     help="write the log's numbers as TensorBoard events into DIR/NAME OF THE RUN")
+    ask = commands.add_parser('estimate', help='how long a run would take on this machine, '
+                                               'from a minute or two of samples')
+    ask.add_argument('--preset', metavar='PRESET', help='as of run')
+    ask.add_argument('--images', type=int, metavar='N',
+                     help='images to scale to; those of the preset where not given')
     ask.add_argument('--seconds', type=float, default=90., help='time to measure')
-    new = commands.add_parser('predict', help="the clusters of new images: a run's network, PCA and centroids")
-    new.add_argument('run', metavar='RUN', help='the folder of a run of train'); new.add_argument('folder', metavar='FOLDER', help='of images, flat or with sub-folders')
-    new.add_argument('--out', metavar='FILE', default='clusters.csv', help='path,cluster of each image (clusters.csv)')
-    new.add_argument('--force', action='store_true', help='replace the file'); new.add_argument('--skip-broken', action='store_true', help="leave out images that can't be read")
-    for p in (run, ask): p.add_argument('-p', action='append', default=[], metavar='key=value', help='one parameter; may be repeated')
+    new = commands.add_parser('predict',
+                              help="the clusters of new images: a run's network, PCA and centroids")
+    new.add_argument('run', metavar='RUN', help='the folder of a run of train')
+    new.add_argument('folder', metavar='FOLDER', help='of images, flat or with sub-folders')
+    new.add_argument('--out', metavar='FILE', default='clusters.csv',
+                     help='path,cluster of each image (clusters.csv)')
+    new.add_argument('--force', action='store_true', help='replace the file')
+    new.add_argument('--skip-broken', action='store_true', help="leave out images that can't be read")
+    for p in (run, ask):
+        p.add_argument('-p', action='append', default=[], metavar='key=value',
+                       help='one parameter; may be repeated')
     args = parser.parse_args(argv)
     try:
         if args.command == 'list': print(listing(args.name)); return 0
         if args.command == 'watch': return watch(args.run, args.every, args.once, args.tensorboard)
-        if args.command == 'estimate': print(forecast(args.preset, dict(parse_pair(p) for p in args.p), args.images, args.seconds)); return 0
+        if args.command == 'estimate':
+            print(forecast(args.preset, dict(parse_pair(p) for p in args.p), args.images, args.seconds))
+            return 0
         if args.command == 'predict':
             rows, broken = predict_folder(args.run, args.folder, args.out, args.force, args.skip_broken)
-            print(f"{len(rows):,} images in {len({c for _,c in rows}):,} clusters: {args.out}", *([f"{len(broken):,} images can't be read and were left out:", *(f"  {b}" for b in broken)] if broken else []), sep='\n')
+            print(f"{len(rows):,} images in {len({c for _,c in rows}):,} clusters: {args.out}",
+                  *([f"{len(broken):,} images can't be read and were left out:", *(f"  {b}" for b in broken)]
+                    if broken else []), sep='\n')
             return 0
         where = run_experiment(args.name, dict(parse_pair(p) for p in args.p), args.out, args.preset)
-    except (ValueError, FileNotFoundError) as e: print(f"deepcluster-nb: {e}", file=sys.stderr); return 2
-    except (RuntimeError, FloatingPointError, OSError) as e: print(f"deepcluster-nb: {e}", file=sys.stderr); return 1
+    except (ValueError, FileNotFoundError) as e:
+        print(f"deepcluster-nb: {e}", file=sys.stderr)
+        return 2
+    except (RuntimeError, FloatingPointError, OSError) as e:
+        print(f"deepcluster-nb: {e}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as e:
-        more = {'run': f"; {e or 'the same command goes on from the last checkpoint'}", 'watch': ' watching; the run is not touched by that'}
+        more = {'run': f"; {e or 'the same command goes on from the last checkpoint'}",
+                'watch': ' watching; the run is not touched by that'}
         print(f"deepcluster-nb: stopped{more.get(args.command, '')}", file=sys.stderr)
         return getattr(e, 'status', 130)
-    print(summary(where), f"report    {where/'report.html'}", f"notebook  {where/'notebook.ipynb'}", f"numbers   {where/'metrics.json'}", sep='\n')
+    print(summary(where), f"report    {where/'report.html'}", f"notebook  {where/'notebook.ipynb'}",
+          f"numbers   {where/'metrics.json'}", sep='\n')
     return 0

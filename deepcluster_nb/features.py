@@ -25,11 +25,12 @@ def has_bfloat16(device)->bool: # in hardware
 
 # %% ../nbs/04_features.ipynb #134efe1a
 def keep_memory():
-    "Freed blocks of up to 1 GB stay with this process, for the next batch. For glibc; elsewhere nothing happens."
+    ("Freed blocks of up to 1 GB stay with this process, for the next batch. "
+     "For glibc; elsewhere nothing happens.")
     try: mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError): return
-    mallopt(-3, 2**30)                                                  # M_MMAP_THRESHOLD: larger ones come from the system and go back to it
-    mallopt(-1, 2**31 - 1)                                              # M_TRIM_THRESHOLD
+    mallopt(-3, 2**30)                  # M_MMAP_THRESHOLD: larger ones come from the system and go back to it
+    mallopt(-1, 2**31 - 1)              # M_TRIM_THRESHOLD
 
 def return_memory():
     "What lies freed goes back to the system: between two phases that need different amounts."
@@ -58,7 +59,7 @@ def autocast(precision:str,   # 'float32' or 'bfloat16'
 
 # %% ../nbs/04_features.ipynb #8a58f4a6
 @torch.no_grad()
-def feature_batches(net,                    # with an `embed` method: (B, 3, H, W) → (B, D)
+def feature_batches(net,                    # with an embed method: (B, 3, H, W) → (B, D)
                     images:PackedImages,    # all N of them
                     size:int,               # pixels of the central crop
                     batch_size:int=512,     # images in one forward pass
@@ -66,10 +67,12 @@ def feature_batches(net,                    # with an `embed` method: (B, 3, H, 
                     precision:str='float32',# or 'bfloat16'
                     progress=None,          # called with (images done, N)
                    ):                       # iterator of (B, D), on the device, in the data set's order
-    "What gets clustered: central crop, evaluation mode, before the last ReLU (paper, 'Implementation details')."
+    ("What gets clustered: central crop, evaluation mode, "
+     "before the last ReLU (paper, 'Implementation details').")
     for name,n in (('images', len(images)), ('size', size), ('batch_size', batch_size)):
         if n < 1: raise ValueError(f"{name}: expected at least 1, got {n}")
-    if images.center is not None and images.center.size[-1] == size: images = images.center   # exact central crops, packed beside the images
+    # exact central crops, packed beside the images
+    if images.center is not None and images.center.size[-1] == size: images = images.center
     net = fold_batchnorm(net.eval())
     for idx,x in fetch_ahead(images, torch.arange(len(images)).split(batch_size), device):
         x = center_input(net, x, size)
@@ -78,9 +81,11 @@ def feature_batches(net,                    # with an `embed` method: (B, 3, H, 
         if progress: progress(int(idx[-1]) + 1, len(images))
 
 # %% ../nbs/04_features.ipynb #11f39144
-def compute_features(net, images, size, batch_size=512, device='cpu', precision='float32', progress=None)->Tensor: # (N, D) float32 on the CPU; row i is image i
+def compute_features(net, images, size, batch_size=512, device='cpu', precision='float32', progress=None
+                    )->Tensor: # (N, D) float32 on the CPU; row i is image i
     "All of `feature_batches` in one tensor, where that fits."
-    return torch.cat([f.float().cpu() for f in feature_batches(net, images, size, batch_size, device, precision, progress)])
+    return torch.cat([f.float().cpu()
+                      for f in feature_batches(net, images, size, batch_size, device, precision, progress)])
 
 # %% ../nbs/04_features.ipynb #1ed141f3
 def check_features(x:Tensor, width=None):
@@ -89,7 +94,10 @@ def check_features(x:Tensor, width=None):
         raise ValueError(f"x: expected (N, {width or 'D'}) features, got {tuple(x.shape)}")
 
 # %% ../nbs/04_features.ipynb #6d1b0a04
-def few_directions(c:Tensor, dim:int)->tuple: # (N, D) centred points, N < D → variances, ascending, and directions as columns, up to `dim` or D with zeros before them
+def few_directions(c:Tensor, dim:int
+                   # (N, D) centred points, N < D → variances, ascending, and directions
+                   # as columns, up to dim or D with zeros before them
+                  )->tuple:
     "What `eigh` says of the covariance, from the smaller matrix of the points' products."
     variance, u = torch.linalg.eigh(c @ c.T / len(c))
     more = max(0, min(dim, c.shape[1]) - len(c))                   # directions that so few points don't have
@@ -97,11 +105,13 @@ def few_directions(c:Tensor, dim:int)->tuple: # (N, D) centred points, N < D →
 
 # %% ../nbs/04_features.ipynb #292b48b8
 class PCA:
-    "Project onto the directions of largest variance; with `whiten`, give each the same variance (paper, 'Implementation details')."
+    ("Project onto the directions of largest variance; "
+     "with `whiten`, give each the same variance (paper, 'Implementation details').")
     def __init__(self,
                  dim:int=256,       # directions kept; all D where there are fewer
                  whiten:bool=True,  # divide by the standard deviation (faiss: power −0.5)
-                 eps:float=1e-6,    # directions with less than eps × the largest variance are dead: they become 0
+                 # directions with less than eps × the largest variance are dead: they become 0
+                 eps:float=1e-6,
                 ):
         if dim < 1: raise ValueError(f"dim: expected at least 1, got {dim}")
         self.dim, self.whiten, self.eps, self.axes, self.count, self.bad = dim, whiten, eps, None, 0, 0
@@ -109,20 +119,26 @@ class PCA:
     def add(self, x:Tensor): # (B, D) of any float type: one more batch of the features to fit
         check_features(x, len(self.sum) if self.count else None)
         x = x.double()
-        if not self.count: self.shift, self.sum, self.few, self.outer = x.mean(0), torch.zeros_like(x[0]), [], x.new_zeros(x.shape[1], x.shape[1])
-        self.few.append(x - self.shift)                                         # near the mean, so that nothing cancels
+        if not self.count:
+            self.shift, self.sum, self.few, self.outer = (x.mean(0), torch.zeros_like(x[0]), [],
+                                                          x.new_zeros(x.shape[1], x.shape[1]))
+        self.few.append(x - self.shift)                      # near the mean, so that nothing cancels
         self.count += len(x); self.sum += self.few[-1].sum(0); self.bad = self.bad + (~x.isfinite()).sum()
-        if self.count >= len(self.sum):                                         # the points are kept while they are fewer than D
+        if self.count >= len(self.sum):                      # the points are kept while they are fewer than D
             for c in self.few: self.outer.addmm_(c.T, c)
             self.few = []
 
     def solve(self)->'PCA': # mean and directions of all that was added
         if self.count < 2: raise ValueError(f"x: PCA needs at least 2 points, got {self.count}")
-        if self.bad: raise ValueError(f"x: expected finite features, got {int(self.bad):,} NaN or infinite values")
+        if self.bad:
+            raise ValueError(f"x: expected finite features, got {int(self.bad):,} NaN or infinite values")
         off = self.sum / self.count
-        variance, axes = few_directions(torch.cat(self.few) - off, self.dim) if self.few else torch.linalg.eigh(self.outer / self.count - off.outer(off))   # ascending
+        # ascending
+        variance, axes = (few_directions(torch.cat(self.few) - off, self.dim) if self.few else
+                          torch.linalg.eigh(self.outer / self.count - off.outer(off)))
         variance, axes = variance.flip(0)[:self.dim].clamp_min(0), axes.flip(1)[:, :self.dim]
-        axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign() # an eigenvector has no sign: fix one
+        # an eigenvector has no sign: fix one
+        axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
         scale = torch.where(variance > self.eps * variance[0], variance.rsqrt() if self.whiten else 1., 0.)
         self.mean, self.variance, self.axes = self.shift + off, variance, axes * scale
         return self
@@ -132,15 +148,20 @@ class PCA:
         for b in x.split(batch): self.add(b)
         return self.solve()
 
-    def project(self, x:Tensor, out=None)->Tensor: # (B, D) that were fitted, so known to be finite → (B, min(dim, D)) float32; a GPU is not waited for
-        return torch.mm(x.float() - self.mean.to(x.device, torch.float32), self.axes.to(x.device, torch.float32), out=out)
+    def project(self, x:Tensor, out=None
+                # (B, D) that were fitted, so known to be finite → (B, min(dim, D)) float32;
+                # a GPU is not waited for
+               )->Tensor:
+        return torch.mm(x.float() - self.mean.to(x.device, torch.float32),
+                        self.axes.to(x.device, torch.float32), out=out)
 
     def transform(self, x:Tensor, batch:int=8192)->Tensor: # (N, D) → (N, min(dim, D)) float32
         if self.axes is None: raise ValueError("PCA: expected fit before transform")
         check_features(x, len(self.mean))
         z = x.new_empty(len(x), self.axes.shape[1], dtype=torch.float32)
         for b,out in zip(x.split(batch), z.split(batch)): self.project(b, out)
-        if bad := int((~z.isfinite()).any(1).sum()): raise ValueError(f"x: expected finite features, got NaN or infinite values in {bad:,} rows")
+        if bad := int((~z.isfinite()).any(1).sum()):
+            raise ValueError(f"x: expected finite features, got NaN or infinite values in {bad:,} rows")
         return z
 
 # %% ../nbs/04_features.ipynb #0360cd57
@@ -149,8 +170,10 @@ class HalfFeatures:
     def __init__(self,
                  n:int,          # rows to come
                  folder=None,    # where the file goes, the system's folder for such things where not given
-                 room:int=None,  # bytes that may stay in memory; 64 MB on a CPU, half of what is free on a GPU
-                ): self.n, self.folder, self.room, self.parts, self.file = n, folder, room, [], None
+                 # bytes that may stay in memory; 64 MB on a CPU, half of what is free on a GPU
+                 room:int=None,
+                ):
+        self.n, self.folder, self.room, self.parts, self.file = n, folder, room, [], None
 
     def add(self, f:Tensor)->Tensor: # (B, D) → as it is kept: bfloat16 as it came, float32 as float16
         f = f if f.dtype == torch.bfloat16 else f.half()

@@ -19,7 +19,8 @@ from .data import PackedImages
 # %% ../nbs/18_feeding.ipynb #c9ff410a
 torch.backends.cudnn.deterministic = True                                       # the same call, the same bits
 torch.backends.cudnn.allow_tf32 = False                                         # float32 means float32
-torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False       # sums in float32: chapter 05 counts on it
+# sums in float32: chapter 05 counts on it
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False       # and chapter 01
 
 # %% ../nbs/18_feeding.ipynb #1a09807a
@@ -29,10 +30,13 @@ def windows(boxes:Tensor, # (B, 4) left, top, width, height in pixels
            )->tuple:      # (B, 2) left and top, (B, 2) right and bottom, whole pixels
     "The pixels that the crops' filter can ask for."
     reach = (boxes[:, 2:] / size).clamp_min(1)
-    return (boxes[:, :2] - reach).floor().clamp_min(0), torch.minimum((boxes[:, :2] + boxes[:, 2:] + reach).ceil(), sizes.flip(1))
+    return ((boxes[:, :2] - reach).floor().clamp_min(0),
+            torch.minimum((boxes[:, :2] + boxes[:, 2:] + reach).ceil(), sizes.flip(1)))
 
 # %% ../nbs/18_feeding.ipynb #ce63ea08
-def to_device(x, device): # a tensor, a `Ragged`, or a list of images of different sizes, which becomes one on a GPU
+def to_device(x,
+              # a tensor, a Ragged, or a list of images of different sizes, which becomes one on a GPU
+              device):
     "There, without waiting for what the device is doing."
     if torch.device(device).type == 'cpu': return x.to(device) if isinstance(x, Tensor) else x
     if isinstance(x, list): x = Ragged.of(x, pinned=True)
@@ -40,7 +44,8 @@ def to_device(x, device): # a tensor, a `Ragged`, or a list of images of differe
     return x if x.is_cuda else x.contiguous().pin_memory().to(device, non_blocking=True)
 
 # %% ../nbs/18_feeding.ipynb #934aa7be
-def frame_size(start:Tensor, end:Tensor)->tuple: # of windows, (B, 2) each → height and width in which all have room
+def frame_size(start:Tensor, end:Tensor
+              )->tuple: # of windows, (B, 2) each → height and width in which all have room
     "In eights: that is how a GPU's fast products take their rows."
     w, h = (-(-(end - start).amax(0) // 8) * 8).int().tolist()
     return h, w
@@ -53,43 +58,56 @@ class Ragged:
                  shapes:Tensor, # (B, 3) C, H, W of each image, on the CPU
                  then=None,     # what becomes of a window: (B, C, h, w) → (B, c, h, w)
                 ):
-        if not (shapes[:, 0] == shapes[0, 0]).all(): raise ValueError(f"images: expected the same number of channels in all of a batch, got {shapes[:, 0].unique().tolist()}")
+        if not (shapes[:, 0] == shapes[0, 0]).all():
+            raise ValueError("images: expected the same number of channels in all of a batch, "
+                             f"got {shapes[:, 0].unique().tolist()}")
         self.flat, self.starts, self.shapes, self.then = flat, starts, shapes, then
 
     @classmethod
     def of(cls, images:list, pinned:bool=False)->'Ragged': # (C, H, W) each, brought together in one copy
         shapes = torch.tensor([im.shape for im in images])
         flat = images[0].new_empty(int(shapes.prod(1).sum()), pin_memory=pinned)
-        return cls(torch.cat([im.reshape(-1) for im in images], out=flat), shapes.prod(1).cumsum(0) - shapes.prod(1), shapes)
+        return cls(torch.cat([im.reshape(-1) for im in images], out=flat),
+                   shapes.prod(1).cumsum(0) - shapes.prod(1), shapes)
 
     def __len__(self): return len(self.shapes)
-    def __getitem__(self, idx:Tensor)->'Ragged': return Ragged(self.flat, self.starts[idx], self.shapes[idx], self.then)   # fewer of them
+    def __getitem__(self, idx:Tensor)->'Ragged': # fewer of them
+        return Ragged(self.flat, self.starts[idx], self.shapes[idx], self.then)
     @property
     def sizes(self)->Tensor: return self.shapes[:, 1:]                       # (B, 2) height and width
-    def each(self, f)->'Ragged': return Ragged(self.flat, self.starts, self.shapes, f)   # f is for every pixel alone
+    def each(self, f)->'Ragged': # f is for every pixel alone
+        return Ragged(self.flat, self.starts, self.shapes, f)
 
     def alike(self, boxes:Tensor, size:int, room:int)->list: # of (b,) image numbers
-        "Parts of the batch whose windows are about as large, and whose frames together have no more than `room` pixels, but for an image alone."
+        ("Parts of the batch whose windows are about as large, "
+         "and whose frames together have no more than `room` pixels, but for an image alone.")
         start, end = windows(boxes, size, self.sizes)
         n = max(1, room // (math.prod(frame_size(start, end)) * int(self.shapes[0, 0])))
-        return list((end - start).prod(1).argsort(descending=True, stable=True).split(n)) if n < len(self) else [torch.arange(len(self))]
+        return (list((end - start).prod(1).argsort(descending=True, stable=True).split(n)) if n < len(self)
+                else [torch.arange(len(self))])
 
-    def cut(self, boxes:Tensor, size:int)->tuple: # (B, C, h, w) frames, (B, 4) the boxes within them, (B, 2) the windows' height and width
+    def cut(self, boxes:Tensor, size:int
+           )->tuple: # (B, C, h, w) frames, (B, 4) the boxes within them, (B, 2) the windows' height and width
         "The windows that crops of these boxes need, each in the corner of its frame."
         start, end = windows(boxes, size, self.sizes)
         (x, y), (H, W), (w, h) = start.long().T, self.sizes.T, (end - start).long().T
-        first, plane, row, w, h = to_device(torch.stack([self.starts + y*W + x, H*W, W, w, h]), self.flat.device)[..., None, None, None]      # (B, 1, 1, 1) each
-        channels, down, across = (torch.arange(int(n), device=self.flat.device) for n in (self.shapes[0, 0], *frame_size(start, end)))
+        # (B, 1, 1, 1) each
+        first, plane, row, w, h = to_device(torch.stack([self.starts + y*W + x, H*W, W, w, h]),
+                                            self.flat.device)[..., None, None, None]
+        channels, down, across = (torch.arange(int(n), device=self.flat.device)
+                                  for n in (self.shapes[0, 0], *frame_size(start, end)))
         at = first + channels[:, None, None]*plane + torch.minimum(down[:, None], h - 1)*row
         frames = self.flat.take(at + torch.minimum(across, w - 1))
-        return (frames if self.then is None else self.then(frames)), torch.cat([boxes[:, :2] - start, boxes[:, 2:]], 1), (end - start).long().flip(1)
+        return ((frames if self.then is None else self.then(frames)),
+                torch.cat([boxes[:, :2] - start, boxes[:, 2:]], 1), (end - start).long().flip(1))
 
 # %% ../nbs/18_feeding.ipynb #6a7a1382
 def free_there(device)->int: # bytes
     "What a GPU has left; what PyTorch keeps for its next tensors is free too."
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device))
 
-def fits(nbytes:float, device, room:int=None)->bool: # room: as for `resident`
+def fits(nbytes:float, device, room:int=None)->bool: # room: as for resident
     "Whether images of so many bytes would be resident."
     if torch.device(device).type == 'cpu' and room is None: return False
     return nbytes <= (free_there(device) // 2 if room is None else room)
@@ -104,7 +122,8 @@ def resident(images:PackedImages,
     def moved(p): # about 256 MB at a time
         ends, at = p.shapes.prod(1).cumsum(0), 0
         flat = torch.empty(int(ends[-1]), dtype=torch.uint8, device=device)
-        for idx in torch.arange(len(p)).split((ends // 2**28).unique_consecutive(return_counts=True)[1].tolist()):
+        for idx in (torch.arange(len(p))
+                    .split((ends // 2**28).unique_consecutive(return_counts=True)[1].tolist())):
             some = torch.cat([im.reshape(-1) for im in p.batch(idx)])
             flat[at:at + len(some)] = some
             at += len(some)
@@ -113,17 +132,18 @@ def resident(images:PackedImages,
     if center: there.center = center[0]
     return there
 
-def pick_batch(images:PackedImages, idx:Tensor): # (B, C, H, W), or `Ragged`
+def pick_batch(images:PackedImages, idx:Tensor): # (B, C, H, W), or Ragged
     "A batch of resident images, where they are."
     if images.size is None: return Ragged(images.pixels, images.starts[idx], images.shapes[idx])
-    return images.pixels.view(-1, *images.size).index_select(0, to_device(images.rows(idx), images.pixels.device))
+    return images.pixels.view(-1,
+                              *images.size).index_select(0, to_device(images.rows(idx), images.pixels.device))
 
 # %% ../nbs/18_feeding.ipynb #2ced184d
 @cache
 def side_stream(device): # the same one every time: memory that was used in a stream stays with it
     return torch.cuda.Stream(device)
 
-def pinned_batch(images:PackedImages, idx:Tensor): # (B, C, H, W), or `Ragged`
+def pinned_batch(images:PackedImages, idx:Tensor): # (B, C, H, W), or Ragged
     "A batch as a GPU can fetch it: read straight into pinned memory."
     if images.size is None: return Ragged.of(images.batch(idx), pinned=True)
     return images.batch(idx, torch.empty(len(idx), *images.size, dtype=torch.uint8, pin_memory=True))
@@ -133,7 +153,9 @@ def fetch_ahead(images:PackedImages,  # what is read from
                 device,               # where the images go
                 ahead:int=None,       # batches fetched in advance; twice the threads for a GPU, 0 for a CPU
                 threads:int=None,     # that read; half of the cores, at most 8
-               ):                     # iterator of (B,) numbers and uint8 images on the device, in order: (B, C, H, W), a list, or on a GPU `Ragged`
+               # iterator of (B,) numbers and uint8 images on the device,
+               # in order: (B, C, H, W), a list, or on a GPU Ragged
+               ):
     "Batches of images on the device, the next ones on their way."
     if images.pixels.is_cuda: yield from ((idx, pick_batch(images, idx)) for idx in batches); return
     threads = threads or min(8, max(1, (os.cpu_count() or 2)//2))
@@ -145,7 +167,8 @@ def fetch_ahead(images:PackedImages,  # what is read from
         if copied is None: return x
         now = torch.cuda.current_stream(device)
         now.wait_event(copied)
-        (x.flat if isinstance(x, Ragged) else x).record_stream(now)               # its memory is in use until `now` gets there
+        # its memory is in use until now gets there
+        (x.flat if isinstance(x, Ragged) else x).record_stream(now)
         return x
     ahead = (0 if side is None else 2*threads) if ahead is None else ahead
     if not ahead: yield from ((idx, arrived(*fetch(idx))) for idx in batches); return
@@ -176,9 +199,11 @@ def compiled(net): # → a function that does what net does
         nonlocal fast
         try:
             if fast is None: fast = torch.compile(net, dynamic=False)
-            if fast is not net and x.shape not in seen: tried(x)              # each size of a batch is compiled for itself
+            # each size of a batch is compiled for itself
+            if fast is not net and x.shape not in seen: tried(x)
         except Exception as e:
-            warnings.warn(f"compile: torch.compile can't be used here, so the run goes on without ({type(e).__name__}: {str(e).strip().partition(chr(10))[0][:200]})")
+            warnings.warn("compile: torch.compile can't be used here, so the run goes on without "
+                          f"({type(e).__name__}: {str(e).strip().partition(chr(10))[0][:200]})")
             fast = net
         return fast(x)
     return forward
@@ -195,9 +220,12 @@ class Laps:
     "How long each phase of some work takes, by the clock of the device that does it."
     def __init__(self, device): self.device, self.marks = torch.device(device), []; self('')
     def __call__(self, phase:str): # the time since the last call was this phase's
-        self.marks.append((phase, time.perf_counter() if self.device.type == 'cpu' else torch.cuda.current_stream(self.device).record_event(torch.cuda.Event(enable_timing=True))))
+        self.marks.append((phase, time.perf_counter() if self.device.type == 'cpu' else
+                           torch.cuda.current_stream(self.device)
+                           .record_event(torch.cuda.Event(enable_timing=True))))
     def seconds(self)->dict: # phase → seconds; waits for the device
         took, cpu = {}, self.device.type == 'cpu'
         if not cpu: self.marks[-1][1].synchronize()
-        for (_,a),(phase,b) in pairwise(self.marks): took[phase] = took.get(phase, 0.) + (b - a if cpu else a.elapsed_time(b) / 1000)
+        for (_,a),(phase,b) in pairwise(self.marks):
+            took[phase] = took.get(phase, 0.) + (b - a if cpu else a.elapsed_time(b) / 1000)
         return {phase: round(s, 3) for phase,s in took.items()}

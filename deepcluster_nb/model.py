@@ -44,16 +44,19 @@ def alexnet_small(planes:int, dropout:float): # (features, classifier)
     "Five convolutions for 32 to 64 px; indices as in AlexNet."
     features = conv_stack([(64, 3, 2, 1), nn.MaxPool2d(2), (192, 3, 1, 1), nn.MaxPool2d(2),
                            (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1), AdaptiveMaxPool2d(4)], planes)
-    classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(256*4*4, 1024), nn.BatchNorm1d(1024), nn.ReLU(inplace=True),
-                               nn.Dropout(dropout), nn.Linear(1024, 1024), nn.BatchNorm1d(1024), nn.ReLU(inplace=True))
+    classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(256*4*4, 1024), nn.BatchNorm1d(1024),
+                               nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(1024, 1024),
+                               nn.BatchNorm1d(1024), nn.ReLU(inplace=True))
     return features, classifier
 
 # %% ../nbs/03_model.ipynb #dcf26dbe
 def vgg16(planes:int, dropout:float): # (features, classifier)
     "VGG's configuration D with batch norm (paper, section 4)."
     stages = (64, 2), (128, 2), (256, 3), (512, 3), (512, 3)
-    features = conv_stack([l for width, n in stages for l in [(width, 3, 1, 1)]*n + [nn.MaxPool2d(2)]], planes)
-    classifier = nn.Sequential(nn.Linear(512*7*7, 4096), nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(4096, 4096), nn.ReLU(inplace=True))
+    features = conv_stack([l for width, n in stages for l in [(width, 3, 1, 1)]*n + [nn.MaxPool2d(2)]],
+                          planes)
+    classifier = nn.Sequential(nn.Linear(512*7*7, 4096), nn.ReLU(inplace=True), nn.Dropout(dropout),
+                               nn.Linear(4096, 4096), nn.ReLU(inplace=True))
     return features, classifier
 
 # %% ../nbs/03_model.ipynb #937a537c
@@ -65,8 +68,11 @@ def resnet(name:str, planes:int, dropout:float): # (features, classifier)
     return nn.Sequential(OrderedDict(list(net.named_children())[:-1])), nn.Sequential(nn.Dropout(dropout))
 
 # %% ../nbs/03_model.ipynb #7dd7236a
-ARCHS = dict(alexnet=alexnet, alexnet_small=alexnet_small, vgg16=vgg16, resnet18=partial(resnet, 'resnet18'), resnet50=partial(resnet, 'resnet50'))
-SIZES = dict(alexnet=(223, 254), alexnet_small=(31, 134), vgg16=(224, 255), resnet18=(32, 512), resnet50=(32, 512))   # smallest and largest input, pixels
+ARCHS = dict(alexnet=alexnet, alexnet_small=alexnet_small, vgg16=vgg16, resnet18=partial(resnet, 'resnet18'),
+             resnet50=partial(resnet, 'resnet50'))
+# smallest and largest input, pixels
+SIZES = dict(alexnet=(223, 254), alexnet_small=(31, 134), vgg16=(224, 255), resnet18=(32, 512),
+             resnet50=(32, 512))
 
 # %% ../nbs/03_model.ipynb #e67cb867
 class DeepClusterNet(nn.Module):
@@ -79,13 +85,18 @@ class DeepClusterNet(nn.Module):
         width  = [m.num_features for m in features.modules() if isinstance(m, nn.BatchNorm2d)][-1]
         self.flat, self.dim = (linear[0].in_features, linear[-1].out_features) if linear else (width, width)
         self.top_layer = nn.Linear(self.dim, k)
-    def trunk(self, x:Tensor)->Tensor: # (B, 3, H, W) normalised, or (B, 1, H, W) that Sobel takes, → (B, dim), before the last ReLU
+    def trunk(self, x:Tensor
+              # (B, 3, H, W) normalised, or (B, 1, H, W) that Sobel takes, → (B, dim), before the last ReLU
+             )->Tensor:
         "All but the last activation and the head."
-        if x.ndim != 4 or x.shape[1] not in ((3,) if self.sobel is None else (1, 3)): raise ValueError(f"x: expected (B, 3, H, W), got {tuple(x.shape)}")
+        if x.ndim != 4 or x.shape[1] not in ((3,) if self.sobel is None else (1, 3)):
+            raise ValueError(f"x: expected (B, 3, H, W), got {tuple(x.shape)}")
         f = self.features(x if self.sobel is None else self.sobel(x)).flatten(1)
-        if f.shape[1] != self.flat: raise ValueError(f"x: {x.shape[2]} × {x.shape[3]} pixels end in {f.shape[1]} features, expected {self.flat} (see SIZES)")
+        if f.shape[1] != self.flat:
+            raise ValueError(f"x: {x.shape[2]} × {x.shape[3]} pixels end in {f.shape[1]} features, "
+                             f"expected {self.flat} (see SIZES)")
         return self.classifier[:-1](f)
-    def embed(self, x:Tensor)->Tensor: # (B, dim), before the last ReLU, or after it with `relu`
+    def embed(self, x:Tensor)->Tensor: # (B, dim), before the last ReLU, or after it with relu
         "What gets clustered."
         return self.trunk(x).relu() if self.relu else self.trunk(x)
     def forward(self, x:Tensor)->Tensor: # (B, k) logits
@@ -95,14 +106,17 @@ class DeepClusterNet(nn.Module):
 def init_weights(net:nn.Module, g:torch.Generator):
     "Released initialisation: conv N(0, √(2/(kh·kw·out))), linear N(0, .01), biases 0, batch norm 1 and 0."
     for m in net.modules():
-        if isinstance(m, nn.Conv2d) and m.weight.requires_grad: std = math.sqrt(2 / (m.kernel_size[0] * m.kernel_size[1] * m.out_channels))
-        elif isinstance(m, nn.Linear): std = .01
-        else: continue
+        if isinstance(m, nn.Conv2d) and m.weight.requires_grad:
+            std = math.sqrt(2 / (m.kernel_size[0] * m.kernel_size[1] * m.out_channels))
+        elif isinstance(m, nn.Linear):
+            std = .01
+        else:
+            continue
         m.weight.data.copy_(torch.empty(m.weight.shape).normal_(0, std, generator=g))
         if m.bias is not None: nn.init.zeros_(m.bias)
 
 # %% ../nbs/03_model.ipynb #7a8845d6
-def convnet(arch:str,          # one of `ARCHS`
+def convnet(arch:str,          # one of ARCHS
             k:int,             # clusters, outputs of the top layer
             sobel:bool=True,   # grey gradients (2 planes) instead of RGB (3)
             dropout:float=.5,  # before the hidden linear layers; in a ResNet before the head
@@ -113,21 +127,25 @@ def convnet(arch:str,          # one of `ARCHS`
     "A network with random weights: both the start of training and the baseline to beat."
     if arch not in ARCHS: raise ValueError(f"arch: expected one of {', '.join(ARCHS)}, got {arch!r}")
     if k < 1: raise ValueError(f"k: expected at least 1 cluster, got {k}")
-    with torch.random.fork_rng(devices=[]): net = DeepClusterNet(*ARCHS[arch](2 if sobel else 3, dropout), k, sobel, border, relu)
+    with torch.random.fork_rng(devices=[]):
+        net = DeepClusterNet(*ARCHS[arch](2 if sobel else 3, dropout), k, sobel, border, relu)
     init_weights(net, generator(seed, 'weights'))
     return net
 
 # %% ../nbs/03_model.ipynb #9f89acf5
-def reset_top_layer(net:DeepClusterNet, g:torch.Generator, k:int=None): # k: outputs, where not as many as before
+def reset_top_layer(net:DeepClusterNet, g:torch.Generator,
+                    k:int=None): # k: outputs, where not as many as before
     "A fresh head, N(0, .01) and bias 0; the trunk is not touched."
     w = net.top_layer.weight
-    if k not in (None, len(w)): net.top_layer = nn.utils.skip_init(nn.Linear, net.dim, k, device=w.device); w = net.top_layer.weight
+    if k not in (None, len(w)):
+        net.top_layer = nn.utils.skip_init(nn.Linear, net.dim, k, device=w.device)
+        w = net.top_layer.weight
     w.data.copy_(torch.empty(w.shape).normal_(0, .01, generator=g))
     nn.init.zeros_(net.top_layer.bias)
 
 # %% ../nbs/03_model.ipynb #c3e41d02
 def center_input(net:DeepClusterNet,
-                 images,             # (B, 1 or 3, H, W) uint8, a list of (C, H, W), or `Ragged`
+                 images,             # (B, 1 or 3, H, W) uint8, a list of (C, H, W), or Ragged
                  size:int,           # pixels of the central crop
                 )->Tensor:           # (B, 1 or 3, size, size), where the images are
     "Central crops as this network takes them."
@@ -143,5 +161,6 @@ def calibrate_bn(net:DeepClusterNet,
     device = net.top_layer.weight.device
     batches = torch.arange(len(images)).split(batch_size)
     views = (center_input(net, to_device(images.batch(idx), device), size) for idx in batches)
-    trunk = nn.Sequential(net.features, nn.Flatten(), *[m for m in net.classifier if not isinstance(m, nn.Dropout)]).train(net.training)
+    trunk = nn.Sequential(net.features, nn.Flatten(),
+                          *[m for m in net.classifier if not isinstance(m, nn.Dropout)]).train(net.training)
     update_bn((v if net.sobel is None else net.sobel(v) for v in views), trunk)

@@ -30,7 +30,8 @@ def grey_plane(im)->np.ndarray: # Pillow image, 'L' or 'RGB' → (H, W) float32,
     "The one grey that the Sobel layer makes of an image."
     p = np.asarray(im)
     if p.ndim == 2: return p.astype(np.float32)
-    g = np.multiply(p[..., 0], np.float32(GREY[0]), dtype=np.float32)      # one by one: the same bits on any machine
+    # one by one: the same bits on any machine
+    g = np.multiply(p[..., 0], np.float32(GREY[0]), dtype=np.float32)
     for c in (1, 2): g += np.multiply(p[..., c], np.float32(GREY[c]), dtype=np.float32)
     return g
 
@@ -48,26 +49,33 @@ class Recipe:
     def __post_init__(self):
         for name in ('max_side', 'short_side', 'size', 'center'):
             v = getattr(self, name)
-            if v is not None and (isinstance(v, bool) or not isinstance(v, int) or not 1 <= v <= 65500): raise ValueError(f"{name}: expected 1 to 65,500 pixels, got {v!r}")
+            if v is not None and (isinstance(v, bool) or not isinstance(v, int) or not 1 <= v <= 65500):
+                raise ValueError(f"{name}: expected 1 to 65,500 pixels, got {v!r}")
         given = [n for n in ('max_side', 'short_side', 'size') if getattr(self, n)]
-        if len(given) > 1: raise ValueError(f"{' and '.join(given)}: expected at most one of max_side, short_side and size")
-        if self.size and self.center: raise ValueError(f"center: got {self.center} beside size={self.size}, which packs central crops already")
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)}: expected at most one of max_side, short_side and size")
+        if self.size and self.center:
+            raise ValueError(f"center: got {self.center} beside size={self.size}, "
+                             "which packs central crops already")
 
     @property
     def channels(self): return 1 if self.grey else 3
 
     def target(self, w:int, h:int)->tuple: # (width, height) that an image of w × h gets
         if self.size: return self.size, self.size
-        shrink = min(1, self.max_side/max(w, h) if self.max_side else 1, self.short_side/min(w, h) if self.short_side else 1)
+        shrink = min(1, self.max_side/max(w, h) if self.max_side else 1,
+                     self.short_side/min(w, h) if self.short_side else 1)
         return max(1, round(w * shrink)), max(1, round(h * shrink))
 
 # %% ../nbs/11_packing.ipynb #88fb9058
 def open_image(path, upright=False): # Pillow image, 'L' or 'RGB'
-    "An image file, whole, or an error: nothing is clipped, patched or enormous (Pillow's limit, 89 million pixels)."
+    ("An image file, whole, or an error: "
+     "nothing is clipped, patched or enormous (Pillow's limit, 89 million pixels).")
     with warnings.catch_warnings():
         warnings.simplefilter('error', Image.DecompressionBombWarning)
         with Image.open(path) as im:
-            if im.mode[0] in 'IF': raise ValueError(f"its pixels (mode {im.mode}) do not fit into 8 bits; convert it first")
+            if im.mode[0] in 'IF':
+                raise ValueError(f"its pixels (mode {im.mode}) do not fit into 8 bits; convert it first")
             im.load()
             if upright: im = ImageOps.exif_transpose(im)
             return im.copy() if im.mode == 'L' else im.convert('RGB')
@@ -81,17 +89,21 @@ def central(planes, size:int)->np.ndarray: # float32 planes (H, W) → (C, size,
     h, w = planes[0].shape
     side = central_square(torch.tensor([[h, w]]), size).item()
     box = (w - side)/2, (h - side)/2, (w + side)/2, (h + side)/2
-    return to_bytes(np.stack([np.asarray(Image.fromarray(p).resize((size, size), Image.BILINEAR, box)) for p in planes]))
+    return to_bytes(np.stack([np.asarray(Image.fromarray(p).resize((size, size), Image.BILINEAR, box))
+                              for p in planes]))
 
 def prepare_image(path, recipe:Recipe)->list: # [(C, H, W) uint8], and the central crop where it is wanted
     "Decode a file once, make of it what the recipe says."
     im = open_image(path, recipe.upright)
     if not recipe.grey: im = im.convert('RGB')
     grey, wh = grey_plane(im) if recipe.grey else None, recipe.target(*im.size)
-    crops = [central([grey] if recipe.grey else [np.asarray(b, np.float32) for b in im.split()], s) for s in (recipe.size, recipe.center) if s]
+    crops = [central([grey] if recipe.grey else [np.asarray(b, np.float32) for b in im.split()], s)
+             for s in (recipe.size, recipe.center) if s]
     if recipe.size: return crops
-    if not recipe.grey: return [np.asarray(im if wh == im.size else im.resize(wh, Image.LANCZOS)).transpose(2, 0, 1), *crops]
-    return [to_bytes(grey if wh == im.size else Image.fromarray(grey).resize(wh, Image.LANCZOS))[None], *crops]
+    if not recipe.grey:
+        return [np.asarray(im if wh == im.size else im.resize(wh, Image.LANCZOS)).transpose(2, 0, 1), *crops]
+    return [to_bytes(grey if wh == im.size else Image.fromarray(grey).resize(wh, Image.LANCZOS))[None],
+            *crops]
 
 # %% ../nbs/11_packing.ipynb #069973f9
 class PackedWriter:
@@ -109,30 +121,36 @@ class PackedWriter:
         self.shapes, self.crcs = [], []
 
     @staticmethod
-    def room_for(meta): return -(-(len(json.dumps(meta)) + 2048) // 4096) * 4096   # bytes for the header: whole pages
+    def room_for(meta): # bytes for the header: whole pages
+        return -(-(len(json.dumps(meta)) + 2048) // 4096) * 4096
 
     def add(self, pixels, shapes, crcs): # bytes of some images, (n, 3) C, H, W and (n,) checksums
         self.file.write(pixels)
         self.note(shapes, crcs)
 
     def note(self, shapes, crcs): # what is in the file
-        self.shapes.append(np.array(shapes, np.int64).reshape(-1, 3)); self.crcs.append(np.array(crcs, np.int64))
+        self.shapes.append(np.array(shapes, np.int64).reshape(-1, 3))
+        self.crcs.append(np.array(crcs, np.int64))
 
     def finish(self, labels=None, paths=None): # (N,) class ids and (N,) relative paths
         "The tables, the header, and then the name."
         shapes, crcs = np.concatenate(self.shapes), np.concatenate(self.crcs)
         end = int(shapes.prod(1).sum())
         paths = [str(i) for i in range(len(shapes))] if paths is None else [str(p) for p in paths]
-        tables = dict(padding=np.zeros(-end % 8, np.uint8), shapes=shapes, crc32=crcs,   # int64 must begin at a multiple of 8
-                      labels=None if labels is None else np.asarray(labels, np.int64), paths=np.frombuffer(json.dumps(paths).encode(), np.uint8))
+        tables = dict(padding=np.zeros(-end % 8, np.uint8), shapes=shapes,
+                      crc32=crcs,  # int64 must begin at a multiple of 8
+                      labels=None if labels is None else np.asarray(labels, np.int64),
+                      paths=np.frombuffer(json.dumps(paths).encode(), np.uint8))
         header, at, crc = {'pixels': dict(dtype='U8', shape=[end], data_offsets=[0, end])}, end, 0
         for name,a in tables.items():
             if a is None or not a.size: continue
-            header[name] = dict(dtype='U8' if a.dtype == np.uint8 else 'I64', shape=list(a.shape), data_offsets=[at, at + a.nbytes])
+            header[name] = dict(dtype='U8' if a.dtype == np.uint8 else 'I64', shape=list(a.shape),
+                                data_offsets=[at, at + a.nbytes])
             self.file.write(a.tobytes())
             at, crc = at + a.nbytes, zlib.crc32(a.tobytes(), crc)
         text = json.dumps({'__metadata__': self.meta | dict(tables_crc32=str(crc))} | header).encode()
-        if len(text) > self.room - 8: raise ValueError(f"meta: the header needs {len(text):,} bytes, but {self.room - 8:,} were kept")
+        if len(text) > self.room - 8:
+            raise ValueError(f"meta: the header needs {len(text):,} bytes, but {self.room - 8:,} were kept")
         self.file.seek(0)
         self.file.write((self.room - 8).to_bytes(8, 'little') + text.ljust(self.room - 8))
         self.sync(); self.file.close()
@@ -143,8 +161,10 @@ class PackedWriter:
     def rename(self): os.replace(self.part, self.path)
 
 # %% ../nbs/11_packing.ipynb #9c1af8e3
-def pack_chunk(recipe:Recipe, files)->dict: # pixels (a block for each file to write), shapes, crcs, broken [(i, why)], cpu seconds
-    "What a worker does with some files. One of them is decoded a second time by Pillow alone, to compare the speed."
+def pack_chunk(recipe:Recipe, files
+              )->dict: # pixels (a block for each file to write), shapes, crcs, broken [(i, why)], cpu seconds
+    ("What a worker does with some files. "
+     "One of them is decoded a second time by Pillow alone, to compare the speed.")
     start, blocks, shapes, crcs, broken = time.thread_time(), [[], []], [], [], []
     for i,f in enumerate(files):
         try: ims = [np.ascontiguousarray(im) for im in prepare_image(f, recipe)]
@@ -154,7 +174,8 @@ def pack_chunk(recipe:Recipe, files)->dict: # pixels (a block for each file to w
             shapes.append(ims[0].shape); crcs.append([zlib.crc32(im) for im in ims])
     seconds, bad = time.thread_time() - start, {i for i,_ in broken}
     plain = [decode_seconds(f) for f in [f for i,f in enumerate(files) if i not in bad][:1]]
-    return dict(pixels=[b''.join(b) for b in blocks], n=len(files), shapes=shapes, crcs=crcs, broken=broken, seconds=seconds, plain=plain)
+    return dict(pixels=[b''.join(b) for b in blocks], n=len(files), shapes=shapes, crcs=crcs, broken=broken,
+                seconds=seconds, plain=plain)
 
 def decode_seconds(path)->float: # of CPU time
     "Pillow's own decoding, as a DataLoader would begin."
@@ -198,8 +219,11 @@ class Journal:
         text = text[:text.rfind(b'\n') + 1]
         self.file.truncate(len(text))                                     # a line that was cut short
         lines = [json.loads(l) for l in text.splitlines()]
-        if lines: check_same(job, lines[0], f"a begun packing ({self.path.name})", f"run the command it was begun with, or remove {self.path} and start anew")
-        else: self.add(job)
+        if lines:
+            check_same(job, lines[0], f"a begun packing ({self.path.name})",
+                       f"run the command it was begun with, or remove {self.path} and start anew")
+        else:
+            self.add(job)
         return lines[1:]
 
     def add(self, record): self.pending.append(json.dumps(record) + '\n')
@@ -232,7 +256,9 @@ def estimate(paths, recipe:Recipe)->float: # bytes
 def list_source(src): # (files, labels or None, class names, relative paths, hash of paths and sizes)
     "An ImageFolder tree, or a list of files, in order."
     if isinstance(src, (str, Path)):
-        if not Path(src).is_dir(): raise FileNotFoundError(f"src: no folder {str(src)!r}; expected one with images, one sub-folder a class where there are labels, or a list of files")
+        if not Path(src).is_dir():
+            raise FileNotFoundError(f"src: no folder {str(src)!r}; expected one with images, "
+                                    "one sub-folder a class where there are labels, or a list of files")
         (files, labels, classes), root = image_files(src), str(src)
         if not files: raise FileNotFoundError(f"src: no images in {str(src)!r}")
     else:
@@ -247,45 +273,55 @@ def file_size(path): # bytes, None for what can't be looked at
     with suppress(OSError): return os.stat(path).st_size
 
 # %% ../nbs/11_packing.ipynb #bc6fe2e6
-CHUNK, SYNC = 64, 2   # images that a worker gets at once; seconds between two waits for the disk. The result depends on neither
+# images that a worker gets at once; seconds between two waits for the disk. The result depends on neither
+CHUNK, SYNC = 64, 2
 
 class Packing:
     "A packing under way: one or two writers, and the journal from which they can go on."
     def __init__(self, recipe:Recipe, out, job:dict, classes):
-        self.recipe, self.out, self.broken, self.n, self.seconds, self.plain = recipe, Path(out), [], 0, 0., []
+        self.recipe, self.out, self.broken, self.n, self.seconds, self.plain = (
+            recipe, Path(out), [], 0, 0., [])
         targets = [(self.out, job)]
         if recipe.center:
             crops = asdict(Recipe(size=recipe.center, grey=recipe.grey, upright=recipe.upright))
             targets.append((center_path(out, recipe.center), crops | dict(source=job['source'])))
         for path,_ in targets:
-            if path.exists() and not os.path.exists(f'{out}.journal'): raise ValueError(f"out: {str(path)!r} exists already; remove it or choose another name")
+            if path.exists() and not os.path.exists(f'{out}.journal'):
+                raise ValueError(f"out: {str(path)!r} exists already; remove it or choose another name")
         self.journal = Journal(f'{out}.journal', job | dict(pillow=PIL.__version__))
-        try: self.writers = [self.resume(path, dict(classes=json.dumps(classes), packing=json.dumps(j)), i) for i,(path,j) in enumerate(targets)]
+        try:
+            self.writers = [self.resume(path, dict(classes=json.dumps(classes), packing=json.dumps(j)), i)
+                            for i,(path,j) in enumerate(targets)]
         except BaseException: self.journal.file.close(); raise
         for r in self.journal.done: self.note(r)
 
     def resume(self, path, meta, i): # the i-th writer, behind what the journal says
         part, written = Path(f'{path}.part'), sum(self.lengths(r)[i] for r in self.journal.done)
         if path.exists():
-            if part.exists() or not self.journal.done: raise ValueError(f"out: {str(path)!r} exists already; remove it or choose another name")
+            if part.exists() or not self.journal.done:
+                raise ValueError(f"out: {str(path)!r} exists already; remove it or choose another name")
             os.replace(path, part)                                        # killed between the two renames
         room = PackedWriter.room_for(meta)
         if written and (not part.exists() or part.stat().st_size < room + written):
-            raise ValueError(f"out: {self.journal.path} says {written:,} bytes are packed, but {part} is shorter; remove both and start anew")
+            raise ValueError(f"out: {self.journal.path} says {written:,} bytes are packed, "
+                             f"but {part} is shorter; remove both and start anew")
         return PackedWriter(path, meta, written)
 
     def lengths(self, record): # bytes that a chunk adds to each file
-        return sum(math.prod(s) for s in record['shapes']), len(record['shapes']) * self.recipe.channels * (self.recipe.center or 0)**2
+        return (sum(math.prod(s) for s in record['shapes']),
+                len(record['shapes']) * self.recipe.channels * (self.recipe.center or 0)**2)
 
     def note(self, r): # a chunk that is in the files
-        shapes = [r['shapes'], [(self.recipe.channels, self.recipe.center, self.recipe.center)] * len(r['shapes'])]
+        shapes = [r['shapes'],
+                  [(self.recipe.channels, self.recipe.center, self.recipe.center)] * len(r['shapes'])]
         for i,w in enumerate(self.writers): w.note(shapes[i], [c[i] for c in r['crcs']])
         self.broken += [(self.n + i, why) for i,why in r['broken']]
         self.n += r['n']
 
     def run(self, files, workers:int, show:bool=False):
         tasks = [(self.recipe, files[i:i + CHUNK]) for i in range(self.n, len(files), CHUNK)]
-        bar = tqdm(total=len(files), initial=self.n, unit=' images', desc='packing', disable=not show or len(files) < 1000, mininterval=.5 if sys.stderr.isatty() else 30)
+        bar = tqdm(total=len(files), initial=self.n, unit=' images', desc='packing',
+                   disable=not show or len(files) < 1000, mininterval=.5 if sys.stderr.isatty() else 30)
         synced = time.monotonic()
         try:
             with bar, closing(in_order(pack_chunk, tasks, min(workers, len(tasks)))) as results:
@@ -294,7 +330,9 @@ class Packing:
                     self.note(r); bar.update(r['n'])
                     self.seconds += r['seconds']; self.plain += r['plain']
                     self.journal.add({k: r[k] for k in ('n', 'shapes', 'crcs', 'broken')})
-                    if time.monotonic() - synced > SYNC: self.journal.sync(*self.writers); synced = time.monotonic()
+                    if time.monotonic() - synced > SYNC:
+                        self.journal.sync(*self.writers)
+                        synced = time.monotonic()
         except KeyboardInterrupt: self.journal.sync(*self.writers); raise
         self.journal.sync(*self.writers)
 
@@ -305,8 +343,11 @@ class Packing:
             lines = [f"{names[i]}: {why}" for i,why in self.broken]
             report.write_text('\n'.join(lines) + '\n', errors='surrogateescape')
             if not skip_broken or len(bad) == len(names):
-                raise ValueError(f"src: {len(bad):,} of {len(names):,} images can't be read (all in {report}): {'; '.join(lines[:5])}{' …' if lines[5:] else ''}"
-                                 + ("" if len(bad) == len(names) else "; skip_broken (--skip-broken) leaves them out, and what was decoded so far is kept for it"))
+                raise ValueError(f"src: {len(bad):,} of {len(names):,} images can't be read "
+                                 f"(all in {report}): {'; '.join(lines[:5])}{' …' if lines[5:] else ''}"
+                                 + ("" if len(bad) == len(names) else
+                                    "; skip_broken (--skip-broken) leaves them out, "
+                                    "and what was decoded so far is kept for it"))
         else: report.unlink(missing_ok=True)                              # of an earlier attempt
         keep = [i for i in range(len(names)) if i not in bad]
         for w in self.writers:
@@ -322,7 +363,9 @@ class Packing:
 def check_space(out, need:float, begun:float=0)->str: # bytes → what was found
     "An estimate that does not fit on the disk is refused before the first image."
     free = shutil.disk_usage(Path(out).parent).free
-    if need - begun > free: raise ValueError(f"out: about {amount(need)} are needed, but {amount(free)} are free in {str(Path(out).absolute().parent)!r}")
+    if need - begun > free:
+        raise ValueError(f"out: about {amount(need)} are needed, "
+                         f"but {amount(free)} are free in {str(Path(out).absolute().parent)!r}")
     return f"about {amount(need)} of {amount(free)} that are free"
 
 def packing_of(path)->dict: # how a packed file was made; {} where it does not say
@@ -337,57 +380,82 @@ def pack_folder(src,                    # an ImageFolder tree, or a list of imag
                 short_side:int=None,    # or: shorter side at most this
                 size:int=None,          # or: the exact clustering crop of this size
                 grey:bool=True,         # the Sobel layer's grey, one byte a pixel; else RGB
-                center:int=None,        # pack the exact clustering crops too, as `images.center`
+                center:int=None,        # pack the exact clustering crops too, as images.center
                 upright:bool=False,     # turn images as their EXIF note says
                 skip_broken:bool=False, # leave out what can't be read, else that is an error
                 workers:int=None,       # processes; as many as there are cores where not given
-                echo=print,             # called with a line at the start and the end; None: silence, no progress bar
+                # called with a line at the start and the end; None: silence, no progress bar
+                echo=print,
                )->PackedImages:
-    "Decode every image once into one file that `PackedImages` can map. Goes on where it was stopped, to the same bytes."
-    recipe, out, say = Recipe(max_side, short_side, size, grey, center, upright), Path(out), echo or (lambda line: None)
-    if workers is None: workers = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    ("Decode every image once into one file that `PackedImages` can map. "
+     "Goes on where it was stopped, to the same bytes.")
+    recipe, out, say = (Recipe(max_side, short_side, size, grey, center, upright), Path(out),
+                        echo or (lambda line: None))
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     if workers < 0: raise ValueError(f"workers: expected 0 or more, got {workers}")
-    if ImageFile.LOAD_TRUNCATED_IMAGES: raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which hides broken files; expected it off")
-    if not out.parent.is_dir() or out.is_dir(): raise FileNotFoundError(f"out: expected a file in an existing folder, got {str(out)!r}")
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, "
+                         "which hides broken files; expected it off")
+    if not out.parent.is_dir() or out.is_dir():
+        raise FileNotFoundError(f"out: expected a file in an existing folder, got {str(out)!r}")
     files, labels, classes, names, source = list_source(src)
     workers = max(1, min(workers, -(-len(files) // CHUNK)))
     job = asdict(recipe) | dict(source=source)
     if out.exists():
         check_same(job, packing_of(out), f"{str(out)!r} exists and", "choose another name, or remove it")
-        for rest in (f'{out}.journal', f'{out}.part'): Path(rest).unlink(missing_ok=True)   # killed after the last rename
+        for rest in (f'{out}.journal', f'{out}.part'): # killed after the last rename
+            Path(rest).unlink(missing_ok=True)
         say(f"{out} is finished already")
         return PackedImages.load(out)
-    begun = sum(os.path.getsize(p) for p in (f'{out}.part', f'{center_path(out, center)}.part') if os.path.exists(p))
+    begun = sum(os.path.getsize(p)
+                for p in (f'{out}.part', f'{center_path(out, center)}.part') if os.path.exists(p))
     space = check_space(out, estimate(files, recipe), begun)
     try:
         with closing(Packing(recipe, out, job, classes)) as p:
-            say(f"{len(files):,} images{f' in {len(classes):,} classes' if classes else ''}, {space}, {workers} process{'es' if workers > 1 else ''}{f'; going on after {p.n:,}' if p.n else ''}")
+            say(f"{len(files):,} images{f' in {len(classes):,} classes' if classes else ''}, {space}, "
+                f"{workers} process{'es' if workers > 1 else ''}{f'; going on after {p.n:,}' if p.n else ''}")
             start, before = time.time(), p.n
             p.run(files, workers, echo is not None)
             took, new = time.time() - start, p.n - before
             p.finish(names, labels, skip_broken)
     except OSError as e:
-        if e.errno == errno.ENOSPC: raise ValueError(f"out: the disk of {str(out)!r} is full; free some space, and the same command goes on") from None
+        if e.errno == errno.ENOSPC:
+            raise ValueError(f"out: the disk of {str(out)!r} is full; "
+                             "free some space, and the same command goes on") from None
         raise
-    except BrokenProcessPool: raise RuntimeError("a worker process died, perhaps for want of memory; the same command goes on, with fewer workers if need be") from None
-    speed = f": {new/took:,.0f} images/s; {new/p.seconds:,.0f} per core, where Pillow alone decodes {len(p.plain)/sum(p.plain):,.0f}" if p.plain else ''
+    except BrokenProcessPool:
+        raise RuntimeError("a worker process died, perhaps for want of memory; "
+                           "the same command goes on, with fewer workers if need be") from None
+    speed = (f": {new/took:,.0f} images/s; {new/p.seconds:,.0f} per core, "
+             f"where Pillow alone decodes {len(p.plain)/sum(p.plain):,.0f}" if p.plain else '')
     say(f"{out}: {len(names) - len(p.broken):,} images, {amount(out.stat().st_size)}{speed}")
-    if p.broken: say(f"{len(p.broken):,} images can't be read and were left out; they are listed in {out}.broken.txt")
+    if p.broken:
+        say(f"{len(p.broken):,} images can't be read and were left out; they are listed in {out}.broken.txt")
     return PackedImages.load(out)
 
 # %% ../nbs/11_packing.ipynb #74c849e2
-def verify_packed(path,              # a file of `pack_folder` or `PackedWriter`
+def verify_packed(path,              # a file of pack_folder or PackedWriter
                   show:bool=False,   # a progress bar
                  )->list:            # paths of the images whose bytes have changed
     "Read everything once and compare it with the checksums, the central crops too."
     try:
-        with safe_open(path, 'np') as f: crcs, meta = f.get_tensor('crc32') if 'crc32' in f.keys() else None, f.metadata()
-    except SafetensorError as e: raise ValueError(f"path: {str(path)!r} is no whole file of packed images ({e})") from None
-    if crcs is None: raise ValueError(f"path: {str(path)!r} holds no checksums; expected a file made by pack_folder or PackedWriter")
+        with safe_open(path, 'np') as f:
+            crcs, meta = f.get_tensor('crc32') if 'crc32' in f.keys() else None, f.metadata()
+    except SafetensorError as e:
+        raise ValueError(f"path: {str(path)!r} is no whole file of packed images ({e})") from None
+    if crcs is None:
+        raise ValueError(f"path: {str(path)!r} holds no checksums; "
+                         "expected a file made by pack_folder or PackedWriter")
     with open(path, 'rb') as f:
         n = int.from_bytes(f.read(8), 'little')
         f.seek(8 + n + json.loads(f.read(n))['pixels']['data_offsets'][1])
-        if str(zlib.crc32(f.read())) != meta['tables_crc32']: raise ValueError(f"path: the tables of {str(path)!r} (shapes, labels, paths) have changed; pack it again")
+        if str(zlib.crc32(f.read())) != meta['tables_crc32']:
+            raise ValueError(f"path: the tables of {str(path)!r} (shapes, labels, paths) "
+                             "have changed; pack it again")
     images = PackedImages.load(path)
-    bad = [p for im,p,crc in zip(tqdm(images, desc='checking', disable=not show), images.paths, crcs.tolist()) if zlib.crc32(im.numpy()) != crc]
-    return bad if images.center is None else bad + [f'{p} (central crop)' for p in verify_packed(center_path(path, images.center.size[1]), show)]
+    bad = [p for im,p,crc in zip(tqdm(images, desc='checking', disable=not show), images.paths, crcs.tolist())
+           if zlib.crc32(im.numpy()) != crc]
+    return (bad if images.center is None else
+            bad + [f'{p} (central crop)'
+                   for p in verify_packed(center_path(path, images.center.size[1]), show)])

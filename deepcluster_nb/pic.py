@@ -15,7 +15,7 @@ from .training import CLUSTERERS
 def neighbour_graph(x:Tensor,          # (N, D) points
                     neighbours:int=5,  # of each point
                     sigma:float=.2,    # of the weights exp(−‖xᵢ − xⱼ‖²/σ²)
-                   )->tuple:           # (N, N) sparse symmetric W, (N, neighbours) their numbers, nearest first
+                   )->tuple: # (N, N) sparse symmetric W, (N, neighbours) their numbers, nearest first
     "Each point's nearest ones, and W + Wᵀ."
     import faiss
     from scipy.sparse import csr_matrix
@@ -24,9 +24,10 @@ def neighbour_graph(x:Tensor,          # (N, D) points
     index.add(xs)
     d, near = index.search(xs, neighbours + 1)
     own = near == np.arange(n)[:, None]
-    own[~own.any(1), -1] = True                                         # more twins than neighbours: the last goes
+    own[~own.any(1), -1] = True                                    # more twins than neighbours: the last goes
     d, near = d[~own].astype(np.float64), near[~own].reshape(n, neighbours)
-    w = csr_matrix((np.exp(-d.clip(0) / sigma**2), near.ravel(), np.arange(0, n*neighbours + 1, neighbours)), (n, n))
+    w = csr_matrix((np.exp(-d.clip(0) / sigma**2), near.ravel(), np.arange(0, n*neighbours + 1, neighbours)),
+                   (n, n))
     return w + w.T, near
 
 # %% ../nbs/14_pic.ipynb #e9f31dc3
@@ -83,12 +84,15 @@ def pic(x:Tensor,            # (N, D) points
         sigma:float=.2,      # of the weights exp(−‖xᵢ − xⱼ‖²/σ²)
         alpha:float=.001,    # share that flows along the edges
         steps:int=200,       # of the power iteration
-        flow=deviations,     # or `power_iteration`, with its rounding
+        flow=deviations,     # or power_iteration, with its rounding
        )->Clustering:        # centroids: the clusters' means; how many is for the points to say
     "Power iteration clustering (paper, section 4)."
     x = as_points(x, 1)
-    for name,ok,value,expected in (('neighbours', 1 <= neighbours < len(x), neighbours, f"1 to {len(x) - 1:,}, for there are {len(x):,} points"), ('sigma', sigma > 0, sigma, 'a number above 0'),
-                                   ('alpha', 0 < alpha < 1, alpha, 'a number between 0 and 1'), ('steps', steps >= 1, steps, 'at least 1')):
+    for name,ok,value,expected in (('neighbours', 1 <= neighbours < len(x), neighbours,
+                                    f"1 to {len(x) - 1:,}, for there are {len(x):,} points"),
+                                   ('sigma', sigma > 0, sigma, 'a number above 0'),
+                                   ('alpha', 0 < alpha < 1, alpha, 'a number between 0 and 1'),
+                                   ('steps', steps >= 1, steps, 'at least 1')):
         if not ok: raise ValueError(f"{name}: expected {expected}, got {value}")
     w, near = neighbour_graph(x, neighbours, sigma)
     summits = np.unique(climb(w, flow(w, alpha, steps)), return_inverse=True)[1]

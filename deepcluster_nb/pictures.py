@@ -36,7 +36,8 @@ def styled(draw): # a function that returns a matplotlib figure → the same in 
         before = plt.get_fignums()
         try:
             with plt.style.context(STYLE): fig, interactive = draw(*args, **kwargs), plt.isinteractive()
-            matplotlib.interactive(interactive)             # a notebook's first figure switches this on, and then figures show
+            # a notebook's first figure switches this on, and then figures show
+            matplotlib.interactive(interactive)
             return fig
         except BaseException:
             for n in set(plt.get_fignums()) - set(before): plt.close(n)
@@ -47,7 +48,8 @@ def styled(draw): # a function that returns a matplotlib figure → the same in 
 def few_colours(png:bytes, n:int=256)->bytes: # PNG → PNG with a palette
     from PIL import Image as Picture
     out = io.BytesIO()
-    Picture.open(io.BytesIO(png)).convert('RGB').quantize(n, dither=Picture.Dither.NONE).save(out, 'PNG', optimize=True)
+    (Picture.open(io.BytesIO(png)).convert('RGB').quantize(n, dither=Picture.Dither.NONE)
+     .save(out, 'PNG', optimize=True))
     return out.getvalue()
 
 def use_style(dpi:int=72): # of figures as they are shown; they have twice that
@@ -56,9 +58,9 @@ def use_style(dpi:int=72): # of figures as they are shown; they have twice that
     plt.style.use(STYLE)
     plt.rcParams['figure.dpi'] = dpi
     try: formatter = get_ipython().display_formatter.formatters['image/png']
-    except NameError: return                                # no notebook
+    except NameError: return               # no notebook
     from IPython.core.pylabtools import retina_figure
-    plt.close(plt.figure())                                 # wakes the notebook's backend, which brings a formatter of its own
+    plt.close(plt.figure())                # wakes the notebook's backend, which brings a formatter of its own
     def crisp(fig):
         shown = retina_figure(fig, base64=False)
         return shown and (few_colours(shown[0]), shown[1])
@@ -81,11 +83,13 @@ def mosaic(tiles,          # (n, C, h, w) in [0, 1], or a list of (C, h, w) with
 
 # %% ../nbs/10_pictures.ipynb #6fcd4204
 @styled
-def show_tiles(tiles, cols:int, size:float=.6, rows=None, pad:int=1): # inches a tile; a text for each row → matplotlib figure
+def show_tiles(tiles, cols:int, size:float=.6, rows=None,
+               pad:int=1): # inches a tile; a text for each row → matplotlib figure
     "A mosaic with a line of text beside each row."
     import matplotlib.pyplot as plt
     n, (h, w) = -(-len(tiles) // cols), next(t.shape[1:] for t in tiles if t is not None)
-    room = .2 + .085*max(len(line) for text in rows for line in text.split('\n')) if rows else 0     # inches for the texts
+    # inches for the texts
+    room = .2 + .085*max(len(line) for text in rows for line in text.split('\n')) if rows else 0
     fig, ax = plt.subplots(figsize=(cols*size*w/h + room, n*size + .1), layout='constrained')
     ax.imshow(mosaic(tiles, cols, pad)); ax.grid(False); ax.spines[:].set_visible(False)
     ax.set(xticks=[], yticks=[], anchor='E')
@@ -99,7 +103,7 @@ def first_filters(net)->Tensor: # (C, planes, h, w), on the CPU
 
 # %% ../nbs/10_pictures.ipynb #50c333d8
 def on_grey(filters:Tensor, # (C, 2, h, w) on the two gradients
-            sobel,          # a `Sobel`
+            sobel,          # a Sobel
            )->Tensor:       # (C, 1, h + 2, w + 2) on the grey image
     "Sobel and a filter behind it as one filter: exact away from the border."
     return F.conv_transpose2d(filters, sobel[1].weight.detach().cpu())
@@ -111,11 +115,14 @@ def filter_tiles(net, view:str='grey')->Tensor: # (C, 1 or 3, h, w) in [0, 1]
     w = first_filters(net)
     if net.sobel is not None and view == 'grey': w = on_grey(w, net.sobel)
     t = .5 + .5 * w / w.abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
-    return t if t.shape[1] != 2 else torch.cat([t[:, :1], torch.ones_like(t[:, :1, :, :1]), t[:, 1:]], 3)   # a white line between dx and dy
+    # a white line between dx and dy
+    return t if t.shape[1] != 2 else torch.cat([t[:, :1], torch.ones_like(t[:, :1, :, :1]), t[:, 1:]], 3)
 
 # %% ../nbs/10_pictures.ipynb #980ef4c8
 def filter_grid(net,              # a DeepClusterNet
-                view:str='grey',  # behind Sobel: each filter as it acts on the grey image, or its 'planes' (dx | dy); RGB filters are shown in colour
+                # behind Sobel: each filter as it acts on the grey image, or
+                # its 'planes' (dx | dy); RGB filters are shown in colour
+                view:str='grey',
                 cols:int=16,      # filters in a row
                 size:float=.45,   # inches a filter
                ):                 # → matplotlib figure
@@ -144,8 +151,10 @@ def responses(net,        # a DeepClusterNet
 def check_channels(net, layer:str, channels, size:int)->list: # of channel numbers
     "Found out on one empty image, before any work."
     net.eval()
-    n, channels = responses(net, torch.zeros(1, 3, size, size, device=net.top_layer.weight.device), layer).shape[1], torch.as_tensor(channels).flatten().tolist()
-    check(channels and 0 <= min(channels) and max(channels) < n, 'channels', channels, f"some of 0 to {n - 1}, the channels of {layer}")
+    n, channels = responses(net, torch.zeros(1, 3, size, size, device=net.top_layer.weight.device),
+                            layer).shape[1], torch.as_tensor(channels).flatten().tolist()
+    check(channels and 0 <= min(channels) and max(channels) < n, 'channels', channels,
+          f"some of 0 to {n - 1}, the channels of {layer}")
     return channels
 
 # %% ../nbs/10_pictures.ipynb #1c34d039
@@ -160,23 +169,26 @@ def gaussian_blur(x:Tensor,     # (B, C, H, W)
     return F.conv2d(x, k.view(1, 1, -1, 1).expand(c, 1, -1, 1), groups=c)
 
 # %% ../nbs/10_pictures.ipynb #cfb343c4
-ASCENT = dict(conv1=dict(steps=64, jitter=1/16, blur=.5), conv2=dict(steps=96, jitter=1/8, blur=.5),    # jitter: share of the side
+ASCENT = dict(conv1=dict(steps=64, jitter=1/16, blur=.5),
+              conv2=dict(steps=96, jitter=1/8, blur=.5),  # jitter: share of the side
               conv3=dict(steps=128, jitter=1/8, blur=.5), deeper=dict(steps=192, jitter=1/8, blur=.6))
-RELEASED = dict(steps=1000, lr=3., decay=1e-5, blur=.3, jitter=0, unit=False)                          # the released code's; conv1: 30,000 steps; conv5: lr 30, 3,000
+# the released code's; conv1: 30,000 steps; conv5: lr 30, 3,000
+RELEASED = dict(steps=1000, lr=3., decay=1e-5, blur=.3, jitter=0, unit=False)
 
 # %% ../nbs/10_pictures.ipynb #7b828791
 def gradient_ascent(net,               # a DeepClusterNet
                     layer:str,         # 'conv1' …
                     channels,          # whose images are wanted
                     size:int,          # pixels a side
-                    steps:int=None, jitter:float=None, blur:float=None, # where not given, as in `ASCENT`
+                    steps:int=None, jitter:float=None, blur:float=None, # where not given, as in ASCENT
                     lr:float=.1,       # of a step of root mean square 1
                     decay:float=.01,   # share of the image that a step takes away
                     unit:bool=True,    # divide each gradient by its root mean square
                     seed:int=0,        # of the noise to start from, and the jitter
                    )->Tensor:          # (n, 1 or 3, size, size), normalised as the network's input
     "Images that a channel answers to more than the others of its layer do (paper, 'Visualizations')."
-    how = ASCENT.get(layer, ASCENT['deeper']) | {k: v for k,v in dict(steps=steps, jitter=jitter, blur=blur).items() if v is not None}
+    how = ASCENT.get(layer, ASCENT['deeper']) | {
+        k: v for k,v in dict(steps=steps, jitter=jitter, blur=blur).items() if v is not None}
     for name,v in dict(how, lr=lr, decay=decay).items(): check(v >= 0, name, v, 'at least 0')
     check(size >= 8, 'size', size, 'at least 8 pixels')
     channels = check_channels(net, layer, channels, size)
@@ -219,7 +231,8 @@ def excitement(net, images:PackedImages, layer:str, size:int, batch_size:int=256
     "The mean of each map after the ReLU, for every image."
     net.eval()
     device = net.top_layer.weight.device
-    views = (center_input(net, to_device(images.batch(b), device), size) for b in torch.arange(len(images)).split(batch_size))
+    views = (center_input(net, to_device(images.batch(b), device), size)
+             for b in torch.arange(len(images)).split(batch_size))
     return torch.cat([responses(net, v, layer).relu().mean((2, 3)).float().cpu() for v in views])
 
 # %% ../nbs/10_pictures.ipynb #2dd31bc6
@@ -228,21 +241,24 @@ def top_images(net,                  # a DeepClusterNet
                images:PackedImages,  # to choose from
                layer:str, channels,  # 'conv1' …; channel numbers
                size:int,             # pixels the network sees
-               wanted:Tensor=None,   # (n, C, size, size) of `gradient_ascent`, shown on the left
+               wanted:Tensor=None,   # (n, C, size, size) of gradient_ascent, shown on the left
                cols:int=3,           # channels in a row
               ):                     # → matplotlib figure
     "The nine images that excite a channel most (paper, 'Visualizations')."
     import matplotlib.pyplot as plt
     check(len(images) >= 9, 'images', len(images), 'at least nine')
     channels = check_channels(net, layer, channels, size)
-    check(wanted is None or len(wanted) == len(channels), 'wanted', wanted if wanted is None else len(wanted), f"an image for each of the {len(channels)} channels")
+    check(wanted is None or len(wanted) == len(channels), 'wanted', wanted if wanted is None else len(wanted),
+          f"an image for each of the {len(channels)} channels")
     scores, n = excitement(net, images, layer, size), -(-len(channels) // cols)
-    fig, axs = plt.subplots(n, cols, figsize=(cols*(1.5 if wanted is None else 2.9), 1.75*n), squeeze=False, layout='constrained')
+    fig, axs = plt.subplots(n, cols, figsize=(cols*(1.5 if wanted is None else 2.9), 1.75*n), squeeze=False,
+                            layout='constrained')
     for ax in axs.flat: ax.axis('off')
     for i,(ax, c) in enumerate(zip(axs.flat, channels)):
         nine = mosaic(crops(images, scores[:, c].topk(9).indices, size), 3)
         if wanted is not None:
-            left = F.interpolate(as_picture(wanted[i:i+1]).expand(-1, 3, -1, -1), nine.shape[:2], mode='nearest')
+            left = F.interpolate(as_picture(wanted[i:i+1]).expand(-1, 3, -1, -1), nine.shape[:2],
+                                 mode='nearest')
             nine = np.concatenate([mosaic(left, 1), np.zeros_like(nine[:, :2]), nine], 1)
         ax.imshow(nine); ax.set_title(f'{layer}, channel {c}', fontsize=9)
     return fig
@@ -251,10 +267,11 @@ def top_images(net,                  # a DeepClusterNet
 def purity(assign:Tensor, # (N,) cluster of each image
            labels:Tensor, # (N,) class of each image
            k:int,         # clusters
-          ):              # (share of the commonest class in each cluster (k,), NaN where empty; that class (k,))
+          ): # (share of the commonest class in each cluster (k,), NaN where empty; that class (k,))
     "How much of a cluster is of one kind."
     assign, labels = torch.as_tensor(assign).long(), torch.as_tensor(labels).long()
-    check(assign.shape == labels.shape and assign.ndim == 1 and len(assign), 'labels', tuple(labels.shape), f"one for each image, {tuple(assign.shape)}")
+    check(assign.shape == labels.shape and assign.ndim == 1 and len(assign), 'labels', tuple(labels.shape),
+          f"one for each image, {tuple(assign.shape)}")
     n = int(labels.max()) + 1
     table = torch.bincount(assign*n + labels, minlength=k*n).view(k, n)
     most = table.max(1)
@@ -266,20 +283,23 @@ def cluster_montage(images:PackedImages,
                     assign:Tensor,     # (N,) cluster of each image
                     clusters=8,        # how many, by lot; or their numbers
                     n:int=8,           # images of each, by lot
-                    size:int=0,        # pixels of a picture, see `crops`
+                    size:int=0,        # pixels of a picture, see crops
                     seed:int=0,        # of both draws
                     inches:float=.7,   # of a picture
                    ):                  # → matplotlib figure
     "A cluster a row; its size, and where there are labels its purity."
     check_images(images)
     assign = torch.as_tensor(assign).long()
-    check(assign.shape == (len(images),), 'assign', tuple(assign.shape), f"a cluster for each of the {len(images):,} images")
+    check(assign.shape == (len(images),), 'assign', tuple(assign.shape),
+          f"a cluster for each of the {len(images):,} images")
     check(n >= 1, 'n', n, 'at least 1 image')
     sizes = torch.bincount(assign)
     filled, k = sizes.nonzero().flatten(), len(sizes)
-    if isinstance(clusters, int): clusters = filled[torch.randperm(len(filled), generator=generator(seed, 'montage'))[:clusters]]
+    if isinstance(clusters, int):
+        clusters = filled[torch.randperm(len(filled), generator=generator(seed, 'montage'))[:clusters]]
     clusters = torch.as_tensor(clusters).flatten().tolist()
-    check(clusters and all(0 <= c < k and sizes[c] for c in clusters), 'clusters', clusters, 'clusters that have images')
+    check(clusters and all(0 <= c < k and sizes[c] for c in clusters), 'clusters', clusters,
+          'clusters that have images')
     texts, tiles = [f'cluster {c}\n{sizes[c]:,} images' for c in clusters], []
     for c in clusters:
         members = (assign == c).nonzero().flatten()
@@ -293,11 +313,14 @@ def cluster_montage(images:PackedImages,
     fig = show_tiles(tiles, n, inches, texts)
     if images.labels is not None:
         total = lambda l: float(torch.nansum(purity(assign, l, k)[0] * sizes) / len(y))
-        fig.suptitle(f"purity of all clusters: {total(y):.0%}; of shuffled labels: {total(y[torch.randperm(len(y), generator=generator(seed, 'shuffle'))]):.0%}", fontsize=10, x=.01, ha='left')
+        fig.suptitle(f"purity of all clusters: {total(y):.0%}; of shuffled labels: "
+                     f"{total(y[torch.randperm(len(y), generator=generator(seed, 'shuffle'))]):.0%}",
+                     fontsize=10, x=.01, ha='left')
     return fig
 
 # %% ../nbs/10_pictures.ipynb #18220e67
-def nearest_rows(feats:Tensor, queries:Tensor, n:int, but=None)->Tensor: # (Q, n); `but` (Q,): a row that does not count
+def nearest_rows(feats:Tensor, queries:Tensor, n:int, but=None
+                )->Tensor: # (Q, n); but (Q,): a row that does not count
     "Row numbers of the nearest features by cosine, nearest first."
     s = l2_normalize(queries.float()) @ l2_normalize(feats.float()).T
     if but is not None: s[torch.arange(len(s)), but] = -2
@@ -309,8 +332,8 @@ def nearest_images(feats:Tensor,        # (N, D)
                    images:PackedImages, # the N images
                    rows,                # image numbers to start from
                    n:int=8,             # neighbours of each
-                   size:int=0,          # pixels of a picture, see `crops`
-                   queries=None,        # (features, images) that `rows` are of, where those are not the same
+                   size:int=0,          # pixels of a picture, see crops
+                   queries=None,        # (features, images) that rows are of, where those are not the same
                    inches:float=.7,     # of a picture
                   ):                    # → matplotlib figure
     "An image a row, then its neighbours by cosine; framed by label where there are labels."
@@ -318,29 +341,38 @@ def nearest_images(feats:Tensor,        # (N, D)
     qf, qi = queries or (feats, images)
     check_images(images); check_images(qi)
     rows = torch.as_tensor(rows).flatten()
-    for name,f,im in (('feats', feats, images), ('queries', qf, qi)): check(f.ndim == 2 and len(f) == len(im), name, tuple(f.shape), f"a row for each of the {len(im):,} images")
+    for name,f,im in (('feats', feats, images), ('queries', qf, qi)):
+        check(f.ndim == 2 and len(f) == len(im), name, tuple(f.shape),
+              f"a row for each of the {len(im):,} images")
     check(1 <= n < len(feats), 'n', n, f"1 to {len(feats) - 1:,} neighbours")
-    check(len(rows) and 0 <= rows.min() and rows.max() < len(qi), 'rows', rows.tolist(), f"some of 0 to {len(qi) - 1:,}")
-    near, size = nearest_rows(feats, qf[rows], n, None if queries else rows), size or (0 if images.size == qi.size else 96)
+    check(len(rows) and 0 <= rows.min() and rows.max() < len(qi), 'rows', rows.tolist(),
+          f"some of 0 to {len(qi) - 1:,}")
+    near, size = (nearest_rows(feats, qf[rows], n, None if queries else rows),
+                  size or (0 if images.size == qi.size else 96))
     first = crops(qi, rows, size)
     side, pad = first.shape[-1], first.shape[-1] // 8
-    fig = show_tiles([t for q,r in zip(first, near) for t in (q, None, *crops(images, r, size))], n + 2, inches, pad=pad)
+    fig = show_tiles([t for q,r in zip(first, near) for t in (q, None, *crops(images, r, size))], n + 2,
+                     inches, pad=pad)
     if images.labels is None or qi.labels is None: return fig
     colours = plt.rcParams['axes.prop_cycle'].by_key()['color']
     for i,row in enumerate(near.tolist()):
         for j,r in enumerate(row, 2):
-            same, at = bool(images.labels[r] == qi.labels[rows[i]]), (j*(side + pad) - 1.5, i*(first.shape[-2] + pad) - 1.5)
-            fig.axes[0].add_patch(plt.Rectangle(at, side + 2, first.shape[-2] + 2, fill=False, lw=2, color=colours[not same], ls='-' if same else (0, (2, 1)), clip_on=False))
+            same, at = (bool(images.labels[r] == qi.labels[rows[i]]),
+                        (j*(side + pad) - 1.5, i*(first.shape[-2] + pad) - 1.5))
+            fig.axes[0].add_patch(plt.Rectangle(at, side + 2, first.shape[-2] + 2, fill=False, lw=2,
+                                                color=colours[not same], ls='-' if same else (0, (2, 1)),
+                                                clip_on=False))
     return fig
 
 # %% ../nbs/10_pictures.ipynb #e1e629bc
 @styled
-def training_curves(run, # a run folder's path, a `Run`, or its log: a dict an epoch
+def training_curves(run, # a run folder's path, a Run, or its log: a dict an epoch
                    ):    # → matplotlib figure
     "The log of a run as one picture, with what chance would give and what is normal."
     if isinstance(run, (str, Path)):
         file = Path(run)/'log.jsonl'
-        if not file.is_file(): raise FileNotFoundError(f"run: no log.jsonl in {str(run)!r}; expected a run folder")
+        if not file.is_file():
+            raise FileNotFoundError(f"run: no log.jsonl in {str(run)!r}; expected a run folder")
         run = [json.loads(l) for l in file.read_text().splitlines()]
     return draw_log(getattr(run, 'log', run))
 
@@ -382,7 +414,8 @@ def animate(frames,             # matplotlib figures, drawn one by one
     return out.getvalue()
 
 # %% ../nbs/10_pictures.ipynb #8e6e3765
-def lloyd_animation(x:Tensor, init:Tensor, niter:int=4, repair=repair_empty)->bytes: # (N, 2) points, (k, 2) centroids → animated PNG
+def lloyd_animation(x:Tensor, init:Tensor, niter:int=4, repair=repair_empty
+                   )->bytes: # (N, 2) points, (k, 2) centroids → animated PNG
     "Points, centroids and every move they make."
     import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -392,16 +425,23 @@ def lloyd_animation(x:Tensor, init:Tensor, niter:int=4, repair=repair_empty)->by
     check(init.ndim == 2 and init.shape[1] == 2, 'init', tuple(init.shape), '(k, 2) centroids')
     check(niter >= 1, 'niter', niter, 'at least 1')
     def frames():
-        steps, low, high = lloyd_steps(x, init, niter, repair), (x.amin(0) - .5).tolist(), (x.amax(0) + .5).tolist()
+        steps, low, high = (lloyd_steps(x, init, niter, repair), (x.amin(0) - .5).tolist(),
+                            (x.amax(0) + .5).tolist())
         for i,(what, assign, c) in enumerate(steps):
             with matplotlib.style.context(STYLE):
-                fig = Figure(figsize=(5, 3.4), layout='constrained'); FigureCanvasAgg(fig); ax = fig.subplots()
+                fig = Figure(figsize=(5, 3.4), layout='constrained')
+                FigureCanvasAgg(fig)
+                ax = fig.subplots()
                 colour = [v['color'] for v in matplotlib.rcParams['axes.prop_cycle']]
                 for j in range(len(c)):
                     ax.scatter(*x[assign == j].T.numpy(), s=12, color=colour[j % 8], alpha=.55, lw=0)
-                    ax.plot(*torch.stack([s[2][j] for s in steps[:i+1]]).T.numpy(), color=colour[j % 8], lw=1, alpha=.8)
-                    ax.plot(*c[j].tolist(), 'oXsD^vP*'[j % 8], color=colour[j % 8], ms=11, mec='white', mew=1.2)
-                ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xticks=[], yticks=[], title=f'{i}. {what}'); ax.grid(False)
+                    ax.plot(*torch.stack([s[2][j] for s in steps[:i+1]]).T.numpy(), color=colour[j % 8], lw=1,
+                            alpha=.8)
+                    ax.plot(*c[j].tolist(), 'oXsD^vP*'[j % 8], color=colour[j % 8], ms=11, mec='white',
+                            mew=1.2)
+                ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xticks=[], yticks=[],
+                       title=f'{i}. {what}')
+                ax.grid(False)
             yield fig
     return animate(frames())
 
@@ -417,25 +457,36 @@ def umap_plot(feats:dict,          # name → (N, D): a panel each
     import matplotlib.pyplot as plt
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
     check_images(images)
-    check(isinstance(feats, dict) and len(feats), 'feats', type(feats).__name__, 'a dict of name → (N, D) features')
-    for name,f in feats.items(): check(f.ndim == 2 and len(f) == len(images), f'feats[{name!r}]', tuple(f.shape), f"a row for each of the {len(images):,} images")
+    check(isinstance(feats, dict) and len(feats), 'feats', type(feats).__name__,
+          'a dict of name → (N, D) features')
+    for name,f in feats.items():
+        check(f.ndim == 2 and len(f) == len(images), f'feats[{name!r}]', tuple(f.shape),
+              f"a row for each of the {len(images):,} images")
     check(2 <= neighbors < len(images), 'neighbors', neighbors, f"2 to {len(images) - 1:,}")
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')             # of progress bars that nobody asked for
         from umap import UMAP
     fig, axs = plt.subplots(1, len(feats), figsize=(4.6*len(feats), 4.7), squeeze=False, layout='constrained')
-    chosen, y = torch.randperm(len(images), generator=generator(seed, 'thumbnails'))[:thumbnails], images.labels
-    kinds, colours = [None] if y is None else y.unique().tolist(), plt.rcParams['axes.prop_cycle'].by_key()['color']
+    chosen, y = (torch.randperm(len(images), generator=generator(seed, 'thumbnails'))[:thumbnails],
+                 images.labels)
+    kinds, colours = ([None] if y is None else y.unique().tolist(),
+                      plt.rcParams['axes.prop_cycle'].by_key()['color'])
     for ax,(name, f) in zip(axs[0], feats.items()):
-        at = UMAP(n_neighbors=neighbors, metric='cosine', random_state=seed, n_jobs=1).fit_transform(f.float().numpy())
+        at = UMAP(n_neighbors=neighbors, metric='cosine', random_state=seed,
+                  n_jobs=1).fit_transform(f.float().numpy())
         for i,c in enumerate(kinds):
             rows = slice(None) if c is None else (y == c).numpy()
-            ax.scatter(*at[rows].T, s=10, color=colours[i % 8], marker='osD^v'[i // 8 % 5], lw=0, alpha=.7, label=None if c is None else images.classes[c] if images.classes else c)
+            ax.scatter(*at[rows].T, s=10, color=colours[i % 8], marker='osD^v'[i // 8 % 5], lw=0, alpha=.7,
+                       label=None if c is None else images.classes[c] if images.classes else c)
         for t,p in zip(crops(images, chosen), at[chosen]):
-            ax.add_artist(AnnotationBbox(OffsetImage(t.permute(1, 2, 0).numpy(), zoom=15/t.shape[-1]), p, frameon=False))
+            ax.add_artist(AnnotationBbox(OffsetImage(t.permute(1, 2, 0).numpy(), zoom=15/t.shape[-1]), p,
+                                         frameon=False))
         ax.set(xticks=[], yticks=[], xlabel='UMAP 1', ylabel='UMAP 2', title=name); ax.grid(False)
         if y is not None:
             near = nearest_rows(f, f, min(10, len(f) - 1), torch.arange(len(f)))
-            ax.set_title(f'{name}: {float((y[near] == y[:, None]).float().mean()):.0%} of ten neighbours alike')
-    if y is not None and len(kinds) <= 10: fig.legend(*axs[0, 0].get_legend_handles_labels(), loc='outside lower center', ncol=len(kinds), markerscale=2)
+            ax.set_title(f'{name}: {float((y[near] == y[:, None]).float().mean()):.0%} of '
+                         'ten neighbours alike')
+    if y is not None and len(kinds) <= 10:
+        fig.legend(*axs[0, 0].get_legend_handles_labels(), loc='outside lower center', ncol=len(kinds),
+                   markerscale=2)
     return fig

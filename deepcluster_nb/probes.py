@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from .data import PackedImages, generator, load_images, pick
 from .feeding import fits, to_device
-from .augment import center_crop, central_square, image_sizes, random_resized_crop, resample, ten_crop
+from .augment import (center_crop, central_square, image_sizes, random_resized_crop, resample,
+                                    ten_crop)
 from .sobel import normalize
 from .model import ARCHS, center_input, convnet
 from .features import PCA, autocast, compute_features, keep_memory, l2_normalize
@@ -36,55 +37,70 @@ def conv_activations(net,       # a DeepClusterNet
     acts, n = {}, 0
     for m in net.features:
         x = m(x)
-        if isinstance(m, (nn.ReLU, nn.Sequential)): name = f'conv{(n := n + 1)}'           # a stage of a ResNet is a Sequential
+        # a stage of a ResNet is a Sequential
+        if isinstance(m, (nn.ReLU, nn.Sequential)): name = f'conv{(n := n + 1)}'
         elif avgpool and isinstance(m, nn.AdaptiveAvgPool2d): name = 'avgpool'
         else: continue
         acts[name] = each(name, x) if each else x
     return acts
 
 # %% ../nbs/09_probes.ipynb #6f47d23c
-PAPER_POOLS = dict(conv1=(6, 6, 3), conv2=(4, 4, 0), conv3=(3, 3, 1), conv4=(3, 3, 1), conv5=(2, 2, 0))   # kernel, stride, padding
-PAPER_MAPS  = dict(conv1=55, conv2=27, conv3=13, conv4=13, conv5=13)                                       # AlexNet's at 224 px
-POOLS = {(name, c, PAPER_MAPS[name]): PAPER_POOLS[name] for name,c in zip(PAPER_MAPS, (96, 256, 384, 384, 256))}     # name, channels, map
-POOLS |= {('conv1', 64, 112): (10, 10, 4), ('conv2', 256, 56): (16, 8, 0), ('conv3', 512, 28): (13, 5, 0),           # MMSelfSup's, ResNet-50 at 224 px
-          ('conv4', 1024, 14): (8, 3, 0), ('conv5', 2048, 7): (6, 1, 0)}
+# kernel, stride, padding
+PAPER_POOLS = dict(conv1=(6, 6, 3), conv2=(4, 4, 0), conv3=(3, 3, 1), conv4=(3, 3, 1), conv5=(2, 2, 0))
+PAPER_MAPS  = dict(conv1=55, conv2=27, conv3=13, conv4=13, conv5=13)                     # AlexNet's at 224 px
+# name, channels, map
+POOLS = {(name, c, PAPER_MAPS[name]): PAPER_POOLS[name]
+         for name,c in zip(PAPER_MAPS, (96, 256, 384, 384, 256))}
+POOLS |= {('conv1', 64, 112): (10, 10, 4),
+          ('conv2', 256, 56): (16, 8, 0),
+          ('conv3', 512, 28): (13, 5, 0),  # MMSelfSup's, ResNet-50 at 224 px
+          ('conv4', 1024, 14): (8, 3, 0),
+          ('conv5', 2048, 7): (6, 1, 0)}
 
 # %% ../nbs/09_probes.ipynb #32bfac56
 def pool_activation(name:str,                # layer
                     a:Tensor,                # (B, C, h, w)
                     most:int=10_000,         # numbers
-                    count_padding:bool=True, # a border's zeros are part of the average, as in the released code
+                    # a border's zeros are part of the average, as in the released code
+                    count_padding:bool=True,
                    )->Tensor:                # (B, C·g·g)
-    "The published pooling on AlexNet's and ResNet-50's maps at 224 px; elsewhere averages on the largest g × g grid with at most `most` numbers."
-    if pool := POOLS.get((name, a.shape[1], a.shape[-1])): return F.avg_pool2d(a, *pool, count_include_pad=count_padding).flatten(1)
+    ("The published pooling on AlexNet's and ResNet-50's maps at 224 px; "
+     "elsewhere averages on the largest g × g grid with at most `most` numbers.")
+    if pool := POOLS.get((name, a.shape[1], a.shape[-1])):
+        return F.avg_pool2d(a, *pool, count_include_pad=count_padding).flatten(1)
     grid = min(a.shape[-1], max(1, int((most / a.shape[1])**.5)))
     return F.adaptive_avg_pool2d(a, grid).flatten(1)
 
 # %% ../nbs/09_probes.ipynb #33f13186
 @torch.inference_mode()
-def probe_features(net, images:PackedImages, size:int, batch_size:int=256, device='cpu', precision='float32', count_padding=True, avgpool=False)->dict: # 'conv1' … → (N, D) half precision
+def probe_features(net, images:PackedImages, size:int, batch_size:int=256, device='cpu', precision='float32',
+                   count_padding=True, avgpool=False
+                  )->dict: # 'conv1' … → (N, D) half precision
     "Pooled activations of every convolution in one pass; batch norm frozen, the trunk untouched."
     net.eval()
     out = {}
     for idx in torch.arange(len(images)).split(batch_size):
         x = center_input(net, to_device(images.batch(idx), device), size)
         each = lambda name, a: pool_activation(name, a.float(), count_padding=count_padding).half().cpu()
-        with autocast(precision, device): acts = conv_activations(net, x.contiguous(memory_format=torch.channels_last), each, avgpool)
+        with autocast(precision, device):
+            acts = conv_activations(net, x.contiguous(memory_format=torch.channels_last), each, avgpool)
         for name,a in acts.items(): out.setdefault(name, []).append(a)
     return {name: torch.cat(v) for name,v in out.items()}
 
 # %% ../nbs/09_probes.ipynb #70a531a5
 def check_labels(labels): # (N,) tensor; None is an error
-    if labels is None: raise ValueError("labels: a probe needs them and this data set has none; clustering works without")
+    if labels is None:
+        raise ValueError("labels: a probe needs them and this data set has none; clustering works without")
     return torch.as_tensor(labels)
 
 # %% ../nbs/09_probes.ipynb #83e499d0
 def linear_probe(train_x:Tensor, train_y:Tensor, # (N, D) frozen features and their (N,) labels
                  test_x:Tensor, test_y:Tensor,   # the same of other images
-                 epochs:int=0,                   # passes over them; 0 means 15, and up to 100 for few images, to make 1,000 steps
+                 # passes over them; 0 means 15, and up to 100 for few images, to make 1,000 steps
+                 epochs:int=0,
                  batch_size:int=128, lr:float=5., weight_decay:float=1e-5, seed:int=0,
                  device='cpu',                   # where it is trained; the features may lie elsewhere
-                )->dict:                         # accuracies in per cent: 'last' epoch, and 'best' as the released code reports it
+                )->dict: # accuracies in per cent: 'last' epoch, and 'best' as the released code reports it
     "Multinomial logistic regression on standardised features: SGD, momentum .9, cosine learning rate."
     train_y, test_y = check_labels(train_y), check_labels(test_y)
     (n, d), classes = train_x.shape, int(train_y.max()) + 1
@@ -93,7 +109,8 @@ def linear_probe(train_x:Tensor, train_y:Tensor, # (N, D) frozen features and th
     mean = sum(b.to(device).float().sum(0) for b in train_x.split(4096)) / n
     var  = sum((b.to(device).float() - mean).pow(2).sum(0) for b in train_x.split(4096)) / n
     scale = 1 / ((var + .01*var.mean()).sqrt() * d**.5)                # rows of length about 1, whatever D
-    w = torch.zeros(classes, d, device=device, requires_grad=True); b = torch.zeros(classes, device=device, requires_grad=True)
+    w = torch.zeros(classes, d, device=device, requires_grad=True)
+    b = torch.zeros(classes, device=device, requires_grad=True)
     def logits(x): # the weights are standardised, not each batch
         v = w * scale
         return F.linear(x.to(device).float(), v, b - v @ mean)
@@ -104,12 +121,15 @@ def linear_probe(train_x:Tensor, train_y:Tensor, # (N, D) frozen features and th
     accuracies = []
     for epoch in range(epochs):
         order = torch.randperm(n, generator=generator(seed, 'probe', epoch))
-        for idx,y in zip(order.to(train_x.device).split(batch_size), train_y[order.to(device)].split(batch_size)):
+        for idx,y in zip(order.to(train_x.device).split(batch_size),
+                         train_y[order.to(device)].split(batch_size)):
             loss = F.cross_entropy(logits(train_x[idx]), y)
             opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
-        if (epochs - 1 - epoch) % max(1, epochs // 15): continue               # about 15 looks at the test images, the last epoch among them
+        # about 15 looks at the test images, the last epoch among them
+        if (epochs - 1 - epoch) % max(1, epochs // 15): continue
         with torch.no_grad():
-            right = sum((logits(x).argmax(1) == y).sum() for x,y in zip(test_x.split(1024), test_y.split(1024)))
+            right = sum((logits(x).argmax(1) == y).sum()
+                        for x,y in zip(test_x.split(1024), test_y.split(1024)))
         accuracies.append(100 * float(right) / len(test_y))
     return dict(last=accuracies[-1], best=max(accuracies))
 
@@ -121,20 +141,26 @@ def knn_accuracy(train_x:Tensor, train_y:Tensor, # (N, D) features and their (N,
                 )->float:         # per cent
     "Weighted k nearest neighbours by cosine."
     train_y, test_y = check_labels(train_y).cpu(), check_labels(test_y).cpu()
-    if not 1 <= k <= len(train_x): raise ValueError(f"k: expected 1 to {len(train_x):,} neighbours, the number of training points, got {k:,}")
+    if not 1 <= k <= len(train_x):
+        raise ValueError(f"k: expected 1 to {len(train_x):,} neighbours, "
+                         f"the number of training points, got {k:,}")
     train_x, right = l2_normalize(train_x.float()), 0
     for x,y in zip(test_x.split(512), test_y.split(512)):
         s,i = (t.cpu() for t in (l2_normalize(x.float()) @ train_x.T).topk(k))
-        votes = torch.zeros(len(x), int(train_y.max()) + 1).scatter_add_(1, train_y[i], ((s - s[:, :1])/T).exp())   # the same votes, and no overflow; on the CPU, which adds them in order
+        # the same votes, and no overflow; on the CPU, which adds them in order
+        votes = (torch.zeros(len(x), int(train_y.max()) + 1)
+                 .scatter_add_(1, train_y[i], ((s - s[:, :1])/T).exp()))
         right += int((votes.argmax(1) == y).sum())
     return 100 * right / len(test_y)
 
 # %% ../nbs/09_probes.ipynb #62f66881
 def cluster_accuracy(assign:Tensor, labels:Tensor)->float: # per cent
-    "Clusters named by the best one-to-one match with the labels (Hungarian); points of unmatched clusters count as wrong."
+    ("Clusters named by the best one-to-one match with the labels (Hungarian); "
+     "points of unmatched clusters count as wrong.")
     from scipy.optimize import linear_sum_assignment
     a, y = torch.as_tensor(assign).long(), check_labels(labels).long()
-    table = torch.bincount(a * (int(y.max()) + 1) + y, minlength=(int(a.max()) + 1) * (int(y.max()) + 1)).view(int(a.max()) + 1, -1)
+    table = torch.bincount(a * (int(y.max()) + 1) + y,
+                           minlength=(int(a.max()) + 1) * (int(y.max()) + 1)).view(int(a.max()) + 1, -1)
     rows, cols = linear_sum_assignment(-table.numpy())
     return 100 * float(table[rows, cols].sum()) / len(y)
 
@@ -146,18 +172,22 @@ def cluster_measures(f:Tensor,      # (N, D) clustered features
                     )->dict:        # k, accuracy and accuracy_chance in per cent, nmi, nmi_chance, ami
     "k-means with a cluster a class, held against the labels."
     y = check_labels(labels).long()
-    if len(f) < f.shape[1]: f = torch.linalg.qr(f.T).R.T        # N points span at most N dimensions: the same points, turned into those
+    # N points span at most N dimensions: the same points, turned into those
+    if len(f) < f.shape[1]: f = torch.linalg.qr(f.T).R.T
     x = l2_normalize(PCA(pca).fit(f).transform(f))
     a = kmeans(x, len(y.unique()), 20, seed).assign.cpu()
     shuffled = a[torch.randperm(len(a), generator=generator(seed, 'chance'))]
-    return dict(k=len(y.unique()), accuracy=cluster_accuracy(a, y), accuracy_chance=cluster_accuracy(shuffled, y), nmi=nmi(a, y), nmi_chance=chance_nmi(a, y, seed), ami=ami(a, y))
+    return dict(k=len(y.unique()), accuracy=cluster_accuracy(a, y),
+                accuracy_chance=cluster_accuracy(shuffled, y), nmi=nmi(a, y),
+                nmi_chance=chance_nmi(a, y, seed), ami=ami(a, y))
 
 # %% ../nbs/09_probes.ipynb #b24fcdd4
 def probe_crop(images,     # (B, C, H, W), or a list of (C, H, W)
                size:int,   # pixels wanted
                generator,  # where the draws come from
               )->Tensor:   # (B, C, size, size)
-    "Training view of the linear probes: a window of 7/8 of the central square's side, anywhere in it, mirrored half of the time."
+    ("Training view of the linear probes: "
+     "a window of 7/8 of the central square's side, anywhere in it, mirrored half of the time.")
     sizes = image_sizes(images)
     side, short = central_square(sizes, size), sizes.amin(1, keepdim=True).float()
     places = max(1, round(size / 7))                                    # 256 − 224 = 32 steps at 224
@@ -173,56 +203,64 @@ def probe_lr(lr:float, weight_decay:float, t:int)->float: # t: steps done
 # %% ../nbs/09_probes.ipynb #25a55481
 @dataclass
 class ProbeConfig:
-    "Everything that decides an evaluation; presets, the notebook `probe` and the command line use these names. The values are the paper's."
-    weights:str = ''               # a run folder or a released file; empty: the networks to compare with, alone
-    sha256:str = ''                # of the released file; empty: that of its first use
-    dataset:str = 'digits'         # one of `data.DATASETS`
-    root:str = ''                  # folder of the data; $DEEPCLUSTER_DATA where empty
-    n_images:int = 0               # training images, a random subset; 0 for all
-    n_test:int = 0                 # test images; 0 for all
-    size:int = 0                   # pixels of the crops; 0: those that the weights were trained on
-    arch:str = 'alexnet_small'     # where no weights are given
-    sobel:bool = True              # likewise
-    protocol:str = 'paper'         # 'paper': new crops in every epoch; 'cached': central crops once, `linear_probe`
-    layers:str = ''                # such as 'conv3 conv5'; empty: all
+    ("Everything that decides an evaluation; "
+     "presets, the notebook `probe` and the command line use these names. The values are the paper's.")
+    weights:str = ''           # a run folder or a released file; empty: the networks to compare with, alone
+    sha256:str = ''            # of the released file; empty: that of its first use
+    dataset:str = 'digits'     # one of data.DATASETS
+    root:str = ''              # folder of the data; $DEEPCLUSTER_DATA where empty
+    n_images:int = 0           # training images, a random subset; 0 for all
+    n_test:int = 0             # test images; 0 for all
+    size:int = 0               # pixels of the crops; 0: those that the weights were trained on
+    arch:str = 'alexnet_small' # where no weights are given
+    sobel:bool = True          # likewise
+    protocol:str = 'paper'     # 'paper': new crops in every epoch; 'cached': central crops once, linear_probe
+    layers:str = ''            # such as 'conv3 conv5'; empty: all
     epochs:int = 90
     batch_size:int = 256
     lr:float = .01
     momentum:float = .9
     weight_decay:float = 1e-7
     nesterov:bool = False
-    schedule:str = 'released'      # `probe_lr`, or 'steps': a tenth after 1/3 and after 2/3
-    head_norm:bool = False         # batch norm without weights in front of each probe
-    crops:str = 'window'           # `probe_crop`, or 'resized': `random_resized_crop`
-    ten_crops:bool = True          # test on ten crops too
-    test_every:int = 1             # epochs between tests; the last epoch is always one
-    count_padding:bool = True      # pools count the zeros of the border
-    supervised:int = 90            # epochs of the same network with labels; 0: leave it out
-    min_scale:float = .08          # its smallest crop
-    dropout:float = .5             # and its dropout
-    n_bank:int = 50_000            # training images for neighbours and k-means, at random; 0 for all
-    pca:int = 256                  # dimensions of that k-means
+    schedule:str = 'released'  # probe_lr, or 'steps': a tenth after 1/3 and after 2/3
+    head_norm:bool = False     # batch norm without weights in front of each probe
+    crops:str = 'window'       # probe_crop, or 'resized': random_resized_crop
+    ten_crops:bool = True      # test on ten crops too
+    test_every:int = 1         # epochs between tests; the last epoch is always one
+    count_padding:bool = True  # pools count the zeros of the border
+    supervised:int = 90        # epochs of the same network with labels; 0: leave it out
+    min_scale:float = .08      # its smallest crop
+    dropout:float = .5         # and its dropout
+    n_bank:int = 50_000        # training images for neighbours and k-means, at random; 0 for all
+    pca:int = 256              # dimensions of that k-means
     precision:str = 'auto'
     device:str = 'auto'
     seed:int = 0
-    run_dir:str = ''               # where everything is kept; nowhere when empty
+    run_dir:str = ''           # where everything is kept; nowhere when empty
 
 # %% ../nbs/09_probes.ipynb #ac72827c
 def resolve_probe(config:ProbeConfig)->ProbeConfig: # a checked copy, with 'auto' replaced
     "Every impossible value is an error here, before any work starts."
     for f in fields(config):
         v = getattr(config, f.name)
-        check(type(v) is f.type or (f.type is float and type(v) is int), f.name, v, f"a value of type {f.type.__name__}")
+        check(type(v) is f.type or (f.type is float and type(v) is int), f.name, v,
+              f"a value of type {f.type.__name__}")
     check(config.arch in ARCHS, 'arch', config.arch, 'one of ' + ', '.join(ARCHS))
     shared = {f.name: getattr(config, f.name) for f in fields(Config) if hasattr(config, f.name)}
-    c = resolve(Config(**shared | dict(size=config.size or usual_size(config.arch))))          # which knows what is possible
-    for name, known in dict(protocol=('paper', 'cached'), schedule=('released', 'steps'), crops=('window', 'resized')).items():
+    # which knows what is possible
+    c = resolve(Config(**shared | dict(size=config.size or usual_size(config.arch))))
+    for name, known in dict(protocol=('paper', 'cached'), schedule=('released', 'steps'),
+                            crops=('window', 'resized')).items():
         check(getattr(config, name) in known, name, getattr(config, name), 'one of ' + ', '.join(known))
-    for name, low in dict(epochs=1, test_every=1, supervised=0, n_bank=0).items(): check(getattr(config, name) >= low, name, getattr(config, name), f"at least {low}")
+    for name, low in dict(epochs=1, test_every=1, supervised=0, n_bank=0).items():
+        check(getattr(config, name) >= low, name, getattr(config, name), f"at least {low}")
     check(not config.nesterov or config.momentum > 0, 'nesterov', config.nesterov, "False, for momentum is 0")
-    if config.weights and not (Path(config.weights).is_file() or (Path(config.weights)/'params.yaml').is_file()):
-        raise FileNotFoundError(f"weights: no run and no file at {config.weights!r}; expected the folder of a run of train, or a released file")
-    if config.sha256: check(Path(config.weights).is_file(), 'sha256', config.sha256, "none, for weights is not a file")
+    if config.weights and not (Path(config.weights).is_file()
+                               or (Path(config.weights)/'params.yaml').is_file()):
+        raise FileNotFoundError(f"weights: no run and no file at {config.weights!r}; "
+                                "expected the folder of a run of train, or a released file")
+    if config.sha256:
+        check(Path(config.weights).is_file(), 'sha256', config.sha256, "none, for weights is not a file")
     return replace(config, device=c.device, precision=c.precision)
 
 def usual_size(arch:str)->int: # pixels that the architecture was made for
@@ -236,24 +274,33 @@ class Heads(nn.Module):
                  classes:int, norm:bool=False, seed:int=0):
         super().__init__()
         self.linear = nn.ModuleDict({n: nn.Linear(f.shape[1], classes) for n,f in feats.items()})
-        self.norm = nn.ModuleDict({n: nn.BatchNorm1d(channels[n], affine=False) for n in feats}) if norm else None
+        self.norm = (nn.ModuleDict({n: nn.BatchNorm1d(channels[n], affine=False) for n in feats}) if norm
+                     else None)
         for n,l in self.linear.items():
-            for p in l.parameters(): nn.init.uniform_(p, -l.in_features**-.5, l.in_features**-.5, generator=generator(seed, 'probe', n, p.ndim))
+            for p in l.parameters():
+                nn.init.uniform_(p, -l.in_features**-.5, l.in_features**-.5,
+                                 generator=generator(seed, 'probe', n, p.ndim))
     def forward(self, feats:dict)->dict: # name → (B, D) in, name → (B, classes) out
-        if self.norm: feats = {n: self.norm[n](f.view(len(f), self.norm[n].num_features, -1)).flatten(1) for n,f in feats.items()}
+        if self.norm:
+            feats = {n: self.norm[n](f.view(len(f), self.norm[n].num_features, -1)).flatten(1)
+                     for n,f in feats.items()}
         return {n: l(feats[n]) for n,l in self.linear.items()}
 
 # %% ../nbs/09_probes.ipynb #1e7bb687
 def pooled(net, x:Tensor, config:ProbeConfig)->dict: # name → (B, D) float32
     "What the probes see: one forward pass, each layer pooled at once."
     wanted = config.layers.replace(',', ' ').split()
-    each = lambda name, a: pool_activation(name, a.float(), count_padding=config.count_padding) if not wanted or name in wanted else None
-    with torch.no_grad(), autocast(config.precision, config.device): feats = conv_activations(net, x.contiguous(memory_format=torch.channels_last), each, avgpool=True)
-    if missing := set(wanted) - set(feats): raise ValueError(f"layers: expected some of {', '.join(feats)}, got {', '.join(sorted(missing))}")
+    each = (lambda name, a: pool_activation(name, a.float(), count_padding=config.count_padding) if not wanted
+                            or name in wanted else None)
+    with torch.no_grad(), autocast(config.precision, config.device):
+        feats = conv_activations(net, x.contiguous(memory_format=torch.channels_last), each, avgpool=True)
+    if missing := set(wanted) - set(feats):
+        raise ValueError(f"layers: expected some of {', '.join(feats)}, got {', '.join(sorted(missing))}")
     return {n: f for n,f in feats.items() if f is not None}
 
 @torch.no_grad()
-def probe_accuracies(net, heads:Heads, images:PackedImages, config:ProbeConfig)->dict: # name → center, and ten where asked: per cent
+def probe_accuracies(net, heads:Heads, images:PackedImages, config:ProbeConfig
+                    )->dict: # name → center, and ten where asked: per cent
     "Central crop, and the mean of the softmaxes of ten crops; the fifth of those is the central one."
     heads.eval()
     right, ten, device = {}, config.ten_crops, config.device
@@ -261,14 +308,16 @@ def probe_accuracies(net, heads:Heads, images:PackedImages, config:ProbeConfig)-
         x, y = to_device(images.batch(idx), device), to_device(images.labels[idx], device)
         x = ten_crop(x, config.size) if ten else center_crop(x, config.size)[:, None]
         for n,l in heads(pooled(net, normalize(x.flatten(0, 1)), config)).items():
-            l, r = l.view(*x.shape[:2], -1), right.setdefault(n, dict.fromkeys(('center', 'ten') if ten else ('center',), 0))
+            l, r = (l.view(*x.shape[:2], -1),
+                    right.setdefault(n, dict.fromkeys(('center', 'ten') if ten else ('center',), 0)))
             r['center'] += (l[:, 4 if ten else 0].argmax(1) == y).sum()
             if ten: r['ten'] += (l.softmax(2).mean(1).argmax(1) == y).sum()
     return {n: {crop: 100*int(count)/len(images) for crop,count in r.items()} for n,r in right.items()}
 
 # %% ../nbs/09_probes.ipynb #ddb406e4
-def last_and_best(tests:list)->dict: # of `probe_accuracies`' results, in order → name → crop → last, best
-    return {n: {crop: dict(last=r, best=max(t[n][crop] for t in tests)) for crop,r in tests[-1][n].items()} for n in tests[-1]}
+def last_and_best(tests:list)->dict: # of probe_accuracies' results, in order → name → crop → last, best
+    return {n: {crop: dict(last=r, best=max(t[n][crop] for t in tests)) for crop,r in tests[-1][n].items()}
+            for n in tests[-1]}
 
 def train_probes(net,                # frozen
                  train:PackedImages, # with labels
@@ -282,8 +331,10 @@ def train_probes(net,                # frozen
     net.eval()
     some = normalize(center_crop(to_device(train.batch(torch.arange(2)), c.device), c.size))
     shapes = conv_activations(net, some, lambda n, a: a.shape[1], avgpool=True)
-    heads = Heads(pooled(net, some, c), shapes, max(int(train.labels.max()) + 1, len(train.classes)), c.head_norm, c.seed).to(c.device)
-    opt = torch.optim.SGD(heads.parameters(), c.lr, c.momentum, weight_decay=c.weight_decay, nesterov=c.nesterov)
+    heads = Heads(pooled(net, some, c), shapes, max(int(train.labels.max()) + 1, len(train.classes)),
+                  c.head_norm, c.seed).to(c.device)
+    opt = torch.optim.SGD(heads.parameters(), c.lr, c.momentum, weight_decay=c.weight_decay,
+                          nesterov=c.nesterov)
     saved = load_checkpoint(folder) if folder else None
     first, tests = (saved[0], saved[3]['tests']) if saved else (0, [])
     if saved: put_back(heads, (opt,), saved[2])
@@ -292,14 +343,19 @@ def train_probes(net,                # frozen
         batches = steps(torch.randperm(len(train), generator=generator(c.seed, 'probe', epoch)), c.batch_size)
         for step,idx in enumerate(batches):
             g, t = generator(c.seed, 'probe crop', epoch, step), epoch*len(batches) + step
-            opt.param_groups[0]['lr'] = probe_lr(c.lr, c.weight_decay, t) if c.schedule == 'released' else c.lr * .1**(3*epoch // c.epochs)
+            opt.param_groups[0]['lr'] = (probe_lr(c.lr, c.weight_decay, t) if c.schedule == 'released' else
+                                         c.lr * .1**(3*epoch // c.epochs))
             x = to_device(train.batch(idx), c.device)
-            x = probe_crop(x, c.size, g) if c.crops == 'window' else random_resized_crop(x, c.size, g, (c.min_scale, 1.))
-            loss = sum(F.cross_entropy(l, y[to_device(idx, c.device)]) for l in heads(pooled(net, normalize(x), c)).values())
+            x = (probe_crop(x, c.size, g) if c.crops == 'window' else
+                 random_resized_crop(x, c.size, g, (c.min_scale, 1.)))
+            loss = sum(F.cross_entropy(l, y[to_device(idx, c.device)])
+                       for l in heads(pooled(net, normalize(x), c)).values())
             opt.zero_grad(); loss.backward(); opt.step()
             if after: after(step + 1, len(batches), epoch, tests)
-        if not loss.isfinite(): raise FloatingPointError(f"the probes' loss is not finite in epoch {epoch}; try a smaller lr")
-        if (epoch + 1) % c.test_every == 0 or epoch + 1 == c.epochs: tests.append(probe_accuracies(net, heads, test, c))
+        if not loss.isfinite():
+            raise FloatingPointError(f"the probes' loss is not finite in epoch {epoch}; try a smaller lr")
+        if (epoch + 1) % c.test_every == 0 or epoch + 1 == c.epochs:
+            tests.append(probe_accuracies(net, heads, test, c))
         if folder: save_checkpoint(folder, epoch + 1, learnt(heads, (opt,)), dict(tests=tests))
     return last_and_best(tests)
 
@@ -308,20 +364,25 @@ def supervised(train:PackedImages, # with labels
                config:ProbeConfig, # resolved, with arch, sobel and a size
                folder=None,        # where to keep a checkpoint an epoch, and to go on from
                after=None,         # called with (steps done in the epoch, steps, epoch)
-               lr:float=.05, weight_decay:float=1e-4, # at the start; larger than DeepCluster's, for these epochs are repeated
+               # at the start; larger than DeepCluster's, for these epochs are repeated
+               lr:float=.05, weight_decay:float=1e-4,
               ):                   # → DeepClusterNet in evaluation mode
     "The same network trained on the labels: `train_epoch` with the true partition."
     y, classes = check_labels(train.labels), max(int(train.labels.max()) + 1, len(train.classes))
-    c = Config(arch=config.arch, sobel=config.sobel, size=config.size, k=classes, batch_size=min(config.batch_size, 128), dropout=config.dropout,
-               min_scale=config.min_scale, precision=config.precision, device=config.device, seed=config.seed)
+    c = Config(arch=config.arch, sobel=config.sobel, size=config.size, k=classes,
+               batch_size=min(config.batch_size, 128), dropout=config.dropout, min_scale=config.min_scale,
+               precision=config.precision, device=config.device, seed=config.seed)
     net = convnet(c.arch, classes, c.sobel, c.dropout, c.seed).to(c.device, memory_format=torch.channels_last)
-    opt = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr, .9, weight_decay=weight_decay, fused=True)
+    opt = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr, .9, weight_decay=weight_decay,
+                          fused=True)
     saved = load_checkpoint(folder) if folder else None
     if saved: put_back(net, (opt,), saved[2])
     for epoch in range(saved[0] if saved else 0, config.supervised):
-        opt.defaults['lr'] = lr * (1 + math.cos(math.pi*epoch/config.supervised)) / 2       # where `train_epoch` looks
+        # where train_epoch looks
+        opt.defaults['lr'] = lr * (1 + math.cos(math.pi*epoch/config.supervised)) / 2
         order = torch.randperm(len(train), generator=generator(c.seed, 'supervised', epoch))
-        train_epoch(net, train, order, y, (opt,), c, epoch, after and (lambda done, n, *_: after(done, n, epoch)))
+        train_epoch(net, train, order, y, (opt,), c, epoch,
+                    after and (lambda done, n, *_: after(done, n, epoch)))
         if folder: save_checkpoint(folder, epoch + 1, learnt(net, (opt,)), {})
     return net.eval()
 
@@ -329,34 +390,42 @@ def supervised(train:PackedImages, # with labels
 def measure(net,                # any DeepClusterNet
             train:PackedImages, test:PackedImages, # with labels
             config:ProbeConfig, # resolved, with a size
-            folder=None, after=None, # as of `train_probes`
+            folder=None, after=None, # as of train_probes
            )->dict:             # probes, knn (temperature → per cent), clusters
     "Linear probes, neighbours and clusters."
     c, how = config, dict(device=config.device, precision=config.precision)
     if c.device == 'cpu': keep_memory()
     if c.protocol == 'paper': probes = train_probes(net, train, test, c, folder, after)
     else:
-        a, b = (probe_features(net, im, c.size, count_padding=c.count_padding, avgpool=True, **how) for im in (train, test))
-        probes = {n: dict(center=linear_probe(a[n], train.labels, b[n], test.labels, seed=c.seed, device=c.device)) for n in c.layers.replace(',', ' ').split() or a}
+        a, b = (probe_features(net, im, c.size, count_padding=c.count_padding, avgpool=True, **how)
+                for im in (train, test))
+        probes = {n: dict(center=linear_probe(a[n], train.labels, b[n], test.labels, seed=c.seed,
+                                              device=c.device))
+                  for n in c.layers.replace(',', ' ').split() or a}
     bank = train.subset(pick(len(train), c.n_bank if c.n_bank < len(train) else 0, c.seed))
     f, g = (compute_features(net, im, c.size, **how).to(c.device) for im in (bank, test))
     knn = {f'{T:g}': knn_accuracy(f, bank.labels, g, test.labels, min(200, len(f)), T) for T in (.07, .1)}
     return dict(probes=probes, knn=knn, clusters=cluster_measures(f, bank.labels, c.pca, c.seed))
 
 # %% ../nbs/09_probes.ipynb #953eb632
-def evaluate(net, train:PackedImages, test:PackedImages, size:int, device='cpu', precision='float32', seed:int=0)->dict: # probes, knn
+def evaluate(net, train:PackedImages, test:PackedImages, size:int, device='cpu', precision='float32',
+             seed:int=0
+            )->dict: # probes, knn
     "Linear probes on every convolution and neighbours on the clustered features, in per cent."
     check_labels(train.labels); check_labels(test.labels)
     how = dict(device=device, precision=precision)
     a, b = (probe_features(net, im, size, **how) for im in (train, test))
-    probes = {name: linear_probe(a[name], train.labels, b[name], test.labels, seed=seed, device=device) for name in a}
+    probes = {name: linear_probe(a[name], train.labels, b[name], test.labels, seed=seed, device=device)
+              for name in a}
     f, g = (compute_features(net, im, size, **how).to(device) for im in (train, test))
     return dict(probes=probes, knn=knn_accuracy(f, train.labels, g, test.labels, min(200, len(f))))
 
 # %% ../nbs/09_probes.ipynb #489743a4
 MOST_PROBED = 50_000   # training images of the probes
 
-def held_out(config, train:PackedImages, most:int=MOST_PROBED): # (train, test) for the probes, or None where there are no labels; `most` 0: all
+def held_out(config, train:PackedImages,
+             # (train, test) for the probes, or None where there are no labels; most 0: all
+             most:int=MOST_PROBED):
     "The data set's own test split; for an own folder without one, a fifth of the training images."
     if train.labels is None: return None
     if most and len(train) > most: train = train.subset(pick(len(train), most, config.seed))
@@ -368,5 +437,7 @@ def held_out(config, train:PackedImages, most:int=MOST_PROBED): # (train, test) 
         n = max(1, len(train) // 5)
         return train.subset(order[n:].sort().values), train.subset(order[:n].sort().values)
     check_labels(test.labels)
-    if test.classes != train.classes: raise ValueError(f"classes: expected those of the training images, {train.classes}, in the test images, got {test.classes}")
+    if test.classes != train.classes:
+        raise ValueError(f"classes: expected those of the training images, {train.classes}, "
+                         f"in the test images, got {test.classes}")
     return train, test

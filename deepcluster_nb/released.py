@@ -32,10 +32,14 @@ def check_sha256(path,         # the file
                  sha256=None,  # the checksum that it should have, where that is known
                 )->str:        # the checksum that it has
     "An error where a file is not the one that was pinned, or not the one of last time."
-    if sha256 is not None and not re.fullmatch('[0-9a-fA-F]{64}', str(sha256)): raise ValueError(f"sha256: expected 64 hexadecimal digits, got {sha256!r}")
+    if sha256 is not None and not re.fullmatch('[0-9a-fA-F]{64}', str(sha256)):
+        raise ValueError(f"sha256: expected 64 hexadecimal digits, got {sha256!r}")
     found, noted = file_sha256(path), Path(record).read_text().split()[:1] if Path(record).exists() else []
-    expected, source = (sha256.lower(), 'sha256') if sha256 else (noted[0], str(record)) if noted else (found, '')
-    if found != expected: raise ValueError(f"path: {str(path)!r} has the sha256 {found}, but {source} says {expected}: it is another file, or a damaged one")
+    expected, source = ((sha256.lower(), 'sha256') if sha256 else
+                        (noted[0], str(record)) if noted else (found, ''))
+    if found != expected:
+        raise ValueError(f"path: {str(path)!r} has the sha256 {found}, but {source} says {expected}: "
+                         "it is another file, or a damaged one")
     return found
 
 # %% ../nbs/17_released.ipynb #5376bb4c
@@ -46,32 +50,51 @@ def read_tensors(path)->dict: # what the file holds, on the CPU
             warnings.simplefilter('ignore')     # what PyTorch thinks of an odd pickle before it refuses it
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:              # whatever a broken pickle can raise
-        if code := re.search(r'GLOBAL (\S+)', str(e)): raise ValueError(f"path: {str(path)!r} wants to run {code[1]}; only tensors are read from it") from None
-        raise ValueError(f"path: {str(path)!r} is no PyTorch file, or a damaged one ({type(e).__name__}: {str(e).strip().splitlines()[0][:100] if str(e).strip() else 'no more is known'})") from None
+        if code := re.search(r'GLOBAL (\S+)', str(e)):
+            raise ValueError(f"path: {str(path)!r} wants to run {code[1]}; "
+                             "only tensors are read from it") from None
+        raise ValueError(f"path: {str(path)!r} is no PyTorch file, or a damaged one "
+                         f"({type(e).__name__}: "
+                         f"{str(e).strip().splitlines()[0][:100] if str(e).strip() else 'no more is known'}"
+                         ")") from None
 
 # %% ../nbs/17_released.ipynb #196e0bab
-def released_state(saved,  # of `read_tensors`
+def released_state(saved,  # of read_tensors
                    path,   # for the errors
                   )->dict: # arch, k, sobel, epoch, and state: name → float32 tensor under our names
     "The authors' layout, checked to the last name and shape."
     wrong = lambda text: ValueError(f"path: {str(path)!r} {text}")
     if not isinstance(saved, dict) or not {'arch', 'state_dict'} <= saved.keys():
-        raise wrong(f"holds {', '.join(map(repr, list(saved)[:5])) or 'nothing' if isinstance(saved, dict) else type(saved).__name__}, expected the keys 'arch' and 'state_dict'")
+        raise wrong(
+            "holds "
+            f"{', '.join(map(repr, list(saved)[:5])) or 'nothing' if isinstance(saved, dict) else type(saved).__name__}, "
+            "expected the keys 'arch' and 'state_dict'")
     arch, state = saved['arch'], saved['state_dict']
-    if arch not in ('alexnet', 'vgg16'): raise wrong(f"is of the network {arch!r}, expected 'alexnet' or 'vgg16'")
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()): raise wrong("has no tensors in its state_dict")
+    if arch not in ('alexnet', 'vgg16'):
+        raise wrong(f"is of the network {arch!r}, expected 'alexnet' or 'vgg16'")
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise wrong("has no tensors in its state_dict")
     state = {re.sub(r'(^|\.)module\.', r'\1', str(n)): t for n,t in state.items()}
     bias, sobel = state.get('top_layer.bias'), 'sobel.0.weight' in state
-    if bias is None or bias.ndim != 1 or not len(bias): raise wrong(f"has no 'top_layer.bias' with a number a cluster ({'missing' if bias is None else tuple(bias.shape)})")
+    if bias is None or bias.ndim != 1 or not len(bias):
+        raise wrong("has no 'top_layer.bias' with a number a cluster "
+                    f"({'missing' if bias is None else tuple(bias.shape)})")
     with torch.device('meta'): expected = convnet(arch, len(bias), sobel).state_dict()
     counters = {n for n in expected if n.endswith('num_batches_tracked')}
-    missing, more = [n for n in expected if n not in state and n not in counters], [n for n in state if n not in expected]
-    if missing or more: raise wrong('; '.join(f"{what} {', '.join(names[:5])}{f' and {len(names) - 5} more' if names[5:] else ''}" for what,names in (('lacks', missing), ('has, unexpected,', more)) if names))
+    missing, more = ([n for n in expected if n not in state and n not in counters],
+                     [n for n in state if n not in expected])
+    if missing or more:
+        raise wrong('; '.join(
+            f"{what} {', '.join(names[:5])}{f' and {len(names) - 5} more' if names[5:] else ''}"
+            for what,names in (('lacks', missing), ('has, unexpected,', more)) if names))
     for n,t in state.items():
-        if t.shape != expected[n].shape: raise wrong(f"has {n} of shape {tuple(t.shape)}, expected {tuple(expected[n].shape)}")
-        if n not in counters and not t.is_floating_point(): raise wrong(f"has {n} of type {t.dtype}, expected floating point")
+        if t.shape != expected[n].shape:
+            raise wrong(f"has {n} of shape {tuple(t.shape)}, expected {tuple(expected[n].shape)}")
+        if n not in counters and not t.is_floating_point():
+            raise wrong(f"has {n} of type {t.dtype}, expected floating point")
     state = {n: torch.zeros((), dtype=torch.int64) if n in counters else state[n].float() for n in expected}
-    return dict(arch=arch, k=len(bias), sobel=sobel, epoch=saved.get('epoch') if isinstance(saved.get('epoch'), int) else None, state=state)
+    return dict(arch=arch, k=len(bias), sobel=sobel,
+                epoch=saved.get('epoch') if isinstance(saved.get('epoch'), int) else None, state=state)
 
 # %% ../nbs/17_released.ipynb #034735eb
 def tensors_sha256(tensors:dict)->str: # name → tensor
@@ -83,35 +106,47 @@ def tensors_sha256(tensors:dict)->str: # name → tensor
 def save_converted(out:Path, found:dict, sha256:str):
     "What `released_state` found, as safetensors: whole or absent."
     tensors = {n: t.contiguous() for n,t in found['state'].items()}
-    about = {k: v for k,v in found.items() if k != 'state'} | dict(sha256=sha256, tensors=tensors_sha256(tensors))
+    about = ({k: v for k,v in found.items() if k != 'state'}
+             | dict(sha256=sha256, tensors=tensors_sha256(tensors)))
     tmp = out.with_name(f'{out.name}.{os.getpid()}.tmp')
     try:
         save_file(tensors, tmp, dict(released=json.dumps(about)))
         os.replace(tmp, out)
     finally: tmp.unlink(missing_ok=True)
 
-def read_converted(path)->dict: # as `released_state`, and sha256 of the original
+def read_converted(path)->dict: # as released_state, and sha256 of the original
     "The inverse; an error for any other file, and for a damaged one."
     try:
-        with safe_open(path, 'pt') as f: about, state = json.loads((f.metadata() or {})['released']), {n: f.get_tensor(n).clone() for n in f.keys()}   # not mapped: nobody can change it later
-    except (SafetensorError, KeyError, ValueError) as e: raise ValueError(f"path: {str(path)!r} is no whole file of load_released ({e})") from None
-    if tensors_sha256(state) != about['tensors']: raise ValueError(f"path: {str(path)!r} is damaged: its tensors have another checksum than it says")
+        with safe_open(path, 'pt') as f:  # not mapped: nobody can change it later
+            about, state = (json.loads((f.metadata() or {})['released']),
+                            {n: f.get_tensor(n).clone() for n in f.keys()})
+    except (SafetensorError, KeyError, ValueError) as e:
+        raise ValueError(f"path: {str(path)!r} is no whole file of load_released ({e})") from None
+    if tensors_sha256(state) != about['tensors']:
+        raise ValueError(f"path: {str(path)!r} is damaged: its tensors have another checksum than it says")
     return about | dict(state=state)
 
 # %% ../nbs/17_released.ipynb #f6df3e12
-def load_released(path,          # the authors' file, or one that this function converted
-                  sha256=None,   # checksum that the authors' file must have; else that of the first use counts
-                  to=None,       # where the converted file goes; beside the original where not given
+def load_released(path,         # the authors' file, or one that this function converted
+                  sha256=None,  # checksum that the authors' file must have; else that of the first use counts
+                  to=None,      # where the converted file goes; beside the original where not given
                  )->DeepClusterNet: # in evaluation mode, on the CPU
     "The released AlexNet or VGG-16: read as tensors only, checked, kept as safetensors."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"path: no file {str(path)!r}; the authors' are at https://dl.fbaipublicfiles.com/deepcluster/alexnet/checkpoint.pth.tar, and the same with vgg16")
+    if not path.is_file():
+        raise FileNotFoundError(f"path: no file {str(path)!r}; the authors' are at "
+                                "https://dl.fbaipublicfiles.com/deepcluster/alexnet/checkpoint.pth.tar, "
+                                "and the same with vgg16")
     if path.suffix == '.safetensors':
         found = read_converted(path)
-        if sha256 and sha256.lower() != found['sha256']: raise ValueError(f"path: {str(path)!r} was made from a file with the sha256 {found['sha256']}, but sha256 says {sha256}")
+        if sha256 and sha256.lower() != found['sha256']:
+            raise ValueError(f"path: {str(path)!r} was made from a file with the sha256 {found['sha256']}, "
+                             f"but sha256 says {sha256}")
     else:
         out = Path(to or f'{path}.safetensors')
-        if out.suffix != '.safetensors' or not out.parent.is_dir(): raise ValueError(f"to: expected a name that ends in .safetensors, in a folder that exists, got {str(out)!r}")
+        if out.suffix != '.safetensors' or not out.parent.is_dir():
+            raise ValueError("to: expected a name that ends in .safetensors, "
+                             f"in a folder that exists, got {str(out)!r}")
         record = out.with_suffix('.sha256')
         sha, found = check_sha256(path, record, sha256), None
         if out.exists():
@@ -129,17 +164,22 @@ def load_released(path,          # the authors' file, or one that this function 
 # %% ../nbs/17_released.ipynb #934d2ca5
 def open_run(path): # → Run
     "A run of `train` from its folder; another experiment's folder is an error."
-    try: return load_run(path)
-    except TypeError as e: raise ValueError(f"run_dir: {str(path)!r} is the folder of another experiment than train ({e})") from None
+    try:
+        return load_run(path)
+    except TypeError as e:
+        raise ValueError(f"run_dir: {str(path)!r} is the folder of another "
+                         f"experiment than train ({e})") from None
 
-def load_weights(path,         # a run folder, or a file for `load_released`
+def load_weights(path,         # a run folder, or a file for load_released
                  sha256=None,  # of the authors' file
                 ):             # (network in evaluation mode, pixels that it was trained on, arch)
     "A network to evaluate: our own, or the authors'."
     if not Path(path).is_dir():
         net = load_released(path, sha256)
         return net, 224, 'vgg16' if len(net.features) > 20 else 'alexnet'
-    if sha256: raise ValueError(f"sha256: it is for the authors' files, but {str(path)!r} is a run folder, whose checkpoints have checksums of their own")
+    if sha256:
+        raise ValueError(f"sha256: it is for the authors' files, but {str(path)!r} is a run folder, "
+                         "whose checkpoints have checksums of their own")
     run = open_run(path)
     return run.net.eval(), run.config.size, run.config.arch
 

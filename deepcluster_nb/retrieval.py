@@ -24,15 +24,19 @@ def rmac_regions(h:int, w:int,   # of the map
                  levels:int=3,
                 )->Tensor:       # (R, 4) left, top, width, height
     "Squares of `levels` sizes, spread evenly (Tolias, Sicre and Jégou, section 3.2)."
-    if min(h, w, levels) < 1: raise ValueError(f"levels: expected at least 1, and a map of at least 1 × 1, got {levels} and {h} × {w}")
+    if min(h, w, levels) < 1:
+        raise ValueError("levels: expected at least 1, and a map of at least 1 × 1, "
+                         f"got {levels} and {h} × {w}")
     short, extra = min(h, w), 0
-    gaps = np.arange(1, 7, dtype=np.float32)                                       # single precision settles ties as the released code does
-    if h != w: extra = int(abs((short**2 - short * (abs(w - h) / gaps)) / short**2 - .4).argmin()) + 1     # more squares along the long side
+    gaps = np.arange(1, 7, dtype=np.float32)         # single precision settles ties as the released code does
+    # more squares along the long side
+    if h != w: extra = int(abs((short**2 - short * (abs(w - h) / gaps)) / short**2 - .4).argmin()) + 1
     out = []
     for l in range(1, levels + 1):
         side = max(1, 2*short // (l + 1))
         half = side//2 - 1
-        at = lambda length, n: [math.floor(half + (length - side) / max(1, n - 1) * i) - half for i in range(n)]
+        at = lambda length, n: [math.floor(half + (length - side) / max(1, n - 1) * i) - half
+                                for i in range(n)]
         out += [(x, y, side, side) for y in at(h, l + extra*(h > w)) for x in at(w, l + extra*(w > h))]
     return torch.tensor(out)
 
@@ -41,12 +45,13 @@ def rmac(a:Tensor,       # (C, h, w) activations
          levels:int=3,
         )->Tensor:       # (R, C) rows of length 1
     "The maximum of each channel in each region."
-    return l2_normalize(torch.stack([a[:, y:y+h, x:x+w].amax((1, 2)) for x,y,w,h in rmac_regions(*a.shape[1:], levels).tolist()]))
+    return l2_normalize(torch.stack([a[:, y:y+h, x:x+w].amax((1, 2))
+                                     for x,y,w,h in rmac_regions(*a.shape[1:], levels).tolist()]))
 
 # %% ../nbs/13_retrieval.ipynb #711ad23b
 def scaled(im:Tensor,  # (C, H, W) uint8
            side:int,   # pixels of the larger side
-           box=None,   # (left, top, right, bottom) in pixels of `im`
+           box=None,   # (left, top, right, bottom) in pixels of im
           )->Tensor:   # (C, h, w) float32
     "Resize with Pillow's antialiased filter, then cut the box out."
     H, W = im.shape[1:]
@@ -56,7 +61,9 @@ def scaled(im:Tensor,  # (C, H, W) uint8
     out = weights(H, h) @ im.float() @ weights(W, w).T
     if box is None: return out
     l, t, r, b = (max(0, round(v * ratio)) for v in box)
-    if not (l < min(r, w) and t < min(b, h)): raise ValueError(f"box: expected left < right and top < bottom inside {W} × {H} pixels, got {tuple(box)}")
+    if not (l < min(r, w) and t < min(b, h)):
+        raise ValueError(f"box: expected left < right and top < bottom inside {W} × {H} "
+                         f"pixels, got {tuple(box)}")
     return out[:, t:b, l:r]
 
 # %% ../nbs/13_retrieval.ipynb #dd4faa42
@@ -64,7 +71,7 @@ def scaled(im:Tensor,  # (C, H, W) uint8
 def region_vectors(net, im:Tensor,     # a DeepClusterNet; (3, H, W) uint8
                    sides=(1024,),      # pixels of the larger side, one or several scales
                    levels:int=3, box=None, device='cpu', precision='float32',
-                  )->list:             # for each of `sides` (R, C), rows of length 1
+                  )->list:             # for each of sides (R, C), rows of length 1
     "Maxima over regions of the last maps, without the network's last pool."
     net.eval()
     out = []
@@ -78,7 +85,7 @@ def region_vectors(net, im:Tensor,     # a DeepClusterNet; (3, H, W) uint8
 def learn_whitening(net, paths,      # a DeepClusterNet; image files of the other city
                     dim:int=512,     # directions kept
                     progress=None,   # called with (images done, N)
-                    **how,           # of `region_vectors`
+                    **how,           # of region_vectors
                    )->PCA:
     "PCA of all regions of all images."
     if not len(paths): raise ValueError("paths: whitening needs images, got none")
@@ -97,7 +104,7 @@ def aggregate(vectors:list, pca:PCA)->Tensor: # (R, C) of each scale → (D,)
 def descriptors(net, paths, pca:PCA,  # a DeepClusterNet; image files
                 boxes=None,           # one for each path, or None: whole images
                 progress=None,        # called with (images done, N)
-                **how,                # of `region_vectors`
+                **how,                # of region_vectors
                )->Tensor:             # (N, D), rows of length 1
     "One vector an image."
     out = []
@@ -127,17 +134,23 @@ class Query:
     positive:set    # names of good and ok images
     junk:set
 
-PARIS_BROKEN = dict(louvre=(136, 146), moulinrouge=(422,), museedorsay=(1059,), notredame=(188,), pantheon=(284, 960, 974), pompidou=(195, 196, 201, 467, 640),
-                    sacrecoeur=(299, 330, 353), triomphe=(662, 833, 863, 867))
+PARIS_BROKEN = dict(louvre=(136, 146), moulinrouge=(422,), museedorsay=(1059,), notredame=(188,),
+                    pantheon=(284, 960, 974), pompidou=(195, 196, 201, 467, 640), sacrecoeur=(299, 330, 353),
+                    triomphe=(662, 833, 863, 867))
 BROKEN = {f'paris_{place}_{i:06d}' for place,numbers in PARIS_BROKEN.items() for i in numbers}
 
 # %% ../nbs/13_retrieval.ipynb #20bb2ff6
-PLACES = ("put the images into ROOT/jpg and the ground truth's *_query.txt, *_good.txt, *_ok.txt and *_junk.txt into ROOT/lab; "
-          "the ground truth is at https://www.robots.ox.ac.uk/~vgg/data/oxbuildings/ and …/parisbuildings/, whose terms say how to get the images")
+PLACES = ("put the images into ROOT/jpg and the ground truth's *_query.txt, *_good.txt, "
+          "*_ok.txt and *_junk.txt into ROOT/lab; "
+          "the ground truth is at https://www.robots.ox.ac.uk/~vgg/data/oxbuildings/ and …/parisbuildings/, "
+          "whose terms say how to get the images")
 
 def known(query:Query, images:dict)->Query: # the same, if its image is there
-    if query.image not in images: raise ValueError(f"queries: expected the image of {query.name!r} among the {len(images):,} images, got {query.image!r}")
-    if not query.positive: raise ValueError(f"queries: expected something to be found for {query.name!r}, got nothing")
+    if query.image not in images:
+        raise ValueError(f"queries: expected the image of {query.name!r} among the {len(images):,} images, "
+                         f"got {query.image!r}")
+    if not query.positive:
+        raise ValueError(f"queries: expected something to be found for {query.name!r}, got nothing")
     return query
 
 # %% ../nbs/13_retrieval.ipynb #e45955c5
@@ -153,9 +166,12 @@ def read_oxford(root,     # holds jpg/ and lab/
     for f in files:
         name = f.name[:-len('_query.txt')]
         image, *box = f.read_text().split()
-        if len(box) != 4: raise ValueError(f"queries: expected an image and four numbers in {str(f)!r}, got {f.read_text()!r}")
+        if len(box) != 4:
+            raise ValueError(f"queries: expected an image and four numbers in {str(f)!r}, "
+                             f"got {f.read_text()!r}")
         good, ok, junk = (names(lab/f'{name}_{kind}.txt') for kind in ('good', 'ok', 'junk'))
-        queries.append(known(Query(name, image.removeprefix('oxc1_'), tuple(map(float, box)), good | ok, junk), images))
+        queries.append(known(Query(name, image.removeprefix('oxc1_'), tuple(map(float, box)), good | ok,
+                                   junk), images))
     return images, queries
 
 # %% ../nbs/13_retrieval.ipynb #ff4ad5c8
@@ -164,19 +180,28 @@ def read_queries(folder,  # of images, as deep as you like
                 )->tuple: # ({name: path}, [Query])
     "A folder of your own, with its list of queries."
     folder, file = Path(folder), Path(file)
-    if not folder.is_dir(): raise FileNotFoundError(f"root: no folder {str(folder)!r}; expected one with images")
-    if not file.is_file(): raise FileNotFoundError(f"queries: no file {str(file)!r}; expected CSV with the columns query, box, positive, junk, or *_query.txt files in {str(folder/'lab')!r}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"root: no folder {str(folder)!r}; expected one with images")
+    if not file.is_file():
+        raise FileNotFoundError(f"queries: no file {str(file)!r}; expected CSV with the columns query, box, "
+                                f"positive, junk, or *_query.txt files in {str(folder/'lab')!r}")
     images, queries = {p.relative_to(folder).as_posix(): p for p in image_files(folder)[0]}, []
     split = lambda text: {n.strip() for n in (text or '').split(';') if n.strip()}
     with open(file, newline='', encoding='utf-8') as f:
         for row in csv.DictReader(f):
-            if not {'query', 'positive'} <= row.keys(): raise ValueError(f"queries: expected the columns query, box, positive and junk in {str(file)!r}, got {', '.join(row)}")
+            if not {'query', 'positive'} <= row.keys():
+                raise ValueError("queries: expected the columns query, box, "
+                                 f"positive and junk in {str(file)!r}, got {', '.join(row)}")
             positive, junk = split(row['positive']), split(row.get('junk'))
-            if missing := sorted((positive | junk) - images.keys()): raise ValueError(f"queries: expected paths inside {str(folder)!r}, got {missing[0]!r}")
+            if missing := sorted((positive | junk) - images.keys()):
+                raise ValueError(f"queries: expected paths inside {str(folder)!r}, got {missing[0]!r}")
             try: box = tuple(float(v) for v in (row.get('box') or '').replace(',', ' ').split()) or None
             except ValueError: box = ()
-            if box is not None and len(box) != 4: raise ValueError(f"queries: expected four numbers or nothing as the box of {row['query']!r}, got {row['box']!r}")
-            queries.append(known(Query(row['query'], row['query'], box, positive, junk | ({row['query']} - positive)), images))
+            if box is not None and len(box) != 4:
+                raise ValueError(f"queries: expected four numbers or nothing as the box of {row['query']!r}, "
+                                 f"got {row['box']!r}")
+            queries.append(known(Query(row['query'], row['query'], box, positive,
+                                       junk | ({row['query']} - positive)), images))
     if not queries: raise ValueError(f"queries: expected at least one in {str(file)!r}, got none")
     return images, queries
 
@@ -185,7 +210,8 @@ def paint(pixels:np.ndarray, outlines)->np.ndarray: # (H, W, 3); (name, x, y, ra
     "Outlines onto a photograph."
     h, w, _ = pixels.shape
     for name, x, y, r, ink in outlines:
-        pixels = np.where(OUTLINES[name]((np.arange(w) - x) / r, (np.arange(h)[:, None] - y) / r)[..., None], pixels + ink, pixels)
+        pixels = np.where(OUTLINES[name]((np.arange(w) - x) / r, (np.arange(h)[:, None] - y) / r)[..., None],
+                          pixels + ink, pixels)
     return pixels
 
 def made_city(folder,          # gets jpg and lab
@@ -193,38 +219,49 @@ def made_city(folder,          # gets jpg and lab
               others:int=12,   # photographs without a landmark
               seed:int=0,
              )->Path:
-    "A small tree in the format of Oxford5k: four good, an ok and a junk photograph of each landmark, and others."
+    ("A small tree in the format of Oxford5k: "
+     "four good, an ok and a junk photograph of each landmark, and others.")
     folder, names = Path(folder), list(OUTLINES)
     for sub in ('jpg', 'lab'): (folder/sub).mkdir(parents=True, exist_ok=True)
     g = np.random.default_rng([seed, 7])
-    draw = lambda n, low, high: [(names[g.integers(5)], *g.uniform(-1, 1, 2), g.uniform(low, high), g.choice([-1, 1]) * g.uniform(30, 60)) for _ in range(n)]
+    draw = lambda n, low, high: [(names[g.integers(5)], *g.uniform(-1, 1, 2), g.uniform(low, high),
+                                  g.choice([-1, 1]) * g.uniform(30, 60)) for _ in range(n)]
     towers = [draw(8, .2, .5) for _ in range(landmarks)]
     kinds = ['good']*4 + ['ok', 'junk']
-    for n, (tower, kind) in enumerate([(t, k) for t in range(landmarks) for k in kinds] + [(None, 'other')]*others):
+    for n, (tower, kind) in enumerate([(t, k) for t in range(landmarks) for k in kinds]
+                                      + [(None, 'other')]*others):
         h, w = g.integers(120, 180, 2)
         pixels = g.uniform(90, 160, 3) + g.normal(0, 6, (h, w, 1))
         pixels = paint(pixels, [(c, (x + 1)*w/2, (y + 1)*h/2, 40*r, ink) for c,x,y,r,ink in draw(6, .1, .4)])
         name = f'city{seed}_{n:06d}'
         if tower is not None:
             size = g.uniform(.25, .4) * min(h, w)
-            out = dict(good=1.2, ok=.1, junk=-.7)[kind] * size         # how far the middle lies inside the picture
-            x, y = g.uniform(1.2*size, w - 1.2*size) if kind == 'good' else out, g.uniform(1.2*size, h - 1.2*size)
-            pixels = paint(pixels, [(c, x + size*u, y + size*v, size*r, ink) for c,u,v,r,ink in towers[tower]])
+            out = dict(good=1.2, ok=.1, junk=-.7)[kind] * size    # how far the middle lies inside the picture
+            x, y = (g.uniform(1.2*size, w - 1.2*size) if kind == 'good' else out,
+                    g.uniform(1.2*size, h - 1.2*size))
+            pixels = paint(pixels,
+                           [(c, x + size*u, y + size*v, size*r, ink) for c,u,v,r,ink in towers[tower]])
             label = folder/'lab'/f'tower{tower}_1'
             with open(f'{label}_{kind}.txt', 'w' if n % 6 in (0, 4, 5) else 'a') as f: f.write(name + '\n')
-            if n % 6 == 0: Path(f'{label}_query.txt').write_text(f'oxc1_{name} ' + ' '.join(f'{v:.1f}' for v in (x - 1.2*size, y - 1.2*size, x + 1.2*size, y + 1.2*size)) + '\n')
-        Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)).save(folder/'jpg'/f'{name}.jpg', quality=92)
+            if n % 6 == 0:
+                Path(f'{label}_query.txt').write_text(
+                    f'oxc1_{name} '
+                    + ' '.join(f'{v:.1f}' for v in (x - 1.2*size, y - 1.2*size, x + 1.2*size, y + 1.2*size))
+                    + '\n')
+        (Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+         .save(folder/'jpg'/f'{name}.jpg', quality=92))
     return folder
 
 # %% ../nbs/13_retrieval.ipynb #2a2d8c76
 def search(net, images:dict, queries:list, pca:PCA, # {name: path}; [Query]
-           progress=None, **how,                    # of `region_vectors`
+           progress=None, **how,                    # of region_vectors
           )->list:                                  # for each query the names, the most similar first
     "Describe everything, compare, rank."
     x = descriptors(net, list(images.values()), pca, progress=progress, **how)
     q = descriptors(net, [images[k.image] for k in queries], pca, [k.box for k in queries], **how)
     names = list(images)
-    return [[names[i] for i in row] for row in (q @ x.T).argsort(dim=1, descending=True, stable=True).tolist()]
+    return [[names[i] for i in row]
+            for row in (q @ x.T).argsort(dim=1, descending=True, stable=True).tolist()]
 
 def retrieval_map(rankings:list, queries:list)->tuple: # (mAP, AP of each query by name), in per cent
     "Mean average precision over the queries."

@@ -51,11 +51,14 @@ def save_checkpoint(folder,        # made where it is missing
                     state:dict,    # whatever JSON can hold
                     step:int=0,    # steps done in the epoch after those
                    ):
-    "Tensors, then the JSON file that makes them count; then all but this checkpoint and the one before is removed."
+    ("Tensors, then the JSON file that makes them count; "
+     "then all but this checkpoint and the one before is removed.")
     for name,n,most in (('epoch', epoch, 99_999), ('step', step, 9_999_999)):
         if not 0 <= n <= most: raise ValueError(f"{name}: expected 0 to {most:,}, got {n}")
     wrong = [k for k,v in tensors.items() if not isinstance(v, torch.Tensor)]
-    if wrong: raise ValueError(f"tensors: expected a tensor under every name, got {type(tensors[wrong[0]]).__name__} under {wrong[0]!r}")
+    if wrong:
+        raise ValueError("tensors: expected a tensor under every name, "
+                         f"got {type(tensors[wrong[0]]).__name__} under {wrong[0]!r}")
     try: record = json.loads(json.dumps(dict(epoch=epoch, step=step, state=state)))
     except TypeError as e: raise ValueError(f"state: expected what JSON can hold, but {e}") from None
     data = st_save({k: v.contiguous() for k,v in tensors.items()})
@@ -79,11 +82,14 @@ def load_checkpoint(folder): # (epoch, step, tensors, state) of the newest whole
             data = path.with_name(f'{path.stem}-{sha[:8]}.safetensors').read_bytes()
             if checksum(data, record) != sha: raise ValueError('the checksum differs')
             found = record['epoch'], record['step'], st_load(data), record['state']
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e: damaged.append(f"{path} ({e})")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
+            damaged.append(f"{path} ({e})")
         else:
             if damaged: warnings.warn(f"damaged checkpoint: {', '.join(damaged)}; going on from {path}")
             return found
-    if damaged: warnings.warn(f"damaged checkpoint: {', '.join(damaged)}; none is whole, so the run starts from the beginning")
+    if damaged:
+        warnings.warn(f"damaged checkpoint: {', '.join(damaged)}; "
+                      "none is whole, so the run starts from the beginning")
 
 # %% ../nbs/07_runs.ipynb #d2ef5392
 FULL = errno.ENOSPC, errno.EDQUOT    # what the system says when nothing fits any more
@@ -97,15 +103,20 @@ class RunFolder:
                 ):
         self.path, self.params, self.full = Path(path), params, False
         file = self.path/'params.yaml'
-        try: text = yaml.safe_dump(params, sort_keys=False)
-        except yaml.YAMLError as e: raise ValueError(f"params: expected numbers, strings and lists, got {e.args[-1]!r}") from None
+        try:
+            text = yaml.safe_dump(params, sort_keys=False)
+        except yaml.YAMLError as e:
+            raise ValueError(f"params: expected numbers, strings and lists, got {e.args[-1]!r}") from None
         if self.path.is_file(): raise ValueError(f"run_dir: expected a folder, but {str(path)!r} is a file")
         if file.exists():
             was, now = yaml.safe_load(file.read_text()) or {}, yaml.safe_load(text)
             differ = [f"{k}: {was.get(k)!r} there, {now.get(k)!r} now" for k in {**was, **now}
                       if k not in free and was.get(k) != now.get(k)]
-            if differ: raise ValueError(f"run_dir: {str(path)!r} holds a run with other parameters ({'; '.join(differ)}); choose another folder")
-        for sub in ('checkpoint', 'assignments', 'figures'): (self.path/sub).mkdir(parents=True, exist_ok=True)
+            if differ:
+                raise ValueError(f"run_dir: {str(path)!r} holds a run with other parameters "
+                                 f"({'; '.join(differ)}); choose another folder")
+        for sub in ('checkpoint', 'assignments', 'figures'):
+            (self.path/sub).mkdir(parents=True, exist_ok=True)
         if not file.exists(): self.write('params.yaml', text)
 
     def write(self, name, data): # text or bytes
@@ -114,7 +125,9 @@ class RunFolder:
     def save(self, epoch:int, tensors:dict, state:dict, step:int=0): # a checkpoint
         self.safely(save_checkpoint, self.path/'checkpoint', epoch, tensors, state, step)
 
-    def safely(self, write, *args): # on a full disk once more, in the room of the reserve; `full` tells the loop to stop
+    def safely(self, write,
+               # on a full disk once more, in the room of the reserve; full tells the loop to stop
+               *args):
         try: write(*args)
         except OSError as e:
             if e.errno not in FULL or not self.reserve.exists(): raise
@@ -143,7 +156,8 @@ class Stopped(KeyboardInterrupt):
 @contextmanager
 def signals_to(handler): # called with (number, frame)
     "Inside this block, SIGTERM and Ctrl-C call the handler instead of ending the process."
-    if threading.current_thread() is not threading.main_thread(): yield; return        # only the main thread may listen
+    # only the main thread may listen
+    if threading.current_thread() is not threading.main_thread(): yield; return
     before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
     try: yield
     finally:
@@ -179,32 +193,41 @@ class Guard:
                  folder:RunFolder,
                  minutes:float=10,        # between checkpoints inside an epoch
                  clock=time.monotonic,    # seconds
-                ): self.folder, self.minutes, self.clock, self.asked, self.last = folder, minutes, clock, [], clock()
+                ):
+        self.folder, self.minutes, self.clock, self.asked, self.last = folder, minutes, clock, [], clock()
 
     @contextmanager
     def held(self, size:int=0,     # bytes of a checkpoint
              more:int=0,           # bytes of everything else that the run will write
              patience:float=2,     # seconds to wait for a process that is just ending
             ):
-        "Nobody else writes to the folder inside this block, signals are noted, and there is room for one more checkpoint."
+        ("Nobody else writes to the folder inside this block, signals are noted, "
+         "and there is room for one more checkpoint.")
         room, holder = self.folder.path/'checkpoint', self.folder.path/'checkpoint'/'holder'
         lock = FileLock(room/'lock')
         try: lock.acquire(timeout=patience)
         except Timeout:
-            raise ValueError(f"run_dir: {str(self.folder.path)!r} is in use by {held_by(self.folder.path)}; let it finish, or choose another folder") from None
+            raise ValueError(f"run_dir: {str(self.folder.path)!r} is in use by {held_by(self.folder.path)}; "
+                             "let it finish, or choose another folder") from None
         try:
             there = sum(p.stat().st_size for p in room.iterdir())
-            need, free = 4*size + more - there, shutil.disk_usage(room).free       # the last two checkpoints, the one being written, and the reserve
-            if need > free: raise ValueError(f"run_dir: this run needs {amount(need)} more in {str(self.folder.path)!r}, but {amount(free)} are free")
+            # the last two checkpoints, the one being written, and the reserve
+            need, free = 4*size + more - there, shutil.disk_usage(room).free
+            if need > free:
+                raise ValueError(f"run_dir: this run needs {amount(need)} more in {str(self.folder.path)!r}, "
+                                 f"but {amount(free)} are free")
             with open(self.folder.reserve, 'wb') as f:
                 if size and hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, size)
                 else:
                     for _ in range(0, size, 2**20): f.write(bytes(2**20))
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since "
+                              f"{time.strftime('%Y-%m-%d %H:%M:%S')}")
             with signals_noted() as self.asked: yield self
         except OSError as e:
             if e.errno not in FULL: raise
-            raise OSError(e.errno, f"run_dir: the disk of {str(self.folder.path)!r} is full; what was saved is whole: free some space, and the same command goes on from there") from None
+            raise OSError(e.errno,
+                          f"run_dir: the disk of {str(self.folder.path)!r} is full; what was saved is whole: "
+                          "free some space, and the same command goes on from there") from None
         finally:
             for p in (self.folder.reserve, holder): p.unlink(missing_ok=True)
             lock.release()
@@ -213,14 +236,18 @@ class Guard:
         return 'the disk is full' if self.folder.full else f'{self.asked[0]} came' if self.asked else ''
 
     def __call__(self,
-                 save=None,       # called with nothing, writes the state as it is now; None where the last checkpoint is as good
+                 # called with nothing, writes the state as it is
+                 # now; None where the last checkpoint is as good
+                 save=None,
                  due:bool=False,  # save in any case
                 ):
         "Save if it is time; save and stop if there is a reason."
         if save and (due or self.why() or self.clock() - self.last > 60*self.minutes):
             save()
             self.last = self.clock()
-        if self.why(): raise Stopped(f"{self.why()}: the state is saved in {str(self.folder.path)!r}; the same command goes on from there")
+        if self.why():
+            raise Stopped(f"{self.why()}: the state is saved in {str(self.folder.path)!r}; "
+                          "the same command goes on from there")
 
 # %% ../nbs/07_runs.ipynb #cae1de3c
 def duration(seconds)->str: # such as '1 h 05 min', '3 min 20 s', '8 s'
@@ -229,10 +256,11 @@ def duration(seconds)->str: # such as '1 h 05 min', '3 min 20 s', '8 s'
     return f"{s//60} min {s%60:02d} s" if s >= 60 else f"{s} s"
 
 # %% ../nbs/07_runs.ipynb #0201434a
-def progress_line(p:dict)->str: # what `Progress` shows and keeps in progress.json
+def progress_line(p:dict)->str: # what Progress shows and keeps in progress.json
     done = int(20 * p['fraction'])
     left = 'estimating' if p['seconds_left'] is None else duration(p['seconds_left'])
-    return f"{'█'*done}{'░'*(20-done)} epoch {p['epoch']+1}/{p['epochs']} · {p['phase']} {p['done']:,}/{p['total']:,} · time left: {left}"
+    return (f"{'█'*done}{'░'*(20-done)} epoch {p['epoch']+1}/{p['epochs']} · {p['phase']} "
+            f"{p['done']:,}/{p['total']:,} · time left: {left}")
 
 # %% ../nbs/07_runs.ipynb #38159263
 def in_notebook(): # a Jupyter kernel, which papermill uses too
@@ -241,7 +269,8 @@ def in_notebook(): # a Jupyter kernel, which papermill uses too
 
 # %% ../nbs/07_runs.ipynb #742ba359
 class Progress:
-    "Epoch, phase and time left: one line that stays in place in a terminal or a notebook, and progress.json for whoever looks in from outside."
+    ("Epoch, phase and time left: one line that stays in place in a terminal or a notebook, "
+     "and progress.json for whoever looks in from outside.")
     def __init__(self,
                  epochs:int,           # of the whole run
                  first:int=0,          # done before this start
@@ -255,20 +284,22 @@ class Progress:
                  share:float): # how much of the epoch is behind, 0 to 1
         "Call it as often as you like: it shows something at most twice a second."
         now = self.clock()
-        if share > .999: return self.clear()                   # an epoch is over: room for what is printed about it
+        if share > .999: return self.clear()             # an epoch is over: room for what is printed about it
         if now - self.shown < .5: return
         self.shown = now
-        behind = epoch - self.first + share                    # of this start
+        behind = epoch - self.first + share              # of this start
         left = (now - self.start) * (self.epochs - epoch - share) / behind if behind > .3 else None
         self.show(dict(epoch=epoch, epochs=self.epochs, phase=phase, done=done, total=total,
                        fraction=(epoch + share) / self.epochs, seconds_left=left))
 
     def show(self, p:dict):
         if self.folder:                                        # not worth stopping a run for
-            with suppress(OSError): write_atomic(Path(self.folder)/'progress.json', json.dumps(p).encode(), sync=False)
+            with suppress(OSError):
+                write_atomic(Path(self.folder)/'progress.json', json.dumps(p).encode(), sync=False)
         line = progress_line(p)
         if sys.stderr.isatty():                                # a line that wraps can't be taken back
-            print('\r' + line[:shutil.get_terminal_size().columns - 1] + '\033[K', end='', file=sys.stderr, flush=True)
+            print('\r' + line[:shutil.get_terminal_size().columns - 1] + '\033[K', end='', file=sys.stderr,
+                  flush=True)
         elif in_notebook():
             from IPython.display import display
             data = {'text/plain': line}
@@ -282,44 +313,58 @@ class Progress:
         self.clear()
         if self.folder:
             with suppress(OSError): (Path(self.folder)/'progress.json').unlink()
-        if self.handle: self.handle.update({'text/plain': f'finished in {duration(self.clock() - self.start)}'}, raw=True)
+        if self.handle:
+            self.handle.update({'text/plain': f'finished in {duration(self.clock() - self.start)}'}, raw=True)
 
 # %% ../nbs/07_runs.ipynb #f499f5b4
-#| code-fold: true
 def training_curves(log:list): # dicts, one an epoch, as in log.jsonl → matplotlib figure
     "The log as one picture, with what chance would give and what is normal."
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
-    keys = ('epoch', 'loss', 'ln_k', 'nmi_prev', 'ami_prev', 'nmi_prev_chance', 'nmi_labels', 'ami_labels', 'n_empty', 'cluster_sizes')
+    keys = ('epoch', 'loss', 'ln_k', 'nmi_prev', 'ami_prev', 'nmi_prev_chance', 'nmi_labels', 'ami_labels',
+            'n_empty', 'cluster_sizes')
     missing = [k for k in keys if any(k not in r for r in log)]
-    if missing: raise ValueError(f"log: expected records as in log.jsonl, got some without {', '.join(missing)}")
+    if missing:
+        raise ValueError(f"log: expected records as in log.jsonl, got some without {', '.join(missing)}")
     get = lambda key: [math.nan if r[key] is None else r[key] for r in log]
-    blue, red, grey = '#0072B2', '#D55E00', '#666666'                           # told apart by every kind of eye
+    blue, red, grey = '#0072B2', '#D55E00', '#666666'                        # told apart by every kind of eye
     fig, axs = plt.subplots(2, 2, figsize=(9, 6.4), sharex=True, layout='constrained')
     epochs, sizes = get('epoch'), get('cluster_sizes')
-    dot, dash, floor = dict(marker='o', ms=3), dict(marker='s', ms=3, ls='--'), dict(color='black', ls=':', lw=1.8, zorder=3)
+    dot, dash, floor = (dict(marker='o', ms=3), dict(marker='s', ms=3, ls='--'),
+                        dict(color='black', ls=':', lw=1.8, zorder=3))
     def panel(ax, title, normal, ylabel, **kwargs):
         ax.set_title(title, loc='left', fontsize=11, pad=20)
         ax.text(0, 1.02, 'normal: ' + normal, transform=ax.transAxes, fontsize=8.5, color=grey, va='bottom')
         ax.margins(y=.15); ax.set(ylabel=ylabel, **kwargs)
-        ax.spines[['top', 'right']].set_visible(False); ax.grid(axis='y', alpha=.25); ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.spines[['top', 'right']].set_visible(False)
+        ax.grid(axis='y', alpha=.25)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         if ax.lines: ax.legend(fontsize=8.5, frameon=False)
     ax = axs[0, 0]
-    ax.plot(epochs, get('loss'), color=blue, label='loss', **dot); ax.plot(epochs, get('ln_k'), label='ln k: a blind guess', **floor)
+    ax.plot(epochs, get('loss'), color=blue, label='loss', **dot)
+    ax.plot(epochs, get('ln_k'), label='ln k: a blind guess', **floor)
     ax.fill_between(epochs, get('loss'), get('ln_k'), color=blue, alpha=.08, lw=0)
-    panel(ax, 'Training loss', 'clearly below ln k; on it, nothing is learnt', 'cross-entropy (nats)', ylim=(0, None))
+    panel(ax, 'Training loss', 'clearly below ln k; on it, nothing is learnt', 'cross-entropy (nats)',
+          ylim=(0, None))
     ax = axs[0, 1]
-    ax.plot(epochs, get('nmi_prev'), color=blue, label='NMI', **dot); ax.plot(epochs, get('ami_prev'), color=red, label='AMI: chance taken out', **dash)
+    ax.plot(epochs, get('nmi_prev'), color=blue, label='NMI', **dot)
+    ax.plot(epochs, get('ami_prev'), color=red, label='AMI: chance taken out', **dash)
     ax.plot(epochs, get('nmi_prev_chance'), label='NMI by chance', **floor)
-    panel(ax, 'Agreement with the previous clustering', 'rises, levels off (in the paper below 0.8)', 'NMI, AMI', ylim=(0, 1))
+    panel(ax, 'Agreement with the previous clustering', 'rises, levels off (in the paper below 0.8)',
+          'NMI, AMI', ylim=(0, 1))
     ax = axs[1, 0]
     if any(r['nmi_labels'] is not None for r in log):
-        ax.plot(epochs, get('nmi_labels'), color=blue, label='NMI', **dot); ax.plot(epochs, get('ami_labels'), color=red, label='AMI: chance taken out', **dash)
+        ax.plot(epochs, get('nmi_labels'), color=blue, label='NMI', **dot)
+        ax.plot(epochs, get('ami_labels'), color=red, label='AMI: chance taken out', **dash)
     else: ax.text(.5, .5, 'no labels', ha='center', color=grey, transform=ax.transAxes)
-    panel(ax, 'Agreement with the labels (never trained on)', 'rises slowly, far from 1', 'NMI, AMI', xlabel='epoch', ylim=(0, None))
+    panel(ax, 'Agreement with the labels (never trained on)', 'rises slowly, far from 1', 'NMI, AMI',
+          xlabel='epoch', ylim=(0, None))
     ax = axs[1, 1]
-    ax.fill_between(epochs, [s['min'] for s in sizes], [s['max'] for s in sizes], color=blue, alpha=.15, lw=0, label='smallest to largest')
-    ax.plot(epochs, [s['median'] for s in sizes], color=blue, label='median', **dot); ax.plot(epochs, get('n_empty'), color=red, label='clusters that are empty', **dash)
-    panel(ax, 'Cluster sizes', 'few empty, a steady band, no huge cluster', 'images (clusters)', xlabel='epoch', yscale='symlog', ylim=(0, None))
+    ax.fill_between(epochs, [s['min'] for s in sizes], [s['max'] for s in sizes], color=blue, alpha=.15, lw=0,
+                    label='smallest to largest')
+    ax.plot(epochs, [s['median'] for s in sizes], color=blue, label='median', **dot)
+    ax.plot(epochs, get('n_empty'), color=red, label='clusters that are empty', **dash)
+    panel(ax, 'Cluster sizes', 'few empty, a steady band, no huge cluster', 'images (clusters)',
+          xlabel='epoch', yscale='symlog', ylim=(0, None))
     ax.yaxis.set_major_formatter('{x:,.0f}')
     return fig

@@ -17,11 +17,13 @@ def cluster_counts(assign:Tensor, # (N,) cluster of each image
                   )->Tensor:      # (k,) images in each cluster
     "How large the clusters are; what is wrong with the arguments is found here."
     if assign.ndim != 1 or len(assign) == 0 or assign.is_floating_point():
-        raise ValueError(f"assign: expected a whole number for each of N ≥ 1 images, got {assign.dtype} of shape {tuple(assign.shape)}")
+        raise ValueError("assign: expected a whole number for each of N ≥ 1 images, "
+                         f"got {assign.dtype} of shape {tuple(assign.shape)}")
     low, high = int(assign.min()), int(assign.max())
     if low < 0: raise ValueError(f"assign: expected cluster ids from 0, got {low}")
     if n < 1: raise ValueError(f"n: expected at least 1 image, got {n}")
-    if k is not None and k <= high: raise ValueError(f"k: expected more than {high}, the largest id in assign, got {k}")
+    if k is not None and k <= high:
+        raise ValueError(f"k: expected more than {high}, the largest id in assign, got {k}")
     return torch.bincount(assign, minlength=k or 0)
 
 # %% ../nbs/06_sampling.ipynb #cc778db1
@@ -33,7 +35,8 @@ def balanced_draws(assign:Tensor,  # (N,) cluster of each image
     sizes = cluster_counts(assign, n).tolist()
     members = [m for m in assign.argsort(stable=True).split(sizes) if len(m)]
     s = n // len(members) + 1
-    return [m[torch.randint(len(m), (s,), generator=g)] if len(m) <= s else m[torch.randperm(len(m), generator=g)[:s]] for m in members]
+    return [m[torch.randint(len(m), (s,), generator=g)] if len(m) <= s else
+            m[torch.randperm(len(m), generator=g)[:s]] for m in members]
 
 # %% ../nbs/06_sampling.ipynb #16a9ac09
 def uniform_sample(assign:Tensor, # (N,) cluster of each image
@@ -70,7 +73,8 @@ def shuffled_sample(assign:Tensor, # (N,) cluster of each image; only N matters
 def loss_weights(assign:Tensor, # (N,) cluster of each image
                  k:int,         # clusters, empty ones included
                 )->Tensor:      # (k,) weight of each cluster's images; 0 for an empty cluster
-    "Inverse cluster sizes, scaled so that the average image has weight 1 (paper, 'Avoiding trivial solutions')."
+    ("Inverse cluster sizes, scaled so that the average image has weight 1 "
+     "(paper, 'Avoiding trivial solutions').")
     sizes = cluster_counts(assign, k=k).float()
     full = sizes > 0
     return torch.where(full, len(assign) / (full.sum() * sizes.clamp_min(1)), 0.)

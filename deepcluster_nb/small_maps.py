@@ -20,7 +20,8 @@ def patches(x:Tensor,  # (B, C, H, W)
 class PatchGradient(torch.autograd.Function):
     "A 3×3 convolution, padding 1, whose weights' gradient is a product with the patches."
     @staticmethod
-    def forward(x, w, b): return F.conv2d(x, w, b, padding=1)                   # (B, C, H, W), (O, C, 3, 3), (O,) → (B, O, H, W)
+    def forward(x, w, b): # (B, C, H, W), (O, C, 3, 3), (O,) → (B, O, H, W)
+        return F.conv2d(x, w, b, padding=1)
     @staticmethod
     def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs[:2])
     @staticmethod
@@ -31,21 +32,29 @@ class PatchGradient(torch.autograd.Function):
         return F.conv_transpose2d(g, w, padding=1), for_w, rows.sum(0)
 
 # %% ../nbs/24_small_maps.ipynb #524c8f34
-TILES = getattr(torch.cpu, '_is_amx_tile_supported', bool)()                    # whether this processor multiplies tiles
+TILES = getattr(torch.cpu, '_is_amx_tile_supported', bool)()         # whether this processor multiplies tiles
 
-PATCHED = dict(kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, padding_mode='zeros')    # the only kind that we have patches for
+# the only kind that we have patches for
+PATCHED = dict(kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1,
+               padding_mode='zeros')
 
 class Conv2d(nn.Conv2d):
     "A convolution with the faster of two equal gradients."
     def pays(self, x:Tensor)->bool: # whether the product will be the faster one
-        if not TILES or x.device.type != 'cpu' or x.dtype == torch.float64 or x.ndim != 4 or max(x.shape[2:]) > 6: return False
-        if not torch.is_autocast_enabled('cpu') or torch.get_autocast_dtype('cpu') != torch.bfloat16: return False
-        return torch.is_grad_enabled() and self.weight.requires_grad and self.bias is not None and all(getattr(self, n) == v for n,v in PATCHED.items())
+        if (not TILES or x.device.type != 'cpu' or x.dtype == torch.float64 or x.ndim != 4
+            or max(x.shape[2:]) > 6):
+            return False
+        if not torch.is_autocast_enabled('cpu') or torch.get_autocast_dtype('cpu') != torch.bfloat16:
+            return False
+        return (torch.is_grad_enabled() and self.weight.requires_grad and self.bias is not None
+                and all(getattr(self, n) == v for n,v in PATCHED.items()))
     def forward(self, x:Tensor)->Tensor: # (B, C, H, W) → (B, O, H', W')
-        return PatchGradient.apply(x.bfloat16(), self.weight.bfloat16(), self.bias.bfloat16()) if self.pays(x) else super().forward(x)
+        return PatchGradient.apply(x.bfloat16(), self.weight.bfloat16(),
+                                   self.bias.bfloat16()) if self.pays(x) else super().forward(x)
 
 # %% ../nbs/24_small_maps.ipynb #393dea29
 class AdaptiveMaxPool2d(nn.AdaptiveMaxPool2d):
     "The pool; a map that has the size already stays as it is."
     def forward(self, x:Tensor)->Tensor: # (B, C, H, W) → (B, C, size, size)
-        return x if x.shape[2:] == (self.output_size, self.output_size) and not self.return_indices else super().forward(x)
+        return (x if x.shape[2:] == (self.output_size, self.output_size) and not self.return_indices
+                else super().forward(x))

@@ -14,7 +14,8 @@ from .feeding import Ragged, to_device
 MEAN, STD = (.485, .456, .406), (.229, .224, .225)   # of ImageNet's RGB values in [0, 1]
 
 def check_planes(x): # (B, 1 or 3, H, W); anything else is an error
-    if x.ndim != 4 or x.shape[1] not in (1, 3): raise ValueError(f"x: expected (B, 1 or 3, H, W), got {tuple(x.shape)}")
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise ValueError(f"x: expected (B, 1 or 3, H, W), got {tuple(x.shape)}")
 
 # %% ../nbs/02_sobel.ipynb #028cf863
 def normalize(x:Tensor,  # (B, 1 or 3, H, W) on the scale 0 to 255
@@ -26,8 +27,10 @@ def normalize(x:Tensor,  # (B, 1 or 3, H, W) on the scale 0 to 255
 
 # %% ../nbs/02_sobel.ipynb #a381cbcf
 class Sobel(nn.Sequential):
-    "Grey, then the two gradients; frozen. (B, 3, H, W), or (B, 1, H, W) that is grey already, → (B, 2, H, W). Paper, implementation details."
-    def __init__(self, border:str='zeros'): # what stands around the image: 'zeros', or 'replicate' its last pixels
+    ("Grey, then the two gradients; frozen. "
+     "(B, 3, H, W), or (B, 1, H, W) that is grey already, → (B, 2, H, W). Paper, implementation details.")
+    def __init__(self,
+                 border:str='zeros'): # what stands around the image: 'zeros', or 'replicate' its last pixels
         grey, edges = nn.Conv2d(3, 1, 1), nn.Conv2d(1, 2, 3, padding=1, padding_mode=border)
         super().__init__(grey, edges)
         dx = torch.tensor([[1., 0, -1], [2, 0, -2], [1, 0, -1]])
@@ -41,7 +44,10 @@ GREY  = tuple(1/s / sum(1/s for s in STD) for s in STD)                 # the sh
 SCALE = sum(1/s for s in STD) / 3 / 255
 SHIFT = sum(m/s for m,s in zip(MEAN, STD)) / 3
 
-def to_grey(x): # (B, 3, H, W), a list of (3, H, W), or `Ragged` → one plane each, float32, on the same scale; what has one plane stays as it is
+def to_grey(
+    # (B, 3, H, W), a list of (3, H, W), or Ragged → one plane each,
+    # float32, on the same scale; what has one plane stays as it is
+    x):
     "What Sobel makes of an image, before mean and standard deviation."
     if isinstance(x, list): return [to_grey(im[None])[0] for im in x]
     if isinstance(x, Ragged): return x.each(to_grey)
@@ -50,10 +56,10 @@ def to_grey(x): # (B, 3, H, W), a list of (3, H, W), or `Ragged` → one plane e
     return (x[:, :1] * GREY[0]).add_(x[:, 1:2], alpha=GREY[1]).add_(x[:, 2:], alpha=GREY[2])
 
 # %% ../nbs/02_sobel.ipynb #1fce3401
-def network_input(images,     # (B, 1 or 3, H, W) uint8, a list of (C, H, W), or `Ragged`
+def network_input(images,     # (B, 1 or 3, H, W) uint8, a list of (C, H, W), or Ragged
                   crop,       # of such images, → (B, C, size, size)
                   sobel:bool, # is that the network's first layer?
-                 )->Tensor:   # (B, 3, size, size) normalised; with `sobel` (B, 1, size, size), already grey
+                 )->Tensor:   # (B, 3, size, size) normalised; with sobel (B, 1, size, size), already grey
     "What a network gets to see."
     if not sobel: return normalize(crop(images))
     return (crop(to_grey(images)) * SCALE).sub_(SHIFT)

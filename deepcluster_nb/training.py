@@ -21,26 +21,29 @@ from .feeding import Laps, compiled, fetch_ahead, resident, to_device
 from .augment import random_resized_crop
 from .sobel import network_input
 from .model import ARCHS, SIZES, DeepClusterNet, calibrate_bn, convnet, reset_top_layer
-from .features import HalfFeatures, PCA, autocast, feature_batches, has_bfloat16, keep_memory, l2_normalize, return_memory
+from .features import (HalfFeatures, PCA, autocast, feature_batches, has_bfloat16, keep_memory,
+                                     l2_normalize, return_memory)
 from .clustering import BACKENDS, Clustering, ami, chance_nmi, entropy, kmeans, nearest, nmi
 from .sampling import SAMPLERS, loss_weights
 from .runs import Guard, Progress, RunFolder, load_checkpoint
 
 # %% ../nbs/08_training.ipynb #3b280921
-SCHEDULES = dict(constant=lambda done: 1., cosine=lambda done: (1 + math.cos(math.pi * done)) / 2)   # share of a reassignment's steps → share of lr
+# share of a reassignment's steps → share of lr
+SCHEDULES = dict(constant=lambda done: 1., cosine=lambda done: (1 + math.cos(math.pi * done)) / 2)
 
 # %% ../nbs/08_training.ipynb #f2de7a4c
 @dataclass
 class Config:
     "Everything that decides a run; presets, notebooks and the command line use these names."
-    dataset:str = 'digits'         # one of `data.DATASETS`
+    dataset:str = 'digits'         # one of data.DATASETS
     root:str = ''                  # folder of the data; $DEEPCLUSTER_DATA where empty
     n_images:int = 0               # training images, a random subset; 0 for all
     n_test:int = 0                 # test images for the probes; 0 for all
     size:int = 32                  # pixels of the crops
-    arch:str = 'alexnet_small'     # one of `model.ARCHS`
+    arch:str = 'alexnet_small'     # one of model.ARCHS
     sobel:bool = True              # grey gradients instead of RGB
-    border:str = 'zeros'           # what Sobel sees around the image: zeros, or 'replicate' for its last pixels
+    # what Sobel sees around the image: zeros, or 'replicate' for its last pixels
+    border:str = 'zeros'
     k:int = 100                    # clusters
     pca:int = 128                  # dimensions that are clustered
     relu:bool = False              # cluster features after the last ReLU, not before
@@ -49,30 +52,33 @@ class Config:
     passes:int = 4                 # training passes over the images for each reassignment
     batch_size:int = 128
     lr:float = .05
-    lr_schedule:str = 'constant'   # learning rate within each reassignment: 'constant', as in the paper, or 'cosine', from lr down to 0
+    # learning rate within each reassignment: 'constant', as in the paper, or 'cosine', from lr down to 0
+    lr_schedule:str = 'constant'
     momentum:float = .9
     weight_decay:float = 1e-5
     dropout:float = 0.
     min_scale:float = .2           # smallest share of an image that a training crop covers
-    sampler:str = 'uniform'        # one of `sampling.SAMPLERS`
+    sampler:str = 'uniform'        # one of sampling.SAMPLERS
     head:str = 'fresh'             # at a reassignment: 'fresh', 'kept', or made from the 'centroids'
     head_momentum:float = 0.
-    clusterer:str = 'kmeans'       # one of `CLUSTERERS`
-    backend:str = 'torch'          # one of `clustering.BACKENDS`
+    clusterer:str = 'kmeans'       # one of CLUSTERERS
+    backend:str = 'torch'          # one of clustering.BACKENDS
     precision:str = 'auto'         # 'float32', 'bfloat16', or 'auto': bfloat16 where the device has it
     device:str = 'auto'            # 'cpu', 'cuda', or 'auto': cuda where there is one
     compile:bool = False           # training steps through torch.compile, where that works
     seed:int = 0
     run_dir:str = ''               # where the run is kept; nowhere when empty
     checkpoint_minutes:float = 10. # between checkpoints inside an epoch; there is one at every epoch's end
-    threads:int = 0                # CPU threads; 0: as torch has it, and the same ones when continued; -1: continue with any
+    # CPU threads; 0: as torch has it, and the same ones when continued; -1: continue with any
+    threads:int = 0
 
 # %% ../nbs/08_training.ipynb #262112f1
 def check(ok, name, value, expected): # one clear error for a value that can't be
     if not ok: raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 # %% ../nbs/08_training.ipynb #813e1910
-CLUSTERERS = dict(kmeans=lambda x, c, epoch: kmeans(x, c.k, 20, c.seed, epoch, c.backend))     # name → (points, config, epoch) → Clustering; later chapters add theirs
+# name → (points, config, epoch) → Clustering; later chapters add theirs
+CLUSTERERS = dict(kmeans=lambda x, c, epoch: kmeans(x, c.k, 20, c.seed, epoch, c.backend))
 
 # %% ../nbs/08_training.ipynb #69fd5bc9
 def resolve(config:Config)->Config: # a checked copy, with 'auto' replaced
@@ -82,34 +88,46 @@ def resolve(config:Config)->Config: # a checked copy, with 'auto' replaced
         number = f.type is float and isinstance(v, int) and not isinstance(v, bool)
         check(type(v) is f.type or number, f.name, v, f"a value of type {f.type.__name__}")
     c = replace(config, **{f.name: float(getattr(config, f.name)) for f in fields(config) if f.type is float})
-    for name, known in (('dataset', DATASETS), ('arch', ARCHS), ('sampler', SAMPLERS), ('backend', BACKENDS), ('clusterer', CLUSTERERS),
-                        ('lr_schedule', SCHEDULES), ('head', ('fresh', 'kept', 'centroids')), ('border', ('zeros', 'replicate')),
+    for name, known in (('dataset', DATASETS), ('arch', ARCHS), ('sampler', SAMPLERS), ('backend', BACKENDS),
+                        ('clusterer', CLUSTERERS), ('lr_schedule', SCHEDULES),
+                        ('head', ('fresh', 'kept', 'centroids')), ('border', ('zeros', 'replicate')),
                         ('precision', ('auto', 'float32', 'bfloat16'))):
         check(getattr(c, name) in known, name, getattr(c, name), 'one of ' + ', '.join(known))
-    for name, low in dict(n_images=0, n_test=0, k=2, pca=1, epochs=0, passes=1, batch_size=2, seed=0, threads=-1).items():
+    for name, low in dict(n_images=0, n_test=0, k=2, pca=1, epochs=0, passes=1, batch_size=2, seed=0,
+                          threads=-1).items():
         check(getattr(c, name) >= low, name, getattr(c, name), f"at least {low}")
     check(c.lr > 0 and math.isfinite(c.lr), 'lr', c.lr, 'a finite number above 0')
-    for name in ('momentum', 'head_momentum'): check(0 <= getattr(c, name) < 1, name, getattr(c, name), 'at least 0 and below 1')
-    check(c.head != 'kept' or c.clusterer == 'kmeans', 'head', c.head, f"'fresh' or 'centroids', for {c.clusterer} finds another number of clusters each time")
+    for name in ('momentum', 'head_momentum'):
+        check(0 <= getattr(c, name) < 1, name, getattr(c, name), 'at least 0 and below 1')
+    check(c.head != 'kept' or c.clusterer == 'kmeans', 'head', c.head,
+          f"'fresh' or 'centroids', for {c.clusterer} finds another number of clusters each time")
     check(0 <= c.weight_decay < 1, 'weight_decay', c.weight_decay, 'the value itself, at least 0 and below 1')
     check(0 <= c.dropout < 1, 'dropout', c.dropout, 'at least 0 and below 1')
     check(c.checkpoint_minutes >= 0, 'checkpoint_minutes', c.checkpoint_minutes, 'at least 0')
     check(0 < c.min_scale <= 1, 'min_scale', c.min_scale, 'above 0 and at most 1')
     low, high = SIZES[c.arch]
     check(low <= c.size <= high, 'size', c.size, f"{low} to {high} pixels, which {c.arch} takes")
-    try: device = torch.device(('cuda' if torch.cuda.is_available() else 'cpu') if c.device == 'auto' else c.device)
-    except RuntimeError: device = None
-    check(device is not None and device.type in ('cpu', 'cuda'), 'device', c.device, "'auto', 'cpu' or 'cuda'")
-    check(device.type == 'cpu' or torch.cuda.is_available(), 'device', c.device, "'cpu' or 'auto', for there is no CUDA device here")
+    try:
+        device = torch.device(('cuda' if torch.cuda.is_available() else 'cpu') if c.device == 'auto'
+                              else c.device)
+    except RuntimeError:
+        device = None
+    check(device is not None and device.type in ('cpu', 'cuda'), 'device', c.device,
+          "'auto', 'cpu' or 'cuda'")
+    check(device.type == 'cpu' or torch.cuda.is_available(), 'device', c.device,
+          "'cpu' or 'auto', for there is no CUDA device here")
     fast = has_bfloat16(device)
-    check(fast or c.precision != 'bfloat16', 'precision', c.precision, f"'float32' or 'auto', for this {device.type} has no bfloat16 arithmetic")
-    return replace(c, device=str(device), precision={'auto': 'bfloat16' if fast else 'float32'}.get(c.precision, c.precision))
+    check(fast or c.precision != 'bfloat16', 'precision', c.precision,
+          f"'float32' or 'auto', for this {device.type} has no bfloat16 arithmetic")
+    return replace(c, device=str(device),
+                   precision={'auto': 'bfloat16' if fast else 'float32'}.get(c.precision, c.precision))
 
 # %% ../nbs/08_training.ipynb #9df46c32
 def network(config)->DeepClusterNet: # on its device, with random weights
     "The network that a configuration names."
     c = config
-    return convnet(c.arch, c.k, c.sobel, c.dropout, c.seed, c.border, c.relu).to(c.device, memory_format=torch.channels_last)
+    return convnet(c.arch, c.k, c.sobel, c.dropout, c.seed, c.border,
+                   c.relu).to(c.device, memory_format=torch.channels_last)
 
 # %% ../nbs/08_training.ipynb #6888486d
 def cluster(net, images, config, epoch:int, progress=None, folder=None): # (Clustering, PCA, seconds a phase)
@@ -120,8 +138,10 @@ def cluster(net, images, config, epoch:int, progress=None, folder=None): # (Clus
             f = feats.add(f); laps('features')
             pca.add(f); laps('pca')
         pca.solve()
-        x = torch.empty(len(images), min(config.pca, f.shape[1]), device=f.device if config.backend == 'torch' else 'cpu')
-        for f,out in zip(feats, x.split(512)): out.copy_(l2_normalize(pca.project(to_device(f, config.device))))
+        x = torch.empty(len(images), min(config.pca, f.shape[1]),
+                        device=f.device if config.backend == 'torch' else 'cpu')
+        for f,out in zip(feats, x.split(512)):
+            out.copy_(l2_normalize(pca.project(to_device(f, config.device))))
     laps('pca')
     clustering = CLUSTERERS[config.clusterer](x, config, epoch).cpu(); laps('kmeans')
     return clustering, pca, laps.seconds()
@@ -134,10 +154,11 @@ def sgd(params, config, momentum:float=0.)->torch.optim.SGD: # the paper's optim
     return torch.optim.SGD(params, config.lr, momentum, weight_decay=config.weight_decay, fused=True)
 
 def optimizers(net, config)->tuple: # (trunk's, head's)
-    return sgd(trunk_parameters(net), config, config.momentum), sgd(net.top_layer.parameters(), config, config.head_momentum)
+    return (sgd(trunk_parameters(net), config, config.momentum),
+            sgd(net.top_layer.parameters(), config, config.head_momentum))
 
 # %% ../nbs/08_training.ipynb #e0eaef1e
-LOOK = dict(cpu=1, cuda=50)    # steps between two looks at what `not_finite` found: a look makes a GPU wait
+LOOK = dict(cpu=1, cuda=50)    # steps between two looks at what not_finite found: a look makes a GPU wait
 
 def not_finite(loss, params)->Tensor: # 0-d, 1 or 0, on the device
     "Whether the loss or a gradient is NaN or infinite."
@@ -145,33 +166,50 @@ def not_finite(loss, params)->Tensor: # 0-d, 1 or 0, on the device
     return 1. - (loss.detach().isfinite() & norm.isfinite()).float()
 
 # %% ../nbs/08_training.ipynb #dfbeea50
-def steps(idx:Tensor, batch_size:int)->list: # of (B,) image numbers; a last image alone joins the batch before, for batch norm has no variance of one
+def steps(idx:Tensor, batch_size:int
+          # of (B,) image numbers; a last image alone joins the
+          # batch before, for batch norm has no variance of one
+         )->list:
     batches = list(idx.split(batch_size))
     return [*batches[:-2], torch.cat(batches[-2:])] if len(batches) > 1 and len(batches[-1]) == 1 else batches
 
 # %% ../nbs/08_training.ipynb #ef55ea81
-def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int, after=None, first:int=0, total=0.)->float: # mean loss
-    "One epoch of classification with the cluster ids as labels; `first` steps, with losses that sum to `total`, are done already."
+def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int, after=None, first:int=0,
+                total=0.
+               )->float: # mean loss
+    ("One epoch of classification with the cluster ids as labels; "
+     "`first` steps, with losses that sum to `total`, are done already.")
     net.train()
     device = next(net.parameters()).device
-    weights = loss_weights(assign, len(net.top_layer.bias)).to(device) if config.sampler == 'weighted' else None
+    weights = loss_weights(assign,
+                           len(net.top_layer.bias)).to(device) if config.sampler == 'weighted' else None
     total, bad = torch.as_tensor(total, device=device), torch.zeros((), device=device)
     batches, forward = steps(idx, config.batch_size), compiled(net) if config.compile else net
     def sound(): # an error once a step was bad; waits for the device
         if n := int(bad):
-            raise FloatingPointError(f"loss or gradient is not finite in epoch {epoch}, step {step - n + 1}, images {batches[step - n + 1].tolist()}; nothing was updated. Try a smaller lr, or precision='float32'")
-    with torch.random.fork_rng():                                       # dropout draws from the global generator: lend it one
+            raise FloatingPointError(f"loss or gradient is not finite in epoch {epoch}, step {step - n + 1}, "
+                                     f"images {batches[step - n + 1].tolist()}; nothing was updated. "
+                                     "Try a smaller lr, or precision='float32'")
+    with torch.random.fork_rng():                       # dropout draws from the global generator: lend it one
         for step,(b,x) in enumerate(fetch_ahead(images, batches[first:], device), first):
             g = generator(config.seed, 'step', epoch, step)
             torch.manual_seed(g.initial_seed())
-            x = network_input(x, lambda im: random_resized_crop(im, config.size, g, (config.min_scale, 1.)), net.sobel is not None)
-            with autocast(config.precision, device): logits = forward(x.contiguous(memory_format=torch.channels_last))
+            x = network_input(x, lambda im: random_resized_crop(im, config.size, g, (config.min_scale, 1.)),
+                              net.sobel is not None)
+            with autocast(config.precision, device):
+                logits = forward(x.contiguous(memory_format=torch.channels_last))
             y = to_device(assign[b], device)
-            loss = F.cross_entropy(logits.float(), y) if weights is None else (F.cross_entropy(logits.float(), y, reduction='none') * weights[y]).mean()
-            for o in opts: o.zero_grad(); o.param_groups[0]['lr'] = o.defaults['lr'] * SCHEDULES[config.lr_schedule](step / len(batches))
+            loss = (F.cross_entropy(logits.float(), y) if weights is None else
+                    (F.cross_entropy(logits.float(), y, reduction='none') * weights[y]).mean())
+            for o in opts:
+                o.zero_grad()
+                o.param_groups[0]['lr'] = (o.defaults['lr']
+                                           * SCHEDULES[config.lr_schedule](step / len(batches)))
             loss.backward()
-            bad += (bad + not_finite(loss, net.parameters())).clamp_max(1)    # counts the steps since the first bad one
-            for o in opts: o.found_inf = bad.clamp_max(1); o.step()     # a fused step changes nothing where that is 1
+            # counts the steps since the first bad one
+            bad += (bad + not_finite(loss, net.parameters())).clamp_max(1)
+            # a fused step changes nothing where that is 1
+            for o in opts: o.found_inf = bad.clamp_max(1); o.step()
             if step % LOOK[device.type] == 0 or step == len(batches) - 1: sound()
             total += loss.detach() * len(b)
             if after: after(step + 1, len(batches), total, sound)
@@ -179,14 +217,17 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int,
 
 # %% ../nbs/08_training.ipynb #7d08fbbd
 def centroid_head(net, clustering, pca):
-    "A head that answers with the nearest centroid, as far as a linear layer after the ReLU can; its rows are as long as a fresh head's."
+    ("A head that answers with the nearest centroid, as far as a linear layer after the ReLU can; "
+     "its rows are as long as a fresh head's.")
     axes, seen, c = (t.float().cpu() for t in (pca.axes, pca.mean, clustering.centroids))
-    squares = axes.pow(2).sum(0)                                        # 1 / variance of each direction, 0 for a dead one
-    w, length = c @ axes.T, (squares > 0).sum().sqrt()                  # of whitened features, about
+    squares = axes.pow(2).sum(0)                            # 1 / variance of each direction, 0 for a dead one
+    w, length = c @ axes.T, (squares > 0).sum().sqrt()      # of whitened features, about
     if isinstance(net.classifier[-1], nn.ReLU) and not net.relu:
         std = (axes / squares.clamp_min(1e-30)).norm(dim=1).clamp_min(1e-12)
-        w, seen = 2*w, std * (-(seen/std)**2/2).exp() / math.sqrt(2*math.pi) + seen * torch.special.ndtr(seen/std)
-    scale = .01 * net.dim**.5 / w.norm(dim=1).mean().clamp_min(1e-12)   # so the trunk gets gradients of the usual size
+        w, seen = (2*w, std * (-(seen/std)**2/2).exp() / math.sqrt(2*math.pi)
+                        + seen * torch.special.ndtr(seen/std))
+    # so the trunk gets gradients of the usual size
+    scale = .01 * net.dim**.5 / w.norm(dim=1).mean().clamp_min(1e-12)
     net.top_layer.weight.data.copy_(scale * w)
     net.top_layer.bias.data.copy_(scale * (-length*c.pow(2).sum(1)/2 - w @ seen))
 
@@ -195,7 +236,8 @@ def new_head(net, opts, clustering, pca, config, epoch:int)->tuple: # (trunk's, 
     "The head for new clusters, and its optimiser."
     if config.head == 'kept' and epoch: return opts
     reset_top_layer(net, generator(config.seed, 'top_layer', epoch), len(clustering.centroids))
-    if config.head == 'centroids' and (epoch or config.calibrate): centroid_head(net, clustering, pca)   # batch norm has statistics
+    # batch norm has statistics
+    if config.head == 'centroids' and (epoch or config.calibrate): centroid_head(net, clustering, pca)
     return opts[0], sgd(net.top_layer.parameters(), config, config.head_momentum)
 
 # %% ../nbs/08_training.ipynb #f5387962
@@ -209,33 +251,40 @@ def agreement(clustering, prev, labels)->dict:
     out['ami_labels'] = None if labels is None else ami(a, labels)
     s = clustering.sizes.float()
     out['n_empty'] = clustering.n_empty
-    out['cluster_sizes'] = dict(min=int(s.min()), median=float(s.median()), max=int(s.max()), entropy=entropy(s))
+    out['cluster_sizes'] = dict(min=int(s.min()), median=float(s.median()), max=int(s.max()),
+                                entropy=entropy(s))
     return out
 
 # %% ../nbs/08_training.ipynb #ea335c40
 def describe(r:dict, epochs:int)->str: # one line of the log for people
     seconds = sum(r['seconds'].values())
-    prev   = '' if r['nmi_prev'] is None else f" · NMI with the last {r['nmi_prev']:.2f} (chance {r['nmi_prev_chance']:.2f})"
+    prev = ('' if r['nmi_prev'] is None else
+            f" · NMI with the last {r['nmi_prev']:.2f} (chance {r['nmi_prev_chance']:.2f})")
     labels = '' if r['nmi_labels'] is None else f" · with labels {r['nmi_labels']:.3f}"
-    return f"epoch {r['epoch']+1}/{epochs} · loss {r['loss']:.2f} (ln k {r['ln_k']:.2f}){prev}{labels} · {r['n_empty']} empty · {seconds:.1f} s"
+    return (f"epoch {r['epoch']+1}/{epochs} · loss {r['loss']:.2f} (ln k {r['ln_k']:.2f}){prev}{labels} · "
+            f"{r['n_empty']} empty · {seconds:.1f} s")
 
 # %% ../nbs/08_training.ipynb #8b807a1b
 def momenta(opts)->dict: # name → (optimiser, parameter)
-    return {f'{name}.{i}': (o, p) for name,o in zip(('momentum', 'head_momentum'), opts) for i,p in enumerate(o.param_groups[0]['params'])}
+    return {f'{name}.{i}': (o, p) for name,o in zip(('momentum', 'head_momentum'), opts)
+            for i,p in enumerate(o.param_groups[0]['params'])}
 
 def learnt(net, opts)->dict: # name → tensor, on the CPU
     "Weights and momentum."
-    momentum = {name: m for name,(o,p) in momenta(opts).items() if (m := o.state[p].get('momentum_buffer')) is not None}
+    momentum = {name: m for name,(o,p) in momenta(opts).items()
+                if (m := o.state[p].get('momentum_buffer')) is not None}
     return {k: v.cpu() for k,v in ({f'net.{k}': v for k,v in net.state_dict().items()} | momentum).items()}
 
 def put_back(net, opts, tensors:dict):
     "The inverse of `learnt`, in place."
     net.load_state_dict({k[4:]: v for k,v in tensors.items() if k.startswith('net.')})
     for name,(o,p) in momenta(opts).items():
-        if name in tensors: o.state[p]['momentum_buffer'] = torch.empty_like(p).copy_(tensors[name])   # in p's memory layout
+        # in p's memory layout
+        if name in tensors: o.state[p]['momentum_buffer'] = torch.empty_like(p).copy_(tensors[name])
 
 def snapshot(net, opts, clustering, pca)->dict: # name → tensor: all that a run is, but for its configuration
-    return learnt(net, opts) | dict(assign=clustering.assign.cpu(), centroids=clustering.centroids.cpu(), pca_mean=pca.mean.cpu(), pca_axes=pca.axes.cpu())
+    return learnt(net, opts) | dict(assign=clustering.assign.cpu(), centroids=clustering.centroids.cpu(),
+                                    pca_mean=pca.mean.cpu(), pca_axes=pca.axes.cpu())
 
 # %% ../nbs/08_training.ipynb #ee605631
 def restore(net, config, tensors:dict)->tuple: # (trunk's, head's) optimiser
@@ -253,24 +302,33 @@ def saved_clusters(tensors:dict, config)->tuple: # (Clustering, PCA)
     return Clustering(tensors['assign'], tensors['centroids'], []), pca
 
 # %% ../nbs/08_training.ipynb #5906449b
-FREE = 'run_dir', 'root', 'checkpoint_minutes', 'threads'      # may differ when a run is continued: they change no result
+# may differ when a run is continued: they change no result
+FREE = 'run_dir', 'root', 'checkpoint_minutes', 'threads'
 
 def free(run_dir, params:dict)->tuple: # names
-    "What may differ from the parameters in a run folder: `FREE`, and a default that had no name yet when the run began."
+    ("What may differ from the parameters in a run folder: "
+     "`FREE`, and a default that had no name yet when the run began.")
     file = Path(run_dir)/'params.yaml'
     there = yaml.safe_load(file.read_text()) if file.is_file() else params
     return *FREE, *[f.name for f in fields(Config) if f.name not in there and params.get(f.name) == f.default]
 
-def resume(folder, net, config, n:int): # (epochs done, steps done in the next, their total loss, clustering, pca, record, optimisers), or None
+def resume(folder, net, config,
+           # (epochs done, steps done in the next, their total loss,
+           # clustering, pca, record, optimisers), or None
+           n:int):
     "Where the newest checkpoint in the folder leaves off."
     saved = load_checkpoint(folder.path/'checkpoint')
     if saved is None: return
     epoch, step, t, state = saved
     threads = torch.get_num_threads()
     check(state['n'] == n, 'root', f"{n:,} images", f"the {state['n']:,} images that this run began with")
-    check(threads == state['threads'] or config.threads == -1, 'threads', threads, f"{state['threads']} CPU threads, with which this run was saved, "
-          f"for their number changes the rounding: pass threads={state['threads']} for the same bits, or threads=-1 to go on all the same")
-    if state['device'] != config.device: warnings.warn(f"this run began on {state['device']} and goes on on {config.device}: the last digits will differ")
+    check(threads == state['threads'] or config.threads == -1, 'threads', threads,
+          f"{state['threads']} CPU threads, with which this run was saved, "
+          "for their number changes the rounding: "
+          f"pass threads={state['threads']} for the same bits, or threads=-1 to go on all the same")
+    if state['device'] != config.device:
+        warnings.warn(f"this run began on {state['device']} and goes on on {config.device}: "
+                      "the last digits will differ")
     opts = restore(net, config, t)
     folder.keep_epochs(epoch)
     return epoch, step, t.get('total', 0.), *saved_clusters(t, config), state['record'], opts
@@ -302,7 +360,8 @@ def prepare(config:Config, images=None): # (checked config, images)
     "Everything that can be wrong with the input is found here; then threads and memory are set up."
     c = resolve(config)
     if images is None: images = load_images(c.dataset, c.root or None, 'train', c.n_images, c.seed)
-    check(c.k <= len(images) or c.clusterer != 'kmeans', 'k', c.k, f"at most {len(images):,}, the number of images")
+    check(c.k <= len(images) or c.clusterer != 'kmeans', 'k', c.k,
+          f"at most {len(images):,}, the number of images")
     smallest = int(images.shapes[:, 1:].min())
     check(smallest >= 8, 'dataset', f"an image of {smallest} pixels", "images of at least 8 pixels a side")
     if c.threads > 0: torch.set_num_threads(c.threads)
@@ -313,8 +372,10 @@ def prepare(config:Config, images=None): # (checked config, images)
 def space(net, config, n:int)->tuple: # bytes of a checkpoint, and of the rest of the run folder
     "What a run of n images will take on the disk."
     learnt = trunk_parameters(net) + [p for p in net.top_layer.parameters() if config.head_momentum]
-    weights = sum(t.numel() * t.element_size() for t in net.state_dict().values()) + 4*sum(p.numel() for p in learnt)
-    k = config.k if config.clusterer == 'kmeans' else max(config.k, n//8)       # PIC finds one for about every ten points
+    weights = sum(t.numel() * t.element_size()
+                  for t in net.state_dict().values()) + 4*sum(p.numel() for p in learnt)
+    # PIC finds one for about every ten points
+    k = config.k if config.clusterer == 'kmeans' else max(config.k, n//8)
     weights += 4*(k - config.k)*(net.dim + 1)*(2 if config.head_momentum else 1)
     return weights + 8*n + 4*k*config.pca + 8*config.pca*net.dim, 2*n*net.dim + 4*n*(config.epochs + 1)
 
@@ -323,64 +384,80 @@ def fit(config:Config,  # what to do
         images=None,    # training images; loaded as the config says where not given
         echo=print,     # called with a line an epoch; None for silence
        )->Run:
-    "DeepCluster (paper, section 3): cluster the features, train on the cluster ids, again and again. Continues a run that was stopped."
+    ("DeepCluster (paper, section 3): cluster the features, train on the cluster ids, again and again. "
+     "Continues a run that was stopped.")
     c, images = prepare(config, images)
     net = network(c)
     check(c.pca <= net.dim, 'pca', c.pca, f"at most {net.dim}, the features' dimension")
     folder = RunFolder(c.run_dir, asdict(config), free(c.run_dir, asdict(config))) if c.run_dir else None
-    with Guard(folder, c.checkpoint_minutes).held(*space(net, c, len(images))) if folder else nullcontext() as guard:
+    with Guard(folder,
+               c.checkpoint_minutes).held(*space(net, c, len(images))) if folder else nullcontext() as guard:
         start, near = resume(folder, net, c, len(images)) if folder else None, resident(images, c.device)
-        first, step, total, clustering, pca, record, opts = start or (0, 0, 0., None, None, None, optimizers(net, c))
+        first, step, total, clustering, pca, record, opts = (
+            start or (0, 0, 0., None, None, None, optimizers(net, c)))
         if c.calibrate and not start: calibrate_bn(net, images, c.size)
         log = folder.log if folder else []
         progress = Progress(c.epochs, first, folder and folder.path) if echo else None
         def save(epoch, step=0, **more): # the state as it is now
-            folder.save(epoch, snapshot(net, opts, clustering, pca) | more, dict(n=len(images), threads=torch.get_num_threads(), device=c.device, record=record if step else None), step)
-        def after(phase, done, n, save=None): # called often: show where we are, save and stop where that is due
-            if progress: progress(epoch, phase, done, n, .15*done/n if phase == 'features' else .15 + .85*done/n)
+            folder.save(epoch, snapshot(net, opts, clustering, pca) | more,
+                        dict(n=len(images), threads=torch.get_num_threads(), device=c.device,
+                             record=record if step else None), step)
+        def after(phase, done, n, save=None):
+            # called often: show where we are, save and stop where that is due
+            if progress:
+                progress(epoch, phase, done, n, .15*done/n if phase == 'features' else .15 + .85*done/n)
             if guard: guard(save)
         for r in log if echo else []: echo(describe(r, c.epochs))       # what was done before the stop
         for epoch in range(first, c.epochs):
-            if step == 0:                                               # not in the middle of an epoch that was stopped
+            if step == 0:  # not in the middle of an epoch that was stopped
                 prev = clustering
-                clustering, pca, seconds = cluster(net, near, c, epoch, lambda i,n: after('features', i, n), folder and folder.path)
+                clustering, pca, seconds = cluster(net, near, c, epoch, lambda i,n: after('features', i, n),
+                                                   folder and folder.path)
                 opts = new_head(net, opts, clustering, pca, c, epoch); return_memory()
-                record = dict(epoch=epoch, loss=None, ln_k=math.log(len(clustering.centroids)), seconds=dict(seconds, training=0.), objective=clustering.objective[-1],
+                record = dict(epoch=epoch, loss=None, ln_k=math.log(len(clustering.centroids)),
+                              seconds=dict(seconds, training=0.), objective=clustering.objective[-1],
                               **agreement(clustering, prev and prev.assign, images.labels))
                 if folder: folder.write(f'assignments/epoch_{epoch:03d}.npy', as_npy(clustering.assign))
             idx = SAMPLERS[c.sampler](clustering.assign, c.passes * len(images), c.seed, epoch)
             clock = time.time() - record['seconds']['training']
             def each(done, n, total, sound):
                 record['seconds']['training'] = round(time.time() - clock, 3)
-                after('training', done, n, lambda: (sound(), save(epoch, done, total=total)))   # never a checkpoint after a bad step
+                # never a checkpoint after a bad step
+                after('training', done, n, lambda: (sound(), save(epoch, done, total=total)))
             record['loss'] = train_epoch(net, near, idx, clustering.assign, opts, c, epoch, each, step, total)
             step, total = 0, 0.
             log.append(record)
             if folder: folder.append(record); guard(lambda: save(epoch + 1), due=True)
             if echo: echo(describe(record, c.epochs))
         if progress: progress.close()
-        clustering, pca, _ = cluster(net, near, c, c.epochs, guard and (lambda i,n: guard()), folder and folder.path)   # the finished network's own
+        # the finished network's own
+        clustering, pca, _ = cluster(net, near, c, c.epochs, guard and (lambda i,n: guard()),
+                                     folder and folder.path)
         if folder:
             folder.write(f'assignments/epoch_{c.epochs:03d}.npy', as_npy(clustering.assign))
             folder.write('clusters.csv', clusters_csv(images.paths, clustering.assign))
             save(c.epochs)
             (folder.path/'progress.json').unlink(missing_ok=True)
-            guard()                                                     # a signal that came in the last moment is not lost
+            guard()                                        # a signal that came in the last moment is not lost
     return Run(net, images, clustering, pca, log, c)
 
 # %% ../nbs/08_training.ipynb #a3688431
 def predict(run:Run, images:PackedImages)->Tensor: # (N,) cluster of each image
     "Clusters for new images: the run's network, PCA and centroids."
     batches = feature_batches(run.net, images, run.config.size, 512, run.config.device, run.config.precision)
-    return torch.cat([nearest(l2_normalize(run.pca.transform(f)).cpu(), run.clustering.centroids) for f in batches])
+    return torch.cat([nearest(l2_normalize(run.pca.transform(f)).cpu(), run.clustering.centroids)
+                      for f in batches])
 
 # %% ../nbs/08_training.ipynb #40c7948c
 def load_run(run_dir)->Run:
     "A run from its folder, for `predict` and for a look inside."
     params = Path(run_dir)/'params.yaml'
     if not params.exists(): raise FileNotFoundError(f"run_dir: no run in {str(run_dir)!r} (no params.yaml)")
-    c, saved = resolve(Config(**yaml.safe_load(params.read_text()))), load_checkpoint(Path(run_dir)/'checkpoint')
-    if saved is None: raise FileNotFoundError(f"run_dir: the run in {str(run_dir)!r} has no whole checkpoint yet")
+    c, saved = (resolve(Config(**yaml.safe_load(params.read_text()))),
+                load_checkpoint(Path(run_dir)/'checkpoint'))
+    if saved is None:
+        raise FileNotFoundError(f"run_dir: the run in {str(run_dir)!r} has no whole checkpoint yet")
     net, t = network(c), saved[2]
     restore(net, c, t)
-    return Run(net, None, *saved_clusters(t, c), RunFolder(run_dir, yaml.safe_load(params.read_text())).log, c)
+    return Run(net, None, *saved_clusters(t, c), RunFolder(run_dir, yaml.safe_load(params.read_text())).log,
+               c)

@@ -30,7 +30,8 @@ def made_voc(folder,        # gets VOCdevkit/VOC2007
              n:int=60,      # photographs in each of train, val and test
              seed:int=0,
             )->Path:        # VOCdevkit/VOC2007
-    "A small tree in VOC2007's layout: one to three outlines on coloured paper, a fifth of them tiny and difficult."
+    ("A small tree in VOC2007's layout: "
+     "one to three outlines on coloured paper, a fifth of them tiny and difficult.")
     top, names, marks = Path(folder)/'VOCdevkit'/'VOC2007', list(OUTLINES), {}
     for sub in ('JPEGImages', 'Annotations', 'ImageSets/Main'): (top/sub).mkdir(parents=True, exist_ok=True)
     for i in range(3*n):
@@ -42,16 +43,23 @@ def made_voc(folder,        # gets VOCdevkit/VOC2007
             r = g.uniform(7, 10) if difficult else g.uniform(16, 28)
             x, y = g.uniform(r, w - r), g.uniform(r, h - r)
             inside = OUTLINES[names[c]]((np.arange(w) - x) / r, (np.arange(h)[:, None] - y) / r)
-            pixels = np.where(inside[..., None], paper + np.where(paper > 130, -1, 1) * g.uniform(45, 60), pixels)
-            objects.append((names[c], difficult, *(int(v) + 1 for v in (x - r, y - r, x + r, y + r))))     # boxes count from 1
-        Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8)).save(top/'JPEGImages'/f'{name}.jpg', quality=92)
-        (top/'Annotations'/f'{name}.xml').write_text(f"<annotation><filename>{name}.jpg</filename>\n" + '\n'.join(OBJECT.format(*o) for o in objects) + "\n</annotation>\n")
+            pixels = np.where(inside[..., None], paper + np.where(paper > 130, -1, 1) * g.uniform(45, 60),
+                              pixels)
+            # boxes count from 1
+            objects.append((names[c], difficult, *(int(v) + 1 for v in (x - r, y - r, x + r, y + r))))
+        (Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+         .save(top/'JPEGImages'/f'{name}.jpg', quality=92))
+        (top/'Annotations'/f'{name}.xml').write_text(f"<annotation><filename>{name}.jpg</filename>\n"
+                                                     + '\n'.join(OBJECT.format(*o) for o in objects)
+                                                     + "\n</annotation>\n")
         marks[name] = {o[0]: 1 - o[1] for o in objects}
     every = list(marks)
     splits = dict(train=every[:n], val=every[n:2*n], trainval=every[:2*n], test=every[2*n:])
     for split, mine in splits.items():
         (top/'ImageSets'/'Main'/f'{split}.txt').write_text(''.join(f'{m}\n' for m in mine))
-        for c in names: (top/'ImageSets'/'Main'/f'{c}_{split}.txt').write_text(''.join(f'{m} {marks[m].get(c, -1):2d}\n' for m in mine))
+        for c in names:
+            (top/'ImageSets'/'Main'/f'{c}_{split}.txt').write_text(
+                ''.join(f'{m} {marks[m].get(c, -1):2d}\n' for m in mine))
     return top
 
 # %% ../nbs/12_voc.ipynb #085bbb58
@@ -60,7 +68,8 @@ def voc_folder(root)->Path: # the folder that holds JPEGImages
     for top in (Path(root)/sub for sub in ('', 'VOC2007', 'VOCdevkit/VOC2007', 'voc2007/VOCdevkit/VOC2007')):
         if (top/'ImageSets'/'Main').is_dir(): return top
     raise FileNotFoundError(f"root: no VOCdevkit/VOC2007 with ImageSets/Main in {str(root)!r}; fetch it with "
-                            "`python data_scripts/get_data.py voc2007 data/voc2007` and pass root='data/voc2007'")
+                            "`python data_scripts/get_data.py voc2007 data/voc2007` and pass "
+                            "root='data/voc2007'")
 
 # %% ../nbs/12_voc.ipynb #4048c8a1
 def voc_labels(top:Path, split:str): # (names, classes, (N, C) of −1 absent, 0 difficult, 1 present)
@@ -68,12 +77,14 @@ def voc_labels(top:Path, split:str): # (names, classes, (N, C) of −1 absent, 0
     main = Path(top)/'ImageSets'/'Main'
     files = sorted(main.glob(f'*_{split}.txt'))
     if split not in ('train', 'val', 'trainval', 'test') or not files or not (main/f'{split}.txt').is_file():
-        raise FileNotFoundError(f"split: expected train, val, trainval or test with its files in {str(main)!r}, got {split!r}")
+        raise FileNotFoundError("split: expected train, val, "
+                                f"trainval or test with its files in {str(main)!r}, got {split!r}")
     names, columns = (main/f'{split}.txt').read_text().split(), []
     for f in files:
         marks = dict(line.split() for line in f.read_text().splitlines())
         if set(marks) != set(names) or not set(marks.values()) <= {'-1', '0', '1'}:
-            raise ValueError(f"split: expected -1, 0 or 1 for each of the {len(names):,} names of {split}.txt in {str(f)!r}, got {len(marks):,} lines")
+            raise ValueError(f"split: expected -1, 0 or 1 for each of the {len(names):,} names of "
+                             f"{split}.txt in {str(f)!r}, got {len(marks):,} lines")
         columns.append([int(marks[n]) for n in names])
     return names, [f.name[:-len(f'_{split}.txt')] for f in files], torch.tensor(columns).T.contiguous()
 
@@ -95,7 +106,8 @@ def read_voc(root,           # holds VOCdevkit/VOC2007
 def voc_objects(path)->list: # of (class, (left, top, right, bottom) from 1, difficult)
     "The boxes in a file of Annotations."
     box = lambda o: tuple(int(float(o.find(f'bndbox/{k}').text)) for k in ('xmin', 'ymin', 'xmax', 'ymax'))
-    return [(o.find('name').text, box(o), int(o.findtext('difficult', '0'))) for o in ET.parse(path).getroot().iter('object')]
+    return [(o.find('name').text, box(o), int(o.findtext('difficult', '0')))
+            for o in ET.parse(path).getroot().iter('object')]
 
 # %% ../nbs/12_voc.ipynb #467d233f
 def precision_recall(scores:Tensor, # (N,), higher is surer
@@ -103,20 +115,26 @@ def precision_recall(scores:Tensor, # (N,), higher is surer
                     )->tuple:       # (precision, recall) at every distinct score, the highest first
     "Difficult ones do not exist here."
     scores, truth = torch.as_tensor(scores), torch.as_tensor(truth)
-    if scores.shape != truth.shape or scores.ndim != 1: raise ValueError(f"scores: expected one for each of {tuple(truth.shape)} truths, got {tuple(scores.shape)}")
-    if not scores.isfinite().all(): raise ValueError(f"scores: expected finite numbers, got {int((~scores.isfinite()).sum())} NaN or infinite ones")
-    if not torch.isin(truth, torch.tensor([-1, 0, 1])).all(): raise ValueError(f"truth: expected -1, 0 or 1, got {truth.unique().tolist()}")
+    if scores.shape != truth.shape or scores.ndim != 1:
+        raise ValueError(f"scores: expected one for each of {tuple(truth.shape)} truths, "
+                         f"got {tuple(scores.shape)}")
+    if not scores.isfinite().all():
+        raise ValueError("scores: expected finite numbers, "
+                         f"got {int((~scores.isfinite()).sum())} NaN or infinite ones")
+    if not torch.isin(truth, torch.tensor([-1, 0, 1])).all():
+        raise ValueError(f"truth: expected -1, 0 or 1, got {truth.unique().tolist()}")
     s, order = scores[truth != 0].sort(descending=True)
     y = truth[truth != 0][order] > 0
-    last = torch.cat([s[1:] != s[:-1], s.new_ones(len(s[:1]), dtype=torch.bool)])       # of a group of equal scores
+    # of a group of equal scores
+    last = torch.cat([s[1:] != s[:-1], s.new_ones(len(s[:1]), dtype=torch.bool)])
     hits = y.cumsum(0)[last].double()
     return hits / (torch.arange(len(s)) + 1)[last], hits / y.sum()
 
 # %% ../nbs/12_voc.ipynb #ec2096db
 RULES = 'step', 'interpolated', '11-point'
 
-def average_precision(scores:Tensor, truth:Tensor, # (N,) as in `precision_recall`
-                      rule:str='step',             # one of `RULES`
+def average_precision(scores:Tensor, truth:Tensor, # (N,) as in precision_recall
+                      rule:str='step',             # one of RULES
                      )->float:                     # 0 to 1; NaN where nothing is present
     "The area under precision over recall, by one of three rules."
     if rule not in RULES: raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
@@ -130,7 +148,8 @@ def average_precision(scores:Tensor, truth:Tensor, # (N,) as in `precision_recal
 def mean_ap(scores:Tensor, truth:Tensor, # (N, C): a column for each class
             rule:str='step')->tuple:     # (mAP, a list of every class's AP), in per cent
     "Over the classes that are present at all."
-    aps = [100 * average_precision(s, y, rule) for s,y in zip(torch.as_tensor(scores).T, torch.as_tensor(truth).T)]
+    aps = [100 * average_precision(s, y, rule)
+           for s,y in zip(torch.as_tensor(scores).T, torch.as_tensor(truth).T)]
     return float(np.mean([a for a in aps if not math.isnan(a)] or [math.nan])), aps
 
 # %% ../nbs/12_voc.ipynb #5e074b9e
@@ -144,7 +163,8 @@ def unit_rows(x:Tensor)->np.ndarray: # (N, D) float64, rows of length 1
     return l2_normalize(x.float()).double().numpy()
 
 def span(x:np.ndarray)->np.ndarray: # (D, min(N, D)), orthonormal
-    "A basis of the rows. An SVM's weights are a sum of its rows, so within it nothing is lost, and few rows are quickly done."
+    ("A basis of the rows. An SVM's weights are a sum of its rows, so within it nothing is lost, "
+     "and few rows are quickly done.")
     return np.linalg.qr(x.T)[0]
 
 # %% ../nbs/12_voc.ipynb #b44f3641
@@ -159,13 +179,18 @@ def linear_svm(train_x:Tensor, train_y:Tensor, # (N, D) frozen features and thei
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.model_selection import GridSearchCV
     few = [c for c,y in enumerate(train_y.T) if min((y == 1).sum(), (y == -1).sum()) < folds]
-    if few: raise ValueError(f"train_y: expected {folds} images with and without each class, one for each fold; class {few[0]} has {int((train_y[:, few[0]] == 1).sum())} and {int((train_y[:, few[0]] == -1).sum())}")
+    if few:
+        raise ValueError(f"train_y: expected {folds} images with and without each class, one for each fold; "
+                         f"class {few[0]} has {int((train_y[:, few[0]] == 1).sum())} and "
+                         f"{int((train_y[:, few[0]] == -1).sum())}")
     x, z, scores, chosen = unit_rows(train_x), unit_rows(test_x), [], []
     if len(x) < x.shape[1]: q = span(x); x, z = x @ q, z @ q
     for c,y in enumerate(train_y.T.numpy()):
-        search = GridSearchCV(svm(1., seed), dict(C=list(costs)), scoring='average_precision', cv=folds, n_jobs=jobs)
+        search = GridSearchCV(svm(1., seed), dict(C=list(costs)), scoring='average_precision', cv=folds,
+                              n_jobs=jobs)
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore', ConvergenceWarning)         # 2,000 iterations, finished or not: that is the protocol
+            # 2,000 iterations, finished or not: that is the protocol
+            warnings.simplefilter('ignore', ConvergenceWarning)
             search.fit(x[y != 0], y[y != 0])
         scores.append(search.decision_function(z)); chosen.append(search.best_params_['C'])
         if progress: progress(c + 1, train_y.shape[1])
@@ -174,8 +199,10 @@ def linear_svm(train_x:Tensor, train_y:Tensor, # (N, D) frozen features and thei
 # %% ../nbs/12_voc.ipynb #98d3c462
 def shot_rows(y:Tensor, k:int, negatives:int, g)->Tensor: # (k + up to k·negatives,) rows of y
     "k positives and `negatives` times as many negatives, as far as there are."
-    positive, negative = [v[torch.randperm(len(v), generator=g)] for v in ((y == 1).nonzero()[:, 0], (y == -1).nonzero()[:, 0])]
-    if not 1 <= k <= len(positive): raise ValueError(f"shots: expected 1 to {len(positive)}, the positive images of the class, got {k}")
+    positive, negative = [v[torch.randperm(len(v), generator=g)]
+                          for v in ((y == 1).nonzero()[:, 0], (y == -1).nonzero()[:, 0])]
+    if not 1 <= k <= len(positive):
+        raise ValueError(f"shots: expected 1 to {len(positive)}, the positive images of the class, got {k}")
     return torch.cat([positive[:k], negative[:k*negatives]])
 
 # %% ../nbs/12_voc.ipynb #6805a607
@@ -184,13 +211,15 @@ def low_shot(train_x:Tensor, train_y:Tensor, test_x:Tensor, test_y:Tensor, # fea
              samples:int=5,                       # draws of each
              costs=COSTS, rule:str='interpolated', seed:int=0,
              progress=None,                       # called with (samples done, samples in all)
-            )->dict:                              # k → mAP: mean, std, best (chosen on the test images), and the cost
+            )->dict: # k → mAP: mean, std, best (chosen on the test images), and the cost
     "Linear SVMs from k positive images a class."
     from sklearn.exceptions import ConvergenceWarning
     x, z, n = unit_rows(train_x), unit_rows(test_x), train_y.shape[1]
     fewest = int((train_y == 1).sum(0).min())
     for k in shots:
-        if not 1 <= k <= fewest: raise ValueError(f"shots: expected 1 to {fewest}, the positive images of the rarest class, got {k}")
+        if not 1 <= k <= fewest:
+            raise ValueError(f"shots: expected 1 to {fewest}, "
+                             f"the positive images of the rarest class, got {k}")
     out = {}
     for i,k in enumerate(shots):
         outside, tested = np.zeros((2, samples, len(costs)))
@@ -198,7 +227,7 @@ def low_shot(train_x:Tensor, train_y:Tensor, test_x:Tensor, test_y:Tensor, # fea
             w, b, rest = np.zeros((len(costs), n, x.shape[1])), np.zeros((len(costs), n)), train_y.clone()
             for c,y in enumerate(train_y.T):
                 rows = shot_rows(y, k, n - 1, generator(seed, 'low shot', k, s, c))
-                rest[rows, c] = 0                                       # what an SVM was trained on is not asked again
+                rest[rows, c] = 0                              # what an SVM was trained on is not asked again
                 q = span(x[rows])
                 for j,cost in enumerate(costs):
                     with warnings.catch_warnings():
@@ -206,11 +235,14 @@ def low_shot(train_x:Tensor, train_y:Tensor, test_x:Tensor, test_y:Tensor, # fea
                         fit = svm(cost, seed).fit(x[rows] @ q, y[rows])
                     w[j, c], b[j, c] = q @ fit.coef_[0], fit.intercept_[0]
             for j in range(len(costs)):
-                outside[s, j], tested[s, j] = (mean_ap(torch.tensor(f @ w[j].T + b[j]), t, rule)[0] for f,t in ((x, rest), (z, test_y)))
+                outside[s, j], tested[s, j] = (mean_ap(torch.tensor(f @ w[j].T + b[j]), t, rule)[0]
+                                               for f,t in ((x, rest), (z, test_y)))
             if progress: progress(i*samples + s + 1, len(shots)*samples)
-        if np.isnan(outside).all(): raise ValueError(f"shots: {k} leaves no positive image outside the sample to choose the cost by")
+        if np.isnan(outside).all():
+            raise ValueError(f"shots: {k} leaves no positive image outside the sample to choose the cost by")
         j = int(outside.mean(0).argmax())
-        out[k] = dict(mean=tested[:, j].mean(), std=tested[:, j].std(), best=tested.mean(0).max(), cost=costs[j])
+        out[k] = dict(mean=tested[:, j].mean(), std=tested[:, j].std(), best=tested.mean(0).max(),
+                      cost=costs[j])
     return out
 
 # %% ../nbs/12_voc.ipynb #325a8cc4
@@ -222,8 +254,9 @@ def voc_loss(logits:Tensor, # (B, C)
     return per.masked_fill(truth == 0, 0.).sum() / len(logits)
 
 # %% ../nbs/12_voc.ipynb #656af054
-RECIPES = {'fc6-8': (.003, 5_000), 'all': (.001, 20_000)}      # learning rate, and steps until it is halved, of STEPS
-STEPS, SCALE = 80_000, (.1, .5)                                # SCALE: share of a photograph that a crop covers
+# learning rate, and steps until it is halved, of STEPS
+RECIPES = {'fc6-8': (.003, 5_000), 'all': (.001, 20_000)}
+STEPS, SCALE = 80_000, (.1, .5)                              # SCALE: share of a photograph that a crop covers
 
 def learning_rate(what:str, step:int, n:int=STEPS)->float:
     "Halved every 5,000 (fc6-8) or 20,000 steps (all); a shorter training has shorter stairs."
@@ -233,7 +266,8 @@ def learning_rate(what:str, step:int, n:int=STEPS)->float:
 # %% ../nbs/12_voc.ipynb #9f7dd8ad
 def transfer_net(net,                    # a DeepClusterNet
                  n_classes:int,
-                 what:str='fc6-8',       # 'fc6-8': new linear layers on frozen convolutions; 'all': everything learns
+                 # 'fc6-8': new linear layers on frozen convolutions; 'all': everything learns
+                 what:str='fc6-8',
                  train_bn:bool=False,    # fc6-8 also learns batch norm's scale and shift
                  dropout:float=.5, seed:int=0,
                 ):                       # a copy; the network itself is not touched
@@ -242,21 +276,26 @@ def transfer_net(net,                    # a DeepClusterNet
     net, g = copy.deepcopy(net), generator(seed, 'transfer')
     net.top_layer = nn.Linear(net.dim, n_classes, device='meta').to_empty(device=net.top_layer.weight.device)
     for m in (*net.classifier.modules(), net.top_layer):
-        if isinstance(m, nn.Linear): m.weight.data.copy_(torch.empty(m.weight.shape).normal_(0, .01, generator=g)); nn.init.constant_(m.bias, .1)
-        elif isinstance(m, nn.BatchNorm1d): m.reset_parameters()        # of our small network; the paper's have none here
-        elif isinstance(m, nn.Dropout): m.p = dropout
+        if isinstance(m, nn.Linear):
+            m.weight.data.copy_(torch.empty(m.weight.shape).normal_(0, .01, generator=g))
+            nn.init.constant_(m.bias, .1)
+        elif isinstance(m, nn.BatchNorm1d):
+            m.reset_parameters()  # of our small network; the paper's have none here
+        elif isinstance(m, nn.Dropout):
+            m.p = dropout
     for m in net.features.modules():
-        for p in m.parameters(recurse=False): p.requires_grad_(what == 'all' or train_bn and isinstance(m, nn.BatchNorm2d))
+        for p in m.parameters(recurse=False):
+            p.requires_grad_(what == 'all' or train_bn and isinstance(m, nn.BatchNorm2d))
     return net
 
 # %% ../nbs/12_voc.ipynb #abb57bb8
-def finetune(net, images:PackedImages, # from `transfer_net`; labels (N, C) of −1, 0, 1
+def finetune(net, images:PackedImages, # from transfer_net; labels (N, C) of −1, 0, 1
              what:str='fc6-8', n:int=STEPS, size:int=224, batch_size:int=16,
              weight_decay:float=1e-6, clip:float=10., # clip: largest norm of the gradient
              device='cpu', precision='float32', seed:int=0,
-             after=None,               # called with (steps done, n, function that returns the state as tensors)
-             start=(0, None),          # steps done and their state, to go on from
-            ):                         # the same net, trained
+             after=None,             # called with (steps done, n, function that returns the state as tensors)
+             start=(0, None),        # steps done and their state, to go on from
+            ):                       # the same net, trained
     "Classification as in the released code: SGD with momentum .9, batch norm in evaluation mode."
     learning = [p for p in net.parameters() if p.requires_grad]
     opt = torch.optim.SGD(learning, 1., .9, weight_decay=weight_decay)
@@ -266,13 +305,16 @@ def finetune(net, images:PackedImages, # from `transfer_net`; labels (N, C) of �
     with torch.random.fork_rng():
         for step in range(start[0], n):
             epoch, i = divmod(step, per)
-            if batches is None or i == 0: batches = steps(torch.randperm(len(images), generator=generator(seed, 'voc order', epoch)), batch_size)
+            if batches is None or i == 0:
+                batches = steps(torch.randperm(len(images), generator=generator(seed, 'voc order', epoch)),
+                                batch_size)
             g, idx = generator(seed, 'voc step', step), batches[i]
             torch.manual_seed(g.initial_seed())
             x = normalize(random_resized_crop(to_device(images.batch(idx), device), size, g, SCALE, (1., 1.)))
             with autocast(precision, device): logits = net(x.contiguous(memory_format=torch.channels_last))
             loss = voc_loss(logits.float(), to_device(images.labels[idx], device))
-            if step % 50 == 0 and not loss.isfinite(): raise FloatingPointError(f"loss is not finite in step {step}; try precision='float32'")
+            if step % 50 == 0 and not loss.isfinite():
+                raise FloatingPointError(f"loss is not finite in step {step}; try precision='float32'")
             opt.param_groups[0]['lr'] = learning_rate(what, step, n)
             opt.zero_grad(); loss.backward()
             nn.utils.clip_grad_norm_(learning, clip)
@@ -282,16 +324,19 @@ def finetune(net, images:PackedImages, # from `transfer_net`; labels (N, C) of �
 
 # %% ../nbs/12_voc.ipynb #86db36f1
 @torch.inference_mode()
-def crop_scores(net, images:PackedImages, size:int=224, crops:int=10, batch_size:int=64, device='cpu', precision='float32', seed:int=0,
-                progress=None)->Tensor: # (N, C); progress is called with (images done, N)
+def crop_scores(net, images:PackedImages, size:int=224, crops:int=10, batch_size:int=64, device='cpu',
+                precision='float32', seed:int=0, progress=None
+               )->Tensor: # (N, C); progress is called with (images done, N)
     "The sum of the scores of ten random crops."
     net.eval()
     out = []
     for idx in torch.arange(len(images)).split(batch_size):
         total = 0
         for c in range(crops):
-            x = random_resized_crop(to_device(images.batch(idx), device), size, generator(seed, 'voc test', c, int(idx[0])), SCALE, (1., 1.))
-            with autocast(precision, device): total = total + net(normalize(x).contiguous(memory_format=torch.channels_last)).float()
+            x = random_resized_crop(to_device(images.batch(idx), device), size,
+                                    generator(seed, 'voc test', c, int(idx[0])), SCALE, (1., 1.))
+            with autocast(precision, device):
+                total = total + net(normalize(x).contiguous(memory_format=torch.channels_last)).float()
         out.append(total.cpu())
         if progress: progress(int(idx[-1]) + 1, len(images))
     return torch.cat(out)

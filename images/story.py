@@ -1,4 +1,5 @@
-"The way of eight pieces of photographs through the chapters, a row more in each: `python images/story.py` (a minute)."
+("The way of eight pieces of photographs through the chapters, a row more in each: "
+ "`python images/story.py` (a minute).")
 import io
 from pathlib import Path
 import matplotlib; matplotlib.use('Agg')
@@ -15,13 +16,15 @@ from deepcluster_nb.sobel import Sobel, normalize
 from deepcluster_nb.training import Config, cluster, fit, resolve
 
 HERE = Path(__file__).parent
-CONFIG = Config(arch='alexnet_small', size=32, k=12, pca=32, epochs=8, batch_size=64, min_scale=.3, device='cpu')
+CONFIG = Config(arch='alexnet_small', size=32, k=12, pca=32, epochs=8, batch_size=64, min_scale=.3,
+                device='cpu')
 SHOWN = torch.arange(8)                                 # of the pieces
 
 def pieces(n=1200, side=96): # windows on both photographs, drawn by chance, in 32 × 32 pixels
     photos = [torch.from_numpy(p.copy()).permute(2, 0, 1) for p in load_sample_images().images]
     u, which = torch.rand(2, n, generator=generator(0, 'pieces')), torch.arange(n) % 2
-    boxes = torch.stack([u[0] * (photos[0].shape[2] - side), u[1] * (photos[0].shape[1] - side), torch.full((n,), side), torch.full((n,), side)], 1)
+    boxes = torch.stack([u[0] * (photos[0].shape[2] - side), u[1] * (photos[0].shape[1] - side),
+                         torch.full((n,), side), torch.full((n,), side)], 1)
     small = torch.cat([resample([photos[w]], b[None], 32) for w,b in zip(which, boxes)])
     return PackedImages(small.round().byte(), labels=which, classes=['palace', 'flower'])
 
@@ -39,7 +42,8 @@ def rows(images, config): # (chapter, title, eight pictures or numbers of cluste
     yield 4, 'whitened', grid(l2_normalize(PCA(config.pca).fit(f).transform(f))[i])
     first = cluster(net, images, config, 0)[0].assign
     yield 5, 'cluster', first[i].tolist()
-    drawn = uniform_sample(first, config.passes*len(images), config.seed, 0).bincount(minlength=len(images)) / config.passes
+    drawn = uniform_sample(first, config.passes*len(images), config.seed,
+                           0).bincount(minlength=len(images)) / config.passes
     yield 6, 'drawn', [f'{v:.1f} ×' for v in drawn[i]]
     run = fit(config, images, echo=None)
     last = run.clustering.assign
@@ -52,14 +56,19 @@ def rows(images, config): # (chapter, title, eight pictures or numbers of cluste
 
 def draw(rows, path):
     colors, newest = plt.get_cmap('Paired').colors, rows[-1][0]
-    fig, axs = plt.subplots(len(rows), len(SHOWN) + 1, figsize=(7.2, .68*len(rows)), width_ratios=[1.8] + [1]*len(SHOWN), squeeze=False, gridspec_kw=dict(wspace=.06, hspace=.06, left=0, right=.995, top=.99, bottom=.01))
+    fig, axs = plt.subplots(len(rows), len(SHOWN) + 1, figsize=(7.2, .68*len(rows)),
+                            width_ratios=[1.8] + [1]*len(SHOWN), squeeze=False,
+                            gridspec_kw=dict(wspace=.06, hspace=.06, left=0, right=.995, top=.99, bottom=.01))
     for line, (chapter, title, things) in zip(axs, rows):
         line[0].axis('off')
-        line[0].text(.95, .5, title, ha='right', va='center', fontsize=10.5, weight='bold' if chapter == newest else 'normal', transform=line[0].transAxes)
-        line[0].text(.02, .5, f'{chapter:02}' if title else '', va='center', fontsize=9, color='.45', transform=line[0].transAxes)
+        line[0].text(.95, .5, title, ha='right', va='center', fontsize=10.5,
+                     weight='bold' if chapter == newest else 'normal', transform=line[0].transAxes)
+        line[0].text(.02, .5, f'{chapter:02}' if title else '', va='center', fontsize=9, color='.45',
+                     transform=line[0].transAxes)
         for ax, t in zip(line[1:], things):
             ax.set(xticks=[], yticks=[], aspect='equal')
-            if isinstance(t, torch.Tensor): ax.imshow((t.permute(1, 2, 0) if t.ndim == 3 else t).numpy(), cmap='gray', vmin=0, vmax=1)
+            if isinstance(t, torch.Tensor):
+                ax.imshow((t.permute(1, 2, 0) if t.ndim == 3 else t).numpy(), cmap='gray', vmin=0, vmax=1)
             else:
                 if isinstance(t, int): ax.set_facecolor(colors[t % len(colors)])
                 ax.text(.5, .5, t, ha='center', va='center', fontsize=12, transform=ax.transAxes)
@@ -71,6 +80,7 @@ def draw(rows, path):
 def main(out=HERE, images=None, config=CONFIG):
     done = list(rows(images or pieces(), resolve(config)))
     with plt.style.context(STYLE):
-        for chapter in sorted({r[0] for r in done}): draw([r for r in done if r[0] <= chapter], Path(out)/f'story_{chapter:02}.png')
+        for chapter in sorted({r[0] for r in done}):
+            draw([r for r in done if r[0] <= chapter], Path(out)/f'story_{chapter:02}.png')
 
 if __name__ == '__main__': main()

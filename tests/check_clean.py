@@ -1,4 +1,5 @@
-"nbdev_export and nbdev_clean must leave no diff; run from the root of the repository, on a copy, so that nothing here changes."
+("nbdev_export and nbdev_clean must leave no diff; "
+ "run from the root of the repository, on a copy, so that nothing here changes.")
 import shutil, subprocess, sys, tempfile
 from pathlib import Path
 
@@ -15,7 +16,8 @@ def main():
         for command in ('nbdev_export', 'nbdev_clean'): subprocess.run([command], cwd=copy, check=True)
         before, after = contents(here), contents(copy)
     changed = sorted(f for f in before.keys() | after.keys() if before.get(f) != after.get(f))
-    if changed: sys.exit('nbdev_export or nbdev_clean change these; run both and commit:\n  ' + '\n  '.join(changed))
+    if changed:
+        sys.exit('nbdev_export or nbdev_clean change these; run both and commit:\n  ' + '\n  '.join(changed))
     print(f'{len(before)} files unchanged by nbdev_export and nbdev_clean')
 
 if __name__ == '__main__': main()

@@ -3,14 +3,17 @@ import pytest, torch
 from deepcluster_nb.runs import Stopped
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(): # a run that stops, on a disk that is really full for one, fails its own test; as a KeyboardInterrupt it would end all of them
+def pytest_runtest_call():
+    # a run that stops, on a disk that is really full for one, fails
+    # its own test; as a KeyboardInterrupt it would end all of them
     try: return (yield)
     except Stopped as e: pytest.fail(f'Stopped: {e}')
 
 pytest_runtest_setup = pytest_runtest_call                          # in a fixture too
 
 @pytest.fixture(autouse=True, scope='session')
-def threads(): torch.set_num_threads(1 if 'PYTEST_XDIST_WORKER' in os.environ else 2)     # beside others one each: they would wait for one another
+def threads(): # beside others one each: they would wait for one another
+    torch.set_num_threads(1 if 'PYTEST_XDIST_WORKER' in os.environ else 2)
 
 @pytest.fixture(scope='module')
 def one_thread(): # for inputs so small that threads would mostly wait for each other
@@ -23,5 +26,6 @@ def one_thread(): # for inputs so small that threads would mostly wait for each 
 def cifar_root():
     "The data root with CIFAR-10 as a folder of JPEGs, where there is one."
     root = os.environ.get('DEEPCLUSTER_DATA')
-    if not root or not os.path.isdir(os.path.join(root, 'cifar10', 'train')): pytest.skip('DEEPCLUSTER_DATA has no cifar10/train')
+    if not root or not os.path.isdir(os.path.join(root, 'cifar10', 'train')):
+        pytest.skip('DEEPCLUSTER_DATA has no cifar10/train')
     return root

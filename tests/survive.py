@@ -1,6 +1,8 @@
-"""Kill a small run at random moments and see that it ends in the same bits: `python tests/survive.py --kills 50`.
+"""Kill a small run at random moments and see that it ends in the same bits: `python tests/survive.py \
+--kills 50`.
 
-Every run saves after each step, is killed once with SIGKILL (every second one while a checkpoint is being written), and is started again with the same call."""
+Every run saves after each step, is killed once with SIGKILL (every second one while a checkpoint is \
+being written), and is started again with the same call."""
 import argparse, hashlib, json, os, random, shutil, signal, sys, tempfile, time
 from dataclasses import replace
 from pathlib import Path
@@ -8,15 +10,23 @@ import torch
 from deepcluster_nb.runs import load_checkpoint
 from deepcluster_nb.training import Config, fit
 
-SMALL = Config(dataset='digits', n_images=160, k=8, pca=16, epochs=2, passes=1, batch_size=40, precision='float32', device='cpu', checkpoint_minutes=0.)
+SMALL = Config(dataset='digits', n_images=160, k=8, pca=16, epochs=2, passes=1, batch_size=40,
+               precision='float32', device='cpu', checkpoint_minutes=0.)
 
-def sha256(run_dir): # of weights, momentum, PCA, centroids, all assignments, clusters, and the log without its clock
+def sha256(run_dir):
+    # of weights, momentum, PCA, centroids, all assignments, clusters, and the log without its clock
     tensors = load_checkpoint(Path(run_dir)/'checkpoint')[2]
-    log = [{k: v for k,v in json.loads(l).items() if k != 'seconds'} for l in (Path(run_dir)/'log.jsonl').read_text().splitlines()]
-    assert [r['epoch'] for r in log] == list(range(len(log))), 'an epoch is missing in the log, or there twice'
+    log = [{k: v for k,v in json.loads(l).items() if k != 'seconds'}
+           for l in (Path(run_dir)/'log.jsonl').read_text().splitlines()]
+    assert [r['epoch']
+            for r in log] == list(range(len(log))), 'an epoch is missing in the log, or there twice'
     h = hashlib.sha256(json.dumps(log).encode())
-    for name in sorted(tensors): h.update(name.encode()); h.update(tensors[name].contiguous().numpy().tobytes())
-    for f in [*sorted((Path(run_dir)/'assignments').iterdir()), Path(run_dir)/'clusters.csv']: h.update(f.name.encode()); h.update(f.read_bytes())
+    for name in sorted(tensors):
+        h.update(name.encode())
+        h.update(tensors[name].contiguous().numpy().tobytes())
+    for f in [*sorted((Path(run_dir)/'assignments').iterdir()), Path(run_dir)/'clusters.csv']:
+        h.update(f.name.encode())
+        h.update(f.read_bytes())
     return h.hexdigest()
 
 def child(config): # a process that runs it; forked, since importing PyTorch takes longer than the run
@@ -44,7 +54,8 @@ def kill(config, after, in_write): # → was a checkpoint being written?
     return False                                                   # it was through before its time came
 
 def survive(kills, seed=0, say=print):
-    "Number of kills, of those in the middle of a write, and of runs that ended in the bits of the undisturbed one."
+    ("Number of kills, of those in the middle of a write, "
+     "and of runs that ended in the bits of the undisturbed one.")
     top, draw = Path(tempfile.mkdtemp()), random.Random(seed)
     try:
         start = time.time()
@@ -58,14 +69,18 @@ def survive(kills, seed=0, say=print):
             finish(config)
             found = sha256(config.run_dir)
             same += found == expected
-            say(f"kill {i+1}/{kills}{' in a write' if hit else ''}: {found[:16]} {'the same' if found == expected else 'DIFFERENT'}")
+            say(f"kill {i+1}/{kills}{' in a write' if hit else ''}: "
+                f"{found[:16]} {'the same' if found == expected else 'DIFFERENT'}")
             shutil.rmtree(config.run_dir)
         return kills, in_write, same
     finally: shutil.rmtree(top)
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__); p.add_argument('--kills', type=int, default=50); p.add_argument('--seed', type=int, default=0)
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('--kills', type=int, default=50)
+    p.add_argument('--seed', type=int, default=0)
     args = p.parse_args()
     kills, in_write, same = survive(args.kills, args.seed)
-    print(f"{same} of {kills} runs ended in the same bits; {in_write} were killed while a checkpoint was being written")
+    print(f"{same} of {kills} runs ended in the same bits; "
+          f"{in_write} were killed while a checkpoint was being written")
     sys.exit(same != kills)

@@ -9,11 +9,15 @@ from deepcluster_nb.runs import RunFolder
 from deepcluster_nb.training import Config, fit
 
 LAYERS = [f'conv{i}' for i in range(1, 6)]
-SMALL = dict(dataset='digits', n_images=60, n_test=40, k=5, pca=8, epochs=2, passes=1, batch_size=30, device='cpu', threads=1)
+SMALL = dict(dataset='digits', n_images=60, n_test=40, k=5, pca=8, epochs=2, passes=1, batch_size=30,
+             device='cpu', threads=1)
 
 def measured(path, level, **more): # metrics.json with this mean of the probes over random's 50
-    probes = dict(random={l: 50. for l in LAYERS}, random_calibrated={l: 49. for l in LAYERS}, deepcluster={l: level + i - 2 for i,l in enumerate(LAYERS)})
-    metrics = dict(n_images=60, classes=10, probes=probes, knn=dict(random=30., random_calibrated=35., deepcluster=level - 10), seconds=dict(probes=3., total=9.)) | more
+    probes = dict(random={l: 50. for l in LAYERS}, random_calibrated={l: 49. for l in LAYERS},
+                  deepcluster={l: level + i - 2 for i,l in enumerate(LAYERS)})
+    metrics = dict(n_images=60, classes=10, probes=probes,
+                   knn=dict(random=30., random_calibrated=35., deepcluster=level - 10),
+                   seconds=dict(probes=3., total=9.)) | more
     (Path(path)/'metrics.json').write_text(json.dumps(metrics))
 
 @pytest.fixture(scope='module')
@@ -39,45 +43,65 @@ def everything(where): # what the notebook shows, as text
 
 def test_runs_side_by_side(runs, tmp_path, capsys):
     before = {p: p.read_bytes() for p in runs.rglob('*') if p.is_file() and p.name != 'lock'}
-    assert main(['run', 'compare', '-p', f'runs={runs}/*', '-p', 'n_images=0', '-p', 'most=4', '--out', str(tmp_path/'out')]) == 0
+    assert main(['run', 'compare', '-p', f'runs={runs}/*', '-p', 'n_images=0', '-p', 'most=4',
+                 '--out', str(tmp_path/'out')]) == 0
     out, (text, _) = capsys.readouterr().out, everything(tmp_path/'out')
     assert before == {p: p.read_bytes() for p in runs.rglob('*') if p.is_file() and p.name != 'lock'}
     m = json.loads((tmp_path/'out'/'metrics.json').read_text())
-    assert set(m['runs']) == {'seed0', 'seed1', 'ten', 'stopped'} and m['runs']['stopped']['state'] == 'stopped' and m['runs']['ten']['settings'] == dict(k=6, lr=.05, seed=0)
+    assert (set(m['runs']) == {'seed0', 'seed1', 'ten', 'stopped'} and m['runs']['stopped']['state']
+            == 'stopped' and m['runs']['ten']['settings'] == dict(k=6, lr=.05, seed=0))
     (means,) = m['means'].values()
     both = means['k = 5, lr = 0.05']['conv3']
-    assert both == dict(mean=60.5, std=pytest.approx(statistics.stdev([60., 61.])), n=2) and means['k = 6, lr = 0.05']['conv3'] == dict(mean=66., std=None, n=1) and means['random']['kNN']['n'] == 2
+    assert (both == dict(mean=60.5, std=pytest.approx(statistics.stdev([60., 61.])), n=2)
+            and means['k = 6, lr = 0.05']['conv3'] == dict(mean=66., std=None, n=1)
+            and means['random']['kNN']['n'] == 2)
     assert '60.5 ± 0.7' in text and 'ours, 2 seeds' in text and 'ours, one seed' in text
     verdict = ' '.join(m['verdict'])
-    assert '4 runs, 3 finished; stopped is stopped after 1 of 2 epochs' in verdict and 'k = 6, lr = 0.05 leads with 66.0 %, +16.0 points' in verdict
-    assert 'differ by 0.7 points' in verdict and '5.5 behind: more than twice that' in verdict and verdict in text and all(line in out for line in m['verdict'])
+    assert ('4 runs, 3 finished; stopped is stopped after 1 of 2 epochs' in verdict
+            and 'k = 6, lr = 0.05 leads with 66.0 %, +16.0 points' in verdict)
+    assert ('differ by 0.7 points' in verdict and '5.5 behind: more than twice that' in verdict
+            and verdict in text and all(line in out for line in m['verdict']))
     assert 'not running: it was stopped after 1 of 2 epochs' in text and 'published' not in text
     figures = {p.name for p in (tmp_path/'out'/'figures').iterdir()}
-    assert figures == {'curves.png', 'probes.png'} | {f'clusters_{i}_{when}.png' for i in range(4) for when in ('before', 'after')}
+    assert figures == {'curves.png', 'probes.png'} | {f'clusters_{i}_{when}.png' for i in range(4)
+                                                      for when in ('before', 'after')}
     html = (tmp_path/'out'/'report.html').read_text()
-    assert html.count('<img') == 10 and '<title>Runs side by side</title>' in html and 'def curves' not in html
+    assert (html.count('<img') == 10 and '<title>Runs side by side</title>' in html
+            and 'def curves' not in html)
 
 def test_luck_and_losses_are_called_that(runs, tmp_path):
-    for name,seed,level in (('a', 0, 60.), ('b', 1, 63.)): shutil.copytree(runs/f'seed{seed}', tmp_path/name); measured(tmp_path/name, level)
+    for name,seed,level in (('a', 0, 60.), ('b', 1, 63.)):
+        shutil.copytree(runs/f'seed{seed}', tmp_path/name)
+        measured(tmp_path/name, level)
     shutil.copytree(runs/'ten', tmp_path/'c'); measured(tmp_path/'c', 62.)
     for name,share in dict(a=.5, b=.8, c=.97).items():
         rows = [json.loads(l) for l in (tmp_path/name/'log.jsonl').read_text().splitlines()]
-        (tmp_path/name/'log.jsonl').write_text(''.join(json.dumps(r | dict(loss=share*r['ln_k'])) + '\n' for r in rows))
-    assert main(['run', 'compare', '-p', f'runs={tmp_path}/a {tmp_path}/b {tmp_path}/c', '-p', 'most=0', '--out', str(tmp_path/'out')]) == 0
+        (tmp_path/name/'log.jsonl').write_text(''.join(json.dumps(r | dict(loss=share*r['ln_k'])) + '\n'
+                                                       for r in rows))
+    assert main(['run', 'compare', '-p', f'runs={tmp_path}/a {tmp_path}/b {tmp_path}/c', '-p', 'most=0',
+                 '--out', str(tmp_path/'out')]) == 0
     verdict = ' '.join(json.loads((tmp_path/'out'/'metrics.json').read_text())['verdict'])
-    assert 'k = 6 leads with 62.0' in verdict and '0.5 behind: not more than twice that, so it may be luck' in verdict and 'stayed near ln k in c:' in verdict
+    assert ('k = 6 leads with 62.0' in verdict
+            and '0.5 behind: not more than twice that, so it may be luck' in verdict
+            and 'stayed near ln k in c:' in verdict)
 
 def test_published_numbers_stand_beside_the_papers_network(tmp_path):
-    c = Config(dataset='packed', root=str(tmp_path/'gone'), size=224, arch='alexnet', k=10_000, pca=256, epochs=500, passes=1, batch_size=256, dropout=.5)
+    c = Config(dataset='packed', root=str(tmp_path/'gone'), size=224, arch='alexnet', k=10_000, pca=256,
+               epochs=500, passes=1, batch_size=256, dropout=.5)
     folder = RunFolder(tmp_path/'paper', asdict(c))
     measured(folder.path, 38., n_images=1_281_167, classes=1000)
     assert main(['run', 'compare', '-p', f'runs={folder.path}', '--out', str(tmp_path/'out')]) == 0
     text, _ = everything(tmp_path/'out')
     row = next(l for l in text.splitlines() if 'ECCV' in l)
-    assert [c.strip() for c in row.split('|')[2:8]] == ['13.4', '32.3', '41.0', '39.6', '38.2', '26.8'] and 'third parties' in row       # FACTS: printed by others
+    # FACTS: printed by others
+    assert ([c.strip() for c in row.split('|')[2:8]] == ['13.4', '32.3', '41.0', '39.6', '38.2', '26.8']
+            and 'third parties' in row)
     assert 'no clusters yet' in text and 'one seed' in text
 
-@pytest.mark.parametrize('given, message', [('{0}/nothing', 'no run in .*nothing'), ('{0}/seed0 {0}/another', 'another experiment than train'), ('{0}/no*', "no run of train at .*no\\*'")])
+@pytest.mark.parametrize('given, message', [
+    ('{0}/nothing', 'no run in .*nothing'),
+    ('{0}/seed0 {0}/another', 'another experiment than train'),
+    ('{0}/no*', "no run of train at .*no\\*'")])
 def test_a_folder_that_is_no_run(runs, tmp_path, capsys, given, message):
     assert main(['run', 'compare', '-p', 'runs=' + given.format(runs), '--out', str(tmp_path/'out')]) == 2
     err = capsys.readouterr().err.strip()
@@ -86,7 +110,7 @@ def test_a_folder_that_is_no_run(runs, tmp_path, capsys, given, message):
 def test_finding_runs(runs, monkeypatch):
     monkeypatch.chdir(runs)
     assert [p.name for p in find_runs('seed? seed0')] == ['seed0', 'seed1'] and find_runs('') == []
-    assert {p.name for p in find_runs('*')} == {'seed0', 'seed1', 'ten', 'stopped'}            # `another` is left out
+    assert {p.name for p in find_runs('*')} == {'seed0', 'seed1', 'ten', 'stopped'}    # `another` is left out
     spaced = runs/'with a space'
     shutil.copytree(runs/'seed0', spaced)
     try: assert find_runs(str(spaced)) == [spaced]

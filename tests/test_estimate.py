@@ -8,14 +8,18 @@ from deepcluster_nb.experiments import main
 from deepcluster_nb.runs import amount
 from deepcluster_nb.training import Config, resolve
 
-KINDS  = dict(features=[2., 3., 4.], pca=[.1, .1], axes=[5.], kmeans=[1.], training=[6., 8.], books=[.01], saving=[1e-3], probe=[.5], pair=[.002])
-FACTS  = dict(n=1000, n_test=100, classes=10, real=True, decoded=False, listing=0., loading=7., image_bytes=3072., probes=[9600, 9216], dim=4096, activations=100., network=1200, checkpoint=800)
+KINDS = dict(features=[2., 3., 4.], pca=[.1, .1], axes=[5.], kmeans=[1.], training=[6., 8.], books=[.01],
+             saving=[1e-3], probe=[.5], pair=[.002])
+FACTS = dict(n=1000, n_test=100, classes=10, real=True, decoded=False, listing=0., loading=7.,
+             image_bytes=3072., probes=[9600, 9216], dim=4096, activations=100., network=1200, checkpoint=800)
 PHASES = ['loading', 'features', 'pca', 'kmeans', 'training', 'bookkeeping', 'probes']
-TINY   = Config(dataset='shapes', n_images=200, k=5, pca=8, epochs=2, passes=1, batch_size=16, device='cpu', precision='float32')
+TINY = Config(dataset='shapes', n_images=200, k=5, pca=8, epochs=2, passes=1, batch_size=16, device='cpu',
+              precision='float32')
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
-def fake(samples=KINDS, facts=FACTS, **change): return Estimate(resolve(replace(TINY, **change)), samples, facts)
+def fake(samples=KINDS, facts=FACTS, **change):
+    return Estimate(resolve(replace(TINY, **change)), samples, facts)
 
 def test_a_reassignment_by_hand():
     e = fake(passes=3).epoch()
@@ -24,13 +28,15 @@ def test_a_reassignment_by_hand():
 def test_a_whole_run_by_hand():
     found = fake(epochs=4)
     probes = 3*(2*1100*3 + 2*100*1000*.5 + 1000*100*.002)      # 8 steps a pass, so 100 passes
-    assert found.totals() == pytest.approx(dict(loading=7, features=5*3000, pca=5*105, kmeans=5*1000, training=4*7000, bookkeeping=4*10.8, probes=probes))
+    assert found.totals() == pytest.approx(dict(loading=7, features=5*3000, pca=5*105, kmeans=5*1000,
+                                                training=4*7000, bookkeeping=4*10.8, probes=probes))
     assert found.seconds == pytest.approx(sum(found.totals().values())) and list(found.totals()) == PHASES
 
 def test_linear_in_images_epochs_and_passes():
     base, more = fake(), fake(facts=FACTS | dict(n=7000))
     for p in ('features', 'kmeans', 'training'): assert more.epoch()[p] == pytest.approx(7*base.epoch()[p])
-    assert more.epoch()['pca'] - 5 == pytest.approx(7*(base.epoch()['pca'] - 5))     # the eigenvectors cost the same
+    # the eigenvectors cost the same
+    assert more.epoch()['pca'] - 5 == pytest.approx(7*(base.epoch()['pca'] - 5))
     a, b, c = (fake(epochs=n).seconds for n in (0, 10, 20))
     assert c - b == pytest.approx(b - a) == pytest.approx(10*sum(base.epoch().values()))
     assert fake(passes=5).epoch()['training'] == pytest.approx(5*base.epoch()['training'])
@@ -46,35 +52,58 @@ def test_images_that_are_decoded_are_loaded_one_by_one():
     assert fake(facts=FACTS | dict(decoded=True, listing=3.)).totals()['loading'] == 7*1000 + 3
 
 def test_without_labels_no_probes():
-    found = fake({k: v for k,v in KINDS.items() if k not in ('probe', 'pair')}, FACTS | dict(classes=0, probes=[]))
+    found = fake({k: v for k,v in KINDS.items() if k not in ('probe', 'pair')},
+                 FACTS | dict(classes=0, probes=[]))
     assert found.totals()['probes'] == 0 and 'probes' not in str(found)
 
 def test_disk_and_memory_by_hand():
     found = fake(epochs=3)
-    assert found.disk == {'three checkpoints and the reserve': 3200, 'features in half precision': 2*1000*4096, 'assignments': 4*1000*4}
-    assert found.memory == {'images': 3072e3, 'weights, gradients, momentum': 1200, 'activations of 16 images': 1600,
-                            'features after PCA': 4*1000*8, 'features of the probes': 1100*(2*18816 + 4*4096)}
+    assert found.disk == {'three checkpoints and the reserve': 3200,
+                          'features in half precision': 2*1000*4096, 'assignments': 4*1000*4}
+    assert found.memory == {'images': 3072e3, 'weights, gradients, momentum': 1200,
+                            'activations of 16 images': 1600, 'features after PCA': 4*1000*8,
+                            'features of the probes': 1100*(2*18816 + 4*4096)}
     packed = Estimate(replace(found.config, dataset='packed'), KINDS, FACTS)
     assert packed.disk['packed images'] == 3072e3 and 'images' not in packed.memory
 
-@pytest.mark.parametrize('kind, word', [('features', 'a GPU'), ('training', 'a GPU; fewer epochs'), ('kmeans', 'clusters'), ('axes', 'fewer features'), ('probe', 'come once'), ('saving', 'disk')])
+@pytest.mark.parametrize('kind, word', [
+    ('features', 'a GPU'),
+    ('training', 'a GPU; fewer epochs'),
+    ('kmeans', 'clusters'),
+    ('axes', 'fewer features'),
+    ('probe', 'come once'),
+    ('saving', 'disk')])
 def test_advice_names_what_takes_the_time(kind, word):
     found = fake(KINDS | {kind: [1e6]}, epochs=50)
-    assert word in found.advice() and f'goes into {max(found.totals(), key=found.totals().get)}:' in found.advice()
+    assert (word in found.advice()
+            and f'goes into {max(found.totals(), key=found.totals().get)}:' in found.advice())
 
 def test_advice_on_passes_and_on_what_does_not_fit():
     assert 'fewer passes' in fake(KINDS | dict(training=[1e6]), passes=2).advice()
-    assert fake(facts=FACTS | dict(ram=1e6)).advice().startswith('memory first: 1 MB are here, and features of the probes alone')
+    assert fake(facts=FACTS | dict(ram=1e6)).advice().startswith(
+        'memory first: 1 MB are here, and features of the probes alone')
     assert fake(facts=FACTS | dict(ram=1e12, free=1e3)).advice().startswith('disk first')
 
 def test_no_epochs_no_division_by_zero():
     found = fake({k: [0.] for k in KINDS}, FACTS | dict(loading=0.), epochs=0)
     assert found.seconds == 0 and 'in all' in str(found)
 
-@pytest.mark.parametrize('n, text', [(0, '0 bytes'), (999, '999 bytes'), (1500, '1.5 kB'), (123e6, '123 MB'), (2.4e11, '240 GB'), (1.341e9, '1.34 GB'), (5e15, '5,000 TB')])
+@pytest.mark.parametrize('n, text', [
+    (0, '0 bytes'),
+    (999, '999 bytes'),
+    (1500, '1.5 kB'),
+    (123e6, '123 MB'),
+    (2.4e11, '240 GB'),
+    (1.341e9, '1.34 GB'),
+    (5e15, '5,000 TB')])
 def test_bytes(n, text): assert amount(n) == text
 
-@pytest.mark.parametrize('s, text', [(0, '0.0 s'), (9.94, '9.9 s'), (10, '10 s'), (3*3600, '3 h 00 min'), (86400*500, '500.0 days')])
+@pytest.mark.parametrize('s, text', [
+    (0, '0.0 s'),
+    (9.94, '9.9 s'),
+    (10, '10 s'),
+    (3*3600, '3 h 00 min'),
+    (86400*500, '500.0 days')])
 def test_long(s, text): assert long(s) == text
 
 def test_sample_counts_units_and_leaves_the_first_call_out():
@@ -90,42 +119,57 @@ def test_kept_bytes_of_a_known_graph():
 def test_material(tmp_path, monkeypatch):
     monkeypatch.delenv('DEEPCLUSTER_DATA', raising=False)
     images, facts = material(Config(dataset='cifar100'))
-    assert (facts['n'], facts['n_test'], facts['classes'], facts['real']) == (50_000, 10_000, 100, False) and images.size == (3, 32, 32)
-    assert material(Config(dataset='folder'))[1]['n'] == 1_281_167 and material(Config(dataset='folder'), 5000)[1]['n'] == 5000
+    assert (facts['n'], facts['n_test'], facts['classes'],
+            facts['real']) == (50_000, 10_000, 100, False) and images.size == (3, 32, 32)
+    assert (material(Config(dataset='folder'))[1]['n'] == 1_281_167
+            and material(Config(dataset='folder'), 5000)[1]['n'] == 5000)
     from PIL import Image
     for i in range(12):
         d = tmp_path/('train' if i < 9 else 'val')/f'c{i % 2}'
         d.mkdir(parents=True, exist_ok=True)
         Image.new('RGB', (40 + i, 30)).save(d/f'{i}.png')
     images, facts = material(Config(dataset='folder', root=str(tmp_path)))
-    assert (facts['n'], facts['n_test'], facts['classes'], facts['real'], facts['decoded'], len(images)) == (9, 3, 2, True, True, 9)
+    assert (facts['n'], facts['n_test'], facts['classes'], facts['real'], facts['decoded'],
+            len(images)) == (9, 3, 2, True, True, 9)
     assert facts['image_bytes'] == pytest.approx(sum(3*30*(40 + i) for i in range(9))/9)
 
 @pytest.mark.parametrize('change, n_images, seconds, message', [
-    (dict(k=1), None, 1, 'k: expected at least 2'), ({}, 1, 1, 'n_images: expected at least 2 images, got 1'), ({}, None, 0, 'seconds: .*0'),
-    (dict(k=300), None, 1, 'k: expected at most 200'), (dict(pca=1025), None, 1, 'pca: expected at most 1024'), (dict(n_images=5000), None, 1, 'n_images: .*1,200'),
-    (dict(size=8), None, 1, 'size'), (dict(dataset='imagnet'), None, 1, 'dataset')])
+    (dict(k=1), None, 1, 'k: expected at least 2'),
+    ({}, 1, 1, 'n_images: expected at least 2 images, got 1'),
+    ({}, None, 0, 'seconds: .*0'),
+    (dict(k=300), None, 1, 'k: expected at most 200'),
+    (dict(pca=1025), None, 1, 'pca: expected at most 1024'),
+    (dict(n_images=5000), None, 1, 'n_images: .*1,200'),
+    (dict(size=8), None, 1, 'size'),
+    (dict(dataset='imagnet'), None, 1, 'dataset')])
 def test_wrong_input(change, n_images, seconds, message):
     with pytest.raises(ValueError, match=message): estimate(replace(TINY, **change), n_images, seconds)
 
 def test_a_root_that_is_not_there():
-    with pytest.raises(FileNotFoundError, match="/no/such/place"): estimate(replace(TINY, dataset='folder', root='/no/such/place'))
+    with pytest.raises(FileNotFoundError, match="/no/such/place"):
+        estimate(replace(TINY, dataset='folder', root='/no/such/place'))
 
 def test_measured():
     before = torch.random.get_rng_state()
     found = estimate(replace(TINY, arch='resnet18'), 10_000, seconds=.5)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert found.facts['n'] == 10_000 and list(found.totals()) == PHASES and all(v > 0 for v in found.totals().values())
+    assert (found.facts['n'] == 10_000 and list(found.totals()) == PHASES
+            and all(v > 0 for v in found.totals().values()))
     assert all(len(v) >= 3 and min(v) >= 0 for v in found.samples.values()) and found.facts['activations'] > 0
-    for word in (*PHASES, 'in all', 'disk:', 'memory:', 'what would help most:', '10,000 images'): assert word in str(found)
+    for word in (*PHASES, 'in all', 'disk:', 'memory:', 'what would help most:', '10,000 images'):
+        assert word in str(found)
 
 def test_points_more_than_images_are_never_needed():
     c = resolve(replace(TINY, k=150, pca=4))
     assert set(sample_clustering(c, 200, 64, .5)) == {'pca', 'axes', 'kmeans', 'books'}
 
 def test_command(capsys):
-    assert main(['estimate', '--preset', 'digits', '-p', 'epochs=3', '-p', 'arch=resnet18', '--images', '700', '--seconds', '.5']) == 0
+    assert main(['estimate', '--preset', 'digits', '-p', 'epochs=3', '-p', 'arch=resnet18', '--images', '700',
+                 '--seconds', '.5']) == 0
     out, err = capsys.readouterr()
-    assert '700 images' in out and '3 reassignments' in out and 'what would help most' in out and 'measuring' in err and 'measuring' not in out
-    assert main(['estimate', '--preset', 'digits', '-p', 'k=1']) == 2 and re.search('k: expected at least 2, got 1', capsys.readouterr().err)
-    assert main(['estimate', '--preset', 'imagenet']) == 2 and 'preset: expected one of' in capsys.readouterr().err
+    assert ('700 images' in out and '3 reassignments' in out and 'what would help most' in out
+            and 'measuring' in err and 'measuring' not in out)
+    assert (main(['estimate', '--preset', 'digits', '-p', 'k=1']) == 2
+            and re.search('k: expected at least 2, got 1', capsys.readouterr().err))
+    assert (main(['estimate', '--preset', 'imagenet']) == 2
+            and 'preset: expected one of' in capsys.readouterr().err)

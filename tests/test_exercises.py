@@ -1,4 +1,5 @@
-"The notebooks to teach from: every question is in them, no answer is, and with the answers put back they run."
+("The notebooks to teach from: "
+ "every question is in them, no answer is, and with the answers put back they run.")
 import importlib.util, json, os, re, subprocess, sys
 from pathlib import Path
 import pytest
@@ -7,8 +8,10 @@ ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location('make_exercises', ROOT/'exercises'/'make.py')
 make = importlib.util.module_from_spec(spec); spec.loader.exec_module(make)
 
-def cells(path): return [(c['cell_type'], ''.join(c['source'])) for c in json.loads(path.read_text())['cells']]
-CHAPTERS = [p for p in sorted((ROOT/'nbs').glob('*.ipynb')) if any('## Exercises' in s.splitlines() for _,s in cells(p))]
+def cells(path):
+    return [(c['cell_type'], ''.join(c['source'])) for c in json.loads(path.read_text())['cells']]
+CHAPTERS = [p for p in sorted((ROOT/'nbs').glob('*.ipynb'))
+            if any('## Exercises' in s.splitlines() for _,s in cells(p))]
 
 def test_every_chapter_with_exercises_is_found():
     assert len(CHAPTERS) >= 18 and make.chapters() == CHAPTERS
@@ -17,17 +20,21 @@ def test_every_chapter_with_exercises_is_found():
 def test_a_stub_has_the_questions_and_no_answers(path):
     chapter, stub = cells(path), make.stub(path)
     start = next(i for i,(kind, s) in enumerate(chapter) if '## Exercises' in s.splitlines())
-    asked = re.findall(r'\*\*(?:\d\. )?(Predict|Break|Extend)\.\*\*', '\n'.join(s for kind,s in chapter[start:] if kind == 'markdown'))
+    asked = re.findall(r'\*\*(?:\d\. )?(Predict|Break|Extend)\.\*\*',
+                       '\n'.join(s for kind,s in chapter[start:] if kind == 'markdown'))
     questions = [i for i,c in enumerate(stub.cells) if c.source.startswith('## Question')]
     assert asked == ['Predict', 'Break', 'Extend'] and len(questions) == 3
     for i,name in zip(questions, asked):
-        assert f'{name}.**' in stub.cells[i].source and stub.cells[i+1].cell_type == 'code' and stub.cells[i+1].source == ''
+        assert (f'{name}.**' in stub.cells[i].source and stub.cells[i+1].cell_type == 'code'
+                and stub.cells[i+1].source == '')
     code = lambda part: {l.strip() for kind,s in part if kind == 'code' for l in s.splitlines()}
-    answers = {l for l in code(chapter[start:]) - code(chapter[:start]) if len(l) > 12 and not l.startswith('#|')}
+    answers = {l for l in code(chapter[start:]) - code(chapter[:start])
+               if len(l) > 12 and not l.startswith('#|')}
     here = {l.strip() for c in stub.cells for l in c.source.splitlines()}
     tidy = {l.strip() for kind,s in chapter[start:] if '#| hide' in s for l in s.splitlines()}
     assert len(answers) > 5 and not answers & (here - tidy)
-    after = [s.split('**')[0] for kind,s in chapter[start + 1:] if kind == 'markdown']           # what is said about an answer
+    # what is said about an answer
+    after = [s.split('**')[0] for kind,s in chapter[start + 1:] if kind == 'markdown']
     assert not any(len(t.strip()) > 20 and t.strip() in c.source for t in after for c in stub.cells)
 
 @pytest.mark.parametrize('name', ['06_sampling', '02_sobel'])
@@ -37,20 +44,25 @@ def test_with_the_answers_put_back_it_runs(name, tmp_path):
     source = '\n'.join(c.source for c in solved.cells if c.cell_type == 'code')
     assert source.count('test_') > 5
     (tmp_path/'solved.py').write_text(source)
-    ran = subprocess.run([sys.executable, 'solved.py'], cwd=tmp_path, capture_output=True, text=True, timeout=120, env=os.environ | dict(MPLBACKEND='agg'))
+    ran = subprocess.run([sys.executable, 'solved.py'], cwd=tmp_path, capture_output=True, text=True,
+                         timeout=120, env=os.environ | dict(MPLBACKEND='agg'))
     assert ran.returncode == 0, ran.stderr[-2000:]
-    broken = source.replace('(1 - 1/100)**101', '(1 - 1/100)**51') if name == '06_sampling' else source.replace('-3*g_white', '-4*g_white')
-    assert broken != source                                                                       # the answers are really in it, and assert
+    broken = (source.replace('(1 - 1/100)**101', '(1 - 1/100)**51') if name == '06_sampling' else
+              source.replace('-3*g_white', '-4*g_white'))
+    assert broken != source                                         # the answers are really in it, and assert
     (tmp_path/'broken.py').write_text(broken)
-    ran = subprocess.run([sys.executable, 'broken.py'], cwd=tmp_path, capture_output=True, text=True, timeout=120, env=os.environ | dict(MPLBACKEND='agg'))
+    ran = subprocess.run([sys.executable, 'broken.py'], cwd=tmp_path, capture_output=True, text=True,
+                         timeout=120, env=os.environ | dict(MPLBACKEND='agg'))
     assert 'AssertionError' in ran.stderr
 
 def test_answers_of_a_class_are_not_overwritten(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(make, 'chapters', lambda: [ROOT/'nbs'/'06_sampling.ipynb'])
     monkeypatch.setattr(sys, 'argv', ['make.py', '--out', str(tmp_path)])
     make.main(); made = (tmp_path/'06_sampling.ipynb').read_text()
-    make.main(); assert (tmp_path/'06_sampling.ipynb').read_text() == made                        # the same again: nothing to say
-    (tmp_path/'06_sampling.ipynb').write_text(answered := made.replace('"source": []', '"source": ["my answer"]', 1))
+    make.main(); assert (tmp_path/'06_sampling.ipynb').read_text() == made    # the same again: nothing to say
+    (tmp_path/'06_sampling.ipynb').write_text(
+        answered := made.replace('"source": []', '"source": ["my answer"]', 1))
     assert answered != made
     capsys.readouterr(); make.main()
-    assert (tmp_path/'06_sampling.ipynb').read_text() == answered and 'left as it is' in capsys.readouterr().out
+    assert ((tmp_path/'06_sampling.ipynb').read_text() == answered
+            and 'left as it is' in capsys.readouterr().out)

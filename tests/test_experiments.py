@@ -6,21 +6,29 @@ from deepcluster_nb.experiments import experiments_folder, main, parse_pair, sum
 from deepcluster_nb.runs import Guard, RunFolder, held_by
 from survive import sha256
 
-SMALL = ['-p', 'n_images=150', '-p', 'n_test=60', '-p', 'k=10', '-p', 'pca=16', '-p', 'epochs=2', '-p', 'passes=1']
+SMALL = ['-p', 'n_images=150', '-p', 'n_test=60', '-p', 'k=10', '-p', 'pca=16', '-p', 'epochs=2',
+         '-p', 'passes=1']
 
 def table_and_folder(out, where):
     assert 'linear probe conv5' in out and 'kNN' in out and str(where/'report.html') in out
     names = {p.name for p in where.iterdir()}
-    assert names == {'params.yaml', 'log.jsonl', 'metrics.json', 'assignments', 'clusters.csv', 'checkpoint', 'figures', 'notebook.ipynb', 'report.html'}
+    assert names == {'params.yaml', 'log.jsonl', 'metrics.json', 'assignments', 'clusters.csv', 'checkpoint',
+                     'figures', 'notebook.ipynb', 'report.html'}
     m = json.loads((where/'metrics.json').read_text())
-    assert list(m['probes']['random']) == list(m['probes']['deepcluster']) == [f'conv{i}' for i in range(1, 6)]
-    assert all(0 <= v <= 100 for net in m['probes'].values() for v in net.values()) and set(m['knn']) == {'random', 'random_calibrated', 'deepcluster'}
-    assert {p.name for p in (where/'figures').iterdir()} == {'curves.png', 'clusters_before.png', 'clusters.png', 'neighbours_before.png', 'neighbours.png', 'probes.png'}
+    assert list(m['probes']['random']) == list(m['probes']['deepcluster']) == [
+        f'conv{i}' for i in range(1, 6)]
+    assert (all(0 <= v <= 100 for net in m['probes'].values() for v in net.values())
+            and set(m['knn']) == {'random', 'random_calibrated', 'deepcluster'})
+    assert {p.name for p in (where/'figures').iterdir()} == {'curves.png', 'clusters_before.png',
+                                                             'clusters.png', 'neighbours_before.png',
+                                                             'neighbours.png', 'probes.png'}
     html = (where/'report.html').read_text()
-    assert html.count('<img') == 6 and m['verdict'] and all(line in html and line in out for line in m['verdict']) and 'The answer comes here' not in html
+    assert (html.count('<img') == 6 and m['verdict']
+            and all(line in html and line in out for line in m['verdict'])
+            and 'The answer comes here' not in html)
     assert '<title>DeepCluster, start to finish</title>' in html and 'cluster_montage(' not in html
     code = [c for c in json.loads((where/'notebook.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
-    assert all(c['metadata']['jupyter']['source_hidden'] for c in code)                                  # the notebook is a report too
+    assert all(c['metadata']['jupyter']['source_hidden'] for c in code)         # the notebook is a report too
 
 def test_command_runs_and_can_be_repeated(tmp_path, capsys):
     where = tmp_path/'run'
@@ -32,62 +40,83 @@ def test_command_runs_and_can_be_repeated(tmp_path, capsys):
 def test_plain_papermill(tmp_path):
     nb, preset = experiments_folder()/'train.ipynb', experiments_folder()/'presets'/'digits.yaml'
     pairs = [x for p in SMALL[1::2] for x in ('-p', *p.split('='))]
-    subprocess.run(['papermill', str(nb), str(tmp_path/'out.ipynb'), '-f', str(preset), *pairs, '-p', 'run_dir', str(tmp_path/'run'), '--no-progress-bar'],
+    subprocess.run(['papermill', str(nb), str(tmp_path/'out.ipynb'), '-f', str(preset), *pairs,
+                    '-p', 'run_dir', str(tmp_path/'run'), '--no-progress-bar'],
                    check=True, capture_output=True)
     assert (tmp_path/'run'/'metrics.json').exists()
     cells = json.loads((tmp_path/'out.ipynb').read_text())['cells']
-    assert sum(len(''.join(o.get('text', ''))) for c in cells if c['cell_type'] == 'code' for o in c['outputs']) < 2000   # no flood of progress
+    # no flood of progress
+    assert sum(len(''.join(o.get('text', ''))) for c in cells if c['cell_type'] == 'code'
+               for o in c['outputs']) < 2000
 
 def test_own_photographs_without_labels(tmp_path, capsys):
     g = np.random.default_rng(0)
     (tmp_path/'photos').mkdir()
-    for i in range(24): Image.fromarray(g.integers(0, 256, (40 + i, 36, 3), dtype=np.uint8)).save(tmp_path/'photos'/f'{i:02d}.png')
-    own = ['-p', 'dataset=folder', '-p', f'root={tmp_path}/photos', '-p', 'k=3', '-p', 'pca=4', '-p', 'epochs=1', '-p', 'batch_size=8']
+    for i in range(24):
+        Image.fromarray(g.integers(0, 256, (40 + i, 36, 3), dtype=np.uint8)).save(
+            tmp_path/'photos'/f'{i:02d}.png')
+    own = ['-p', 'dataset=folder', '-p', f'root={tmp_path}/photos', '-p', 'k=3', '-p', 'pca=4',
+           '-p', 'epochs=1', '-p', 'batch_size=8']
     assert main(['run', 'train', '--out', str(tmp_path/'run'), *own]) == 0
-    assert json.loads((tmp_path/'run'/'metrics.json').read_text())['probes'] == {} and 'linear probe' not in capsys.readouterr().out
+    assert (json.loads((tmp_path/'run'/'metrics.json').read_text())['probes'] == {}
+            and 'linear probe' not in capsys.readouterr().out)
     assert 'no probes' in (tmp_path/'run'/'report.html').read_text()
     assert (tmp_path/'run'/'clusters.csv').read_text().splitlines()[1].startswith('00.png,')
 
 def test_choices(tmp_path, capsys):
     tiny = [x for p in ('n_images=60', 'n_test=40', 'k=5', 'pca=8', 'epochs=1', 'seeds=1') for x in ('-p', p)]
-    for _ in range(2): assert main(['run', 'choices', '--out', str(tmp_path/'run'), *tiny]) == 0        # the second finds everything done
+    # the second finds everything done
+    for _ in range(2): assert main(['run', 'choices', '--out', str(tmp_path/'run'), *tiny]) == 0
     m = json.loads((tmp_path/'run'/'metrics.json').read_text())
-    assert len(m) == 10 and {'base', 'random', 'k = 10', 'k = 25'} <= set(m) and 0 <= m['base']['conv3']['mean'] <= 100
+    assert len(m) == 10 and {'base', 'random', 'k = 10',
+                             'k = 25'} <= set(m) and 0 <= m['base']['conv3']['mean'] <= 100
 
 def test_list(capsys):
     assert main(['list']) == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ('train', 'digits', 'cifar10_small', 'cifar10', 'imagenet_alexnet', 'imagenet_vgg16', 'imagenet_resnet50', 'weight_decay'))
+    assert all(word in out for word in ('train', 'digits', 'cifar10_small', 'cifar10', 'imagenet_alexnet',
+                                        'imagenet_vgg16', 'imagenet_resnet50', 'weight_decay'))
 
 def test_list_of_one_experiment(capsys):
     assert main(['list', 'voc']) == 0
     out = capsys.readouterr().out
-    assert 'voc_small' in out and 'train_bn' in out and 'imagenet_alexnet' not in out and 'checkpoint_minutes' not in out
-    assert main(['list', 'train']) == 0 and 'imagenet_alexnet' in (out := capsys.readouterr().out) and 'voc_small' not in out
+    assert ('voc_small' in out and 'train_bn' in out and 'imagenet_alexnet' not in out
+            and 'checkpoint_minutes' not in out)
+    assert (main(['list', 'train']) == 0 and 'imagenet_alexnet' in (out := capsys.readouterr().out)
+            and 'voc_small' not in out)
     assert main(['list', 'trane']) == 2 and "got 'trane'" in capsys.readouterr().err
 
 @pytest.mark.parametrize('notebook', sorted(experiments_folder().glob('*.ipynb')), ids=lambda p: p.stem)
 def test_every_parameter_says_what_it_is(notebook):
     from papermill import inspect_notebook
     found = inspect_notebook(str(notebook)).values()
-    assert 1 < len(found) and [p['name'] for p in found if len(p['help']) < 5 or p['inferred_type_name'] not in ('str', 'int', 'float', 'bool', 'list')] == []
+    assert 1 < len(found) and [p['name'] for p in found if len(p['help']) < 5 or p['inferred_type_name']
+                               not in ('str', 'int', 'float', 'bool', 'list')] == []
 
 def test_papermills_own_help(tmp_path):
-    out = subprocess.run(['papermill', '--help-notebook', str(experiments_folder()/'train.ipynb')], capture_output=True, text=True).stdout
-    assert re.search(r"k: int \(default 100\) +clusters\n", out) and re.search(r"min_scale: float \(default 0.2\)\n +smallest share", out)
+    out = subprocess.run(['papermill', '--help-notebook', str(experiments_folder()/'train.ipynb')],
+                         capture_output=True, text=True).stdout
+    assert (re.search(r"k: int \(default 100\) +clusters\n", out)
+            and re.search(r"min_scale: float \(default 0.2\)\n +smallest share", out))
 
 @pytest.mark.parametrize('command', ['list', 'run', 'estimate', 'predict', 'watch'])
 def test_every_argument_of_the_command_says_what_it_is(command, capsys):
     with pytest.raises(SystemExit): main([command, '--help'])
     lines = capsys.readouterr().out.splitlines()
     named = [(l, after) for l,after in zip(lines, lines[1:] + ['']) if re.match(r'  \S', l)]
-    assert len(named) > 1 and [l for l,after in named if not re.search(r'\S  +\S', l) and not after.startswith(' '*20)] == []       # the text stands behind, or on the next line
+    # the text stands behind, or on the next line
+    assert len(named) > 1 and [l for l,after in named
+                               if not re.search(r'\S  +\S', l) and not after.startswith(' '*20)] == []
 
 @pytest.mark.parametrize('args, message', [
-    (['trane'], "experiment: expected one of .*train.*'trane'"), (['train', '--preset', 'mnist'], "preset: expected one of .*digits.*'mnist'"),
-    (['train', '-p', 'clusters=3'], "parameter: expected one of .*'clusters'"), (['train', '-p', 'k'], "-p: expected key=value, got 'k'"),
-    (['train', '-p', 'k=1'], 'k: expected at least 2, got 1'), (['train', '-p', 'k=many'], "k: .*'many'"),
-    (['train', '-p', 'lr=-1'], 'lr: .*-1'), (['train', '-p', 'n_images=150', '-p', 'k=151'], 'k: expected at most 150'),
+    (['trane'], "experiment: expected one of .*train.*'trane'"),
+    (['train', '--preset', 'mnist'], "preset: expected one of .*digits.*'mnist'"),
+    (['train', '-p', 'clusters=3'], "parameter: expected one of .*'clusters'"),
+    (['train', '-p', 'k'], "-p: expected key=value, got 'k'"),
+    (['train', '-p', 'k=1'], 'k: expected at least 2, got 1'),
+    (['train', '-p', 'k=many'], "k: .*'many'"),
+    (['train', '-p', 'lr=-1'], 'lr: .*-1'),
+    (['train', '-p', 'n_images=150', '-p', 'k=151'], 'k: expected at most 150'),
     (['train', '-p', 'n_images=150', '-p', 'n_test=5000'], 'n_test: expected 0 .* 359.* 5,000'),
     (['train', '-p', 'dataset=folder', '-p', 'root=/no/such/place'], "root: no folder '/no/such/place'"),
 ])
@@ -105,15 +134,23 @@ def test_another_run_in_the_folder_is_left_as_it_was(tmp_path, capsys):
     assert 'k: 10 there, 11 now' in capsys.readouterr().err
     assert before == {p: p.read_bytes() for p in where.rglob('*') if p.is_file()}
 
-@pytest.mark.parametrize('text, value', [('k=200', 200), ('lr=1e-5', 1e-5), ('lr=.05', .05), ('sobel=false', False), ('root=/a=b', '/a=b'), ('arch=alexnet', 'alexnet')])
+@pytest.mark.parametrize('text, value', [
+    ('k=200', 200),
+    ('lr=1e-5', 1e-5),
+    ('lr=.05', .05),
+    ('sobel=false', False),
+    ('root=/a=b', '/a=b'),
+    ('arch=alexnet', 'alexnet')])
 def test_pairs(text, value): assert parse_pair(text)[1] == value
 
-SAVING = ['--preset', 'digits', '-p', 'n_images=200', '-p', 'n_test=40', '-p', 'k=10', '-p', 'pca=16', '-p', 'epochs=3', '-p', 'passes=2', '-p', 'checkpoint_minutes=0']
+SAVING = ['--preset', 'digits', '-p', 'n_images=200', '-p', 'n_test=40', '-p', 'k=10', '-p', 'pca=16',
+          '-p', 'epochs=3', '-p', 'passes=2', '-p', 'checkpoint_minutes=0']
 
 def outcome(run_dir): # all that must not depend on a stop
     metrics = {k: v for k,v in json.loads((run_dir/'metrics.json').read_text()).items() if k != 'seconds'}
     cells = json.loads((run_dir/'notebook.ipynb').read_text())['cells']
-    return metrics, sha256(run_dir), [c['execution_count'] for c in cells if c['cell_type'] == 'code'], [{o['output_type'] for o in c.get('outputs', [])} for c in cells]
+    return (metrics, sha256(run_dir), [c['execution_count'] for c in cells if c['cell_type'] == 'code'],
+            [{o['output_type'] for o in c.get('outputs', [])} for c in cells])
 
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
@@ -121,18 +158,28 @@ def undisturbed(tmp_path_factory):
     assert main(['run', 'train', '--out', str(where), *SAVING]) == 0
     return outcome(where)
 
-@pytest.mark.parametrize('number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize('number, status', [
+    (signal.SIGTERM, 143),
+    (signal.SIGINT, 130),
+    (signal.SIGKILL, -9)])
 def test_stopped_and_called_again(tmp_path, undisturbed, number, status):
     where = tmp_path/'r'
-    p = subprocess.Popen([sys.executable, '-c', 'import sys; from deepcluster_nb.experiments import main; sys.exit(main())', 'run', 'train', '--out', str(where), *SAVING], stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable,
+                          '-c', 'import sys; from deepcluster_nb.experiments import main; sys.exit(main())',
+                          'run', 'train', '--out', str(where), *SAVING],
+                         stderr=subprocess.PIPE, text=True)
     end = time.time() + 120
-    while not list(where.glob('checkpoint/00001-*.json')) and p.poll() is None and time.time() < end: time.sleep(.005)
+    while not list(where.glob('checkpoint/00001-*.json')) and p.poll() is None and time.time() < end:
+        time.sleep(.005)
     assert p.poll() is None, p.communicate()
-    if number == signal.SIGKILL: os.kill(int(held_by(where).split()[1]), signal.SIGKILL)      # the kernel too, at once
+    # the kernel too, at once
+    if number == signal.SIGKILL: os.kill(int(held_by(where).split()[1]), signal.SIGKILL)
     p.send_signal(number)
     err = p.communicate(timeout=120)[1]
     assert p.returncode == status and not held_by(where), err
-    if number != signal.SIGKILL: assert 'deepcluster-nb: stopped; SIGTERM came: the state is saved' in err and len(err.strip().splitlines()) == 1
+    if number != signal.SIGKILL:
+        assert ('deepcluster-nb: stopped; SIGTERM came: the state is saved' in err
+                and len(err.strip().splitlines()) == 1)
     assert main(['run', 'train', '--out', str(where), *SAVING]) == 0
     assert outcome(where) == undisturbed
 
@@ -140,7 +187,8 @@ def test_a_run_in_use_is_refused_at_once(tmp_path, capsys):
     where = tmp_path/'r'
     with Guard(RunFolder(where, {})).held():
         assert main(['run', 'train', '--out', str(where), *SAVING]) == 2
-    assert f'is in use by process {os.getpid()}' in capsys.readouterr().err and not (where/'notebook.ipynb').exists()
+    assert (f'is in use by process {os.getpid()}' in capsys.readouterr().err
+            and not (where/'notebook.ipynb').exists())
 
 def test_what_measures_no_seconds_has_a_summary(tmp_path): # `speed`, for one
     (tmp_path/'metrics.json').write_text('{"speed": {}}')

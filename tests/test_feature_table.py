@@ -1,4 +1,5 @@
-"What the page `What is here` names is there: chapters, functions, settings, presets, experiments, commands and tests."
+("What the page `What is here` names is there: "
+ "chapters, functions, settings, presets, experiments, commands and tests.")
 import json, re
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +23,8 @@ def has_command(name):
     return e.value.code == 0
 
 def has_setting(name, value):
-    if name == 'precision': return value in ('float32', 'bfloat16')                # the second is an error where the device lacks it
+    # the second is an error where the device lacks it
+    if name == 'precision': return value in ('float32', 'bfloat16')
     try: resolve(Config(**{name: value}))
     except (TypeError, ValueError): return False
     return True
@@ -30,25 +32,35 @@ def has_setting(name, value):
 def there(name):
     if m := re.fullmatch(r'\[(\d\d)\]\((\1_\w+\.ipynb)\)', name): return (NBS/m[2]).is_file()
     name = name.strip('`')
-    if m := re.fullmatch(r'(test_\w+)::(test_\w+)', name): return (ROOT/'tests'/f'{m[1]}.py').is_file() and f'\ndef {m[2]}(' in (ROOT/'tests'/f'{m[1]}.py').read_text()
+    if m := re.fullmatch(r'(test_\w+)::(test_\w+)', name):
+        return ((ROOT/'tests'/f'{m[1]}.py').is_file()
+                and f'\ndef {m[2]}(' in (ROOT/'tests'/f'{m[1]}.py').read_text())
     if m := re.fullmatch(r'(\w+)\.yaml', name): return (NBS/'experiments'/'presets'/name).is_file()
     if name.startswith('experiments/'): return (NBS/name).is_file()
     if m := re.fullmatch(r'deepcluster-nb (\w+)', name): return has_command(m[1])
     if m := re.fullmatch(r'(\w+): ([\w.]+)', name): return has_setting(m[1], yaml.safe_load(m[2]))
-    if m := re.fullmatch(r'(\w+)\.(\w+)', name): return (ROOT/'deepcluster_nb'/f'{m[1]}.py').is_file() and hasattr(import_module(f'deepcluster_nb.{m[1]}'), m[2])
+    if m := re.fullmatch(r'(\w+)\.(\w+)', name):
+        return ((ROOT/'deepcluster_nb'/f'{m[1]}.py').is_file()
+                and hasattr(import_module(f'deepcluster_nb.{m[1]}'), m[2]))
     return False
 
 def test_everything_that_is_named_is_there(capsys):
-    missing = sorted({name for _,here,held in rows() for name in named(here) + named(held) if not there(name)})
+    missing = sorted({name for _,here,held in rows()
+                      for name in named(here) + named(held) if not there(name)})
     assert not missing, ', '.join(missing)
 
 def test_what_is_not_there_is_found(): # the checks themselves
-    wrong = ['[05](05_nothing.ipynb)', '[04](05_clustering.ipynb)', '`test_golden::test_nothing`', '`test_nothing::test_layers`', '`nothing.yaml`', '`experiments/nothing.ipynb`', '`sampler: fair`', '`nothing: 1`', '`model.nothing`', '`nothing.model`', '`nothing`']
+    wrong = ['[05](05_nothing.ipynb)', '[04](05_clustering.ipynb)', '`test_golden::test_nothing`',
+             '`test_nothing::test_layers`', '`nothing.yaml`', '`experiments/nothing.ipynb`',
+             '`sampler: fair`', '`nothing: 1`', '`model.nothing`', '`nothing.model`', '`nothing`']
     assert not any(there(name) for name in wrong)
-    assert all(there(name) for name in ['[05](05_clustering.ipynb)', '`test_golden::test_layers`', '`digits.yaml`', '`sampler: released`', '`model.alexnet`', '`deepcluster-nb run`'])
+    assert all(there(name) for name in ['[05](05_clustering.ipynb)', '`test_golden::test_layers`',
+                                        '`digits.yaml`', '`sampler: released`', '`model.alexnet`',
+                                        '`deepcluster-nb run`'])
 
 def test_every_row_says_where_and_what_holds_it_or_that_it_is_not_here():
-    bad = [feature for feature,here,held in rows() if (held == '') != here.startswith('not here') or held and not named(held) or not here]
+    bad = [feature for feature,here,held in rows()
+           if (held == '') != here.startswith('not here') or held and not named(held) or not here]
     assert len(rows()) > 40 and not bad
 
 def test_every_chapter_with_a_module_is_in_the_table():

@@ -1,4 +1,5 @@
-"""What a GPU must not wait for, on a GPU that isn't there: PyTorch's fake tensors give every order and compute nothing. PyTorch's own backward pass needs a real one and is left out.
+"""What a GPU must not wait for, on a GPU that isn't there: PyTorch's fake tensors give every order and \
+compute nothing. PyTorch's own backward pass needs a real one and is left out.
 And the flat batch against the list that it stands for."""
 import threading, time, warnings
 from dataclasses import replace
@@ -8,7 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from deepcluster_nb import augment, features, feeding, probes, training
-from deepcluster_nb.augment import center_crop, crop_batch, crop_boxes, crop_ragged, image_sizes, random_resized_crop, resample
+from deepcluster_nb.augment import (center_crop, crop_batch, crop_boxes, crop_ragged, image_sizes,
+                                    random_resized_crop, resample)
 from deepcluster_nb.data import PackedImages, generator, load_images
 from deepcluster_nb.clustering import nmi
 from deepcluster_nb.features import feature_batches
@@ -17,19 +19,33 @@ from deepcluster_nb.sobel import network_input
 from deepcluster_nb.training import Config, fit, sgd, train_epoch, trunk_parameters
 
 class FakeGPU(TorchDispatchMode):
-    "A device 'cuda' that takes every order. Counts the numbers that Python asks it for, and the copies that Python waits for; the CPU's own work is done as always."
-    def __init__(self): super().__init__(); self.numbers, self.copies, self.orders, self.convolved, self.fake = 0, 0, 0, set(), FakeTensorMode(allow_non_fake_inputs=True)
+    ("A device 'cuda' that takes every order. Counts the numbers that Python asks it for, "
+     "and the copies that Python waits for; the CPU's own work is done as always.")
+    def __init__(self):
+        super().__init__()
+        self.numbers, self.copies, self.orders, self.convolved, self.fake = (
+            0, 0, 0, set(), FakeTensorMode(allow_non_fake_inputs=True))
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs, given = kwargs or {}, [a for a in tree_leaves(args) if isinstance(a, Tensor)]
-        if not any(isinstance(t, FakeTensor) for t in given) and torch.device(kwargs.get('device') or 'cpu').type == 'cpu': return op(*args, **kwargs)
-        self.orders += op.namespace == 'aten' and not any(r.alias_info and not r.alias_info.is_write for r in op._schema.returns)           # a view is none
+        if (not any(isinstance(t, FakeTensor) for t in given)
+            and torch.device(kwargs.get('device') or 'cpu').type == 'cpu'):
+            return op(*args, **kwargs)
+        # a view is none
+        self.orders += op.namespace == 'aten' and not any(r.alias_info and not r.alias_info.is_write
+                                                          for r in op._schema.returns)
         if op is torch.ops.aten._local_scalar_dense.default: self.numbers += 1; return 0
-        if op is torch.ops.aten._fused_sgd_.default: return                                                     # which fake tensors don't know
+        if op is torch.ops.aten._fused_sgd_.default: return                    # which fake tensors don't know
         with self.fake: out = op(*args, **kwargs)
         if op is torch.ops.aten.convolution.default: self.convolved.add(out.dtype)
-        if op is torch.ops.aten._to_copy.default: self.copies += given[0].device != out.device and not (kwargs.get('non_blocking') and getattr(given[0], 'pinned', False))
-        if op is torch.ops.aten.copy_.default: self.copies += given[0].device != given[1].device and not (args[2:3] == (True,) and getattr(given[1], 'pinned', False))
-        if op.name().startswith('aten::index') or op is torch.ops.aten.take.default: self.copies += len({t.device for t in given if t.ndim}) > 1      # numbers that are brought over
+        if op is torch.ops.aten._to_copy.default:
+            self.copies += given[0].device != out.device and not (kwargs.get('non_blocking')
+                                                                  and getattr(given[0], 'pinned', False))
+        if op is torch.ops.aten.copy_.default:
+            self.copies += (given[0].device != given[1].device
+                            and not (args[2:3] == (True,) and getattr(given[1], 'pinned', False)))
+        # numbers that are brought over
+        if op.name().startswith('aten::index') or op is torch.ops.aten.take.default:
+            self.copies += len({t.device for t in given if t.ndim}) > 1
         return out
 
 @pytest.fixture
@@ -39,7 +55,8 @@ def gpu(monkeypatch): # what is pinned for it gets a mark
     monkeypatch.setattr(torch.cuda, '_lazy_init', lambda: None)
     monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *args, **kwargs: True)
-    torch._C._set_only_lift_cpu_tensors(True)                                # torch.tensor(…, device='cuda') is made on the CPU and brought over, as fake tensors need it
+    # torch.tensor(…, device='cuda') is made on the CPU and brought over, as fake tensors need it
+    torch._C._set_only_lift_cpu_tensors(True)
     try:
         with FakeGPU() as fake: yield fake
     finally: torch._C._set_only_lift_cpu_tensors(False)
@@ -67,20 +84,29 @@ def test_training_asks_for_nothing_between_two_looks(gpu, monkeypatch, ragged, s
     monkeypatch.setitem(training.LOOK, 'cuda', 4)
     gpu.numbers = gpu.copies = 0
     seen = []
-    train_epoch(net, images, torch.arange(40) % len(images), torch.arange(len(images)) % 5, opts, c, 0, lambda done, n, total, sound: seen.append((gpu.numbers, gpu.copies)))
+    train_epoch(net, images, torch.arange(40) % len(images), torch.arange(len(images)) % 5, opts, c, 0,
+                lambda done, n, total, sound: seen.append((gpu.numbers, gpu.copies)))
     assert gpu.convolved == {getattr(torch, precision)}
-    looked = [1, 1, 1, 1, 2, 2, 2, 2, 3, 4]                                  # at steps 0, 4 and 8, and at the last
+    looked = [1, 1, 1, 1, 2, 2, 2, 2, 3, 4]                             # at steps 0, 4 and 8, and at the last
     start = seen[0][1]
-    assert [n for n,_ in seen] == looked and all(copies == start for _,copies in seen) and start == 1 + (sampler == 'weighted') and gpu.numbers == 5        # and the epoch's mean loss
+    # and the epoch's mean loss
+    assert ([n for n,_ in seen] == looked and all(copies == start for _,copies in seen)
+            and start == 1 + (sampler == 'weighted') and gpu.numbers == 5)
 
 def test_a_wait_is_seen(gpu):
     x = torch.empty(3, device='cuda')
-    for wait in (lambda: float(x.sum()), lambda: bool((x > 0).any()), lambda: torch.zeros(3).to('cuda'), lambda: torch.zeros(3).to('cuda', non_blocking=True), lambda: x.cpu(), lambda: x[torch.tensor([0, 2])], lambda: x.copy_(torch.zeros(3))):
+    for wait in (lambda: float(x.sum()), lambda: bool((x > 0).any()), lambda: torch.zeros(3).to('cuda'),
+                 lambda: torch.zeros(3).to('cuda', non_blocking=True), lambda: x.cpu(),
+                 lambda: x[torch.tensor([0, 2])], lambda: x.copy_(torch.zeros(3))):
         before = gpu.numbers + gpu.copies
         wait()
         assert gpu.numbers + gpu.copies == before + 1
     before = gpu.numbers + gpu.copies
-    torch.zeros(3).pin_memory().to('cuda', non_blocking=True); x.sum(); x.copy_(torch.zeros(3).pin_memory(), non_blocking=True); x.index_select(0, torch.empty(2, dtype=torch.long, device='cuda')); torch.zeros(3).sum().item()
+    torch.zeros(3).pin_memory().to('cuda', non_blocking=True)
+    x.sum()
+    x.copy_(torch.zeros(3).pin_memory(), non_blocking=True)
+    x.index_select(0, torch.empty(2, dtype=torch.long, device='cuda'))
+    torch.zeros(3).sum().item()
     assert gpu.numbers + gpu.copies == before
 
 class Event: # made up: a mark of a GPU
@@ -108,16 +134,20 @@ def test_features_and_pca_ask_once(gpu, marks, monkeypatch, ragged, sobel, preci
         def cpu(self): assert self.x.is_cuda and self.x.shape == (1100, 4); return self
     monkeypatch.setitem(training.CLUSTERERS, 'kmeans', clusterer)
     monkeypatch.setattr(features, 'free_there', lambda device: 2**40)
-    training.cluster(net, images, Config(pca=4, device='cuda', precision=precision), 0, lambda done, n: seen.append((gpu.numbers, gpu.copies)))
+    training.cluster(net, images, Config(pca=4, device='cuda', precision=precision), 0,
+                     lambda done, n: seen.append((gpu.numbers, gpu.copies)))
     *batches, (numbers, copies) = seen
     assert gpu.convolved == {getattr(torch, precision)}
-    assert len(batches) == 3 and len(set(batches)) == 1 and (numbers - batches[0][0], copies - batches[0][1]) == (1, 0)     # were all finite? `solve` wants to know
+    # were all finite? `solve` wants to know
+    assert (len(batches) == 3 and len(set(batches)) == 1
+            and (numbers - batches[0][0], copies - batches[0][1]) == (1, 0))
 
 def test_windows_take_as_many_orders_however_many_images_there_are(gpu):
     orders = []
     for n in (5, 200):
         images = there(True, n=n)
-        batch, boxes, before = pick_batch(images, torch.arange(n)), torch.tensor([[1., 2, 30, 30]]).repeat(n, 1), gpu.orders
+        batch, boxes, before = (pick_batch(images, torch.arange(n)),
+                                torch.tensor([[1., 2, 30, 30]]).repeat(n, 1), gpu.orders)
         batch.cut(boxes, 32)
         orders.append(gpu.orders - before)
     assert orders == [14, 14]                                                    # as chapter 18 says
@@ -137,44 +167,58 @@ def test_a_gpu_multiplies_half_precision_in_rows_of_eights(gpu, monkeypatch, rag
     images = pick_batch(there(ragged), torch.arange(6))
     out = resample(images, crop_boxes(image_sizes(images), generator(0)), 24, torch.arange(6) > 3)
     assert out.dtype == torch.float32 and out.is_cuda and len(seen) == 6
-    assert all(t.dtype == torch.float16 and min(s for s in t.stride() if s > 1) % 8 == 0 for pair in seen for t in pair)
+    assert all(t.dtype == torch.float16 and min(s for s in t.stride() if s > 1) % 8 == 0 for pair in seen
+               for t in pair)
 
 @pytest.mark.parametrize('ragged', [False, True])
 def test_half_precision_is_within_half_a_grey_level(monkeypatch, ragged):
     images = load_images('shapes', n_images=40)
-    images = Ragged.of([im[:, i % 5:, i % 3:] for i,im in enumerate(images)]) if ragged else images.batch(torch.arange(40))
+    images = (Ragged.of([im[:, i % 5:, i % 3:] for i,im in enumerate(images)]) if ragged else
+              images.batch(torch.arange(40)))
     boxes, real = crop_boxes(image_sizes(images), generator(0)), augment.crop_batch
     plain = augment.crop_ragged(images, boxes, 24) if ragged else crop_batch(images, boxes, 24)
     monkeypatch.setattr(augment, 'crop_batch', lambda *args: real(*args[:5], torch.float16))
-    half = augment.crop_ragged(images, boxes, 24) if ragged else augment.crop_batch(images, boxes, 24, None, None)
+    half = (augment.crop_ragged(images, boxes, 24) if ragged else
+            augment.crop_batch(images, boxes, 24, None, None))
     assert 0 < (half - plain).abs().max() < .44                                  # 3/16 + 2/8, chapter 01
 
 def test_a_panorama_does_not_make_all_frames_wide():
     g = generator(0)
-    images = [torch.randint(0, 256, (1, h, w), generator=g).byte() for h,w in ((40, 60), (30, 900), (33, 33), (50, 40), (35, 700))]
-    boxes, flip, seen, cut = torch.tensor([[0., 0, w, h] for _,h,w in (im.shape for im in images)]), torch.tensor([True, False, False, True, False]), [], Ragged.cut
+    images = [torch.randint(0, 256, (1, h, w), generator=g).byte()
+              for h,w in ((40, 60), (30, 900), (33, 33), (50, 40), (35, 700))]
+    boxes, flip, seen, cut = (torch.tensor([[0., 0, w, h] for _,h,w in (im.shape for im in images)]),
+                              torch.tensor([True, False, False, True, False]), [], Ragged.cut)
     def watched(self, *args): seen.append(cut(self, *args)[0].numel()); return cut(self, *args)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(Ragged, 'cut', watched)
         parts = crop_ragged(images, boxes, 24, flip, room=110_000)
     assert len(seen) == 3 and max(seen) <= 110_000
     torch.testing.assert_close(parts, resample(images, boxes, 24, flip), rtol=0, atol=256*1e-5)
-    torch.testing.assert_close(parts, crop_ragged(images, boxes, 24, flip, room=30_000), rtol=0, atol=256*1e-5)      # in frames of their own: sums of another length round otherwise
+    # in frames of their own: sums of another length round otherwise
+    torch.testing.assert_close(parts, crop_ragged(images, boxes, 24, flip, room=30_000), rtol=0,
+                               atol=256*1e-5)
 
 @pytest.mark.parametrize('ragged', [False, True])
 def test_a_resident_run_is_the_same_run(monkeypatch, ragged): # the way of a GPU, on the CPU
     images = load_images('shapes', n_images=60)
-    if ragged: images = PackedImages(torch.cat([im[:, i % 3:].reshape(-1) for i,im in enumerate(images)]), [(3, 32 - i % 3, 32) for i in range(60)], images.labels, images.classes)
+    if ragged:
+        images = PackedImages(torch.cat([im[:, i % 3:].reshape(-1) for i,im in enumerate(images)]),
+                              [(3, 32 - i % 3, 32) for i in range(60)], images.labels, images.classes)
     c = Config(arch='alexnet_small', k=5, pca=8, epochs=1, passes=1, batch_size=16, precision='float32')
     plain = fit(c, images, echo=None)
     monkeypatch.setattr(training, 'resident', lambda images, device: resident(images, device, room=10**6))
-    for module in (training, features): monkeypatch.setattr(module, 'fetch_ahead', lambda images, batches, device: ((idx, pick_batch(images, idx)) for idx in batches))
+    for module in (training, features):
+        monkeypatch.setattr(module, 'fetch_ahead', lambda images, batches, device: (
+            (idx, pick_batch(images, idx)) for idx in batches))
     other = fit(c, images, echo=None)
     assert other.images is images
     if not ragged:
         assert torch.equal(plain.clustering.assign, other.clustering.assign)
-        assert all(torch.equal(a, b) for a,b in zip(plain.net.state_dict().values(), other.net.state_dict().values()))
-    assert nmi(plain.clustering.assign, other.clustering.assign) > .9 and abs(plain.log[0]['loss'] - other.log[0]['loss']) < 1e-3      # whole matrices round otherwise
+        assert all(torch.equal(a, b) for a,b in zip(plain.net.state_dict().values(),
+                                                    other.net.state_dict().values()))
+    # whole matrices round otherwise
+    assert nmi(plain.clustering.assign,
+               other.clustering.assign) > .9 and abs(plain.log[0]['loss'] - other.log[0]['loss']) < 1e-3
 
 def test_the_center_comes_along():
     images = PackedImages(torch.arange(32).byte(), [(1, 4, 4)]*2)
@@ -198,7 +242,8 @@ def test_reading_stops_when_nobody_asks_any_more():
     assert len(read) <= 4                                                        # of the 21 that were ordered
 
 @pytest.mark.parametrize('ragged', [False, True])
-def test_copies_in_a_stream_of_their_own(monkeypatch, ragged): # made up, with a log: the batch's user waits for that batch's copy, and says that he uses it
+def test_copies_in_a_stream_of_their_own(monkeypatch, ragged):
+    # made up, with a log: the batch's user waits for that batch's copy, and says that he uses it
     log, real = [], torch.empty
     class Stream:
         def __init__(self, device=None): pass
@@ -210,23 +255,31 @@ def test_copies_in_a_stream_of_their_own(monkeypatch, ragged): # made up, with a
     monkeypatch.setattr(torch.cuda, 'stream', lambda s: s)
     monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: Stream())
     monkeypatch.setattr(Tensor, 'record_stream', lambda t, s: log.append(f'used, {t.numel()}'))
-    monkeypatch.setattr(Tensor, 'new_empty', lambda t, n, pin_memory: log.append('pinned') or real(n, dtype=t.dtype))
-    monkeypatch.setattr(feeding.torch, 'empty', lambda *size, dtype, pin_memory: log.append('pinned') or real(*size, dtype=dtype))
-    monkeypatch.setattr(Tensor, 'pin_memory', lambda t: t)                        # as it is for what is pinned
+    monkeypatch.setattr(Tensor, 'new_empty',
+                        lambda t, n, pin_memory: log.append('pinned') or real(n, dtype=t.dtype))
+    monkeypatch.setattr(feeding.torch, 'empty',
+                        lambda *size, dtype, pin_memory: log.append('pinned') or real(*size, dtype=dtype))
+    monkeypatch.setattr(Tensor, 'pin_memory', lambda t: t)                       # as it is for what is pinned
     monkeypatch.setattr(Tensor, 'to', lambda t, device, non_blocking: log.append(f'to {device}') or t)
     feeding.side_stream.cache_clear()
-    images = PackedImages(torch.arange(24).byte(), [(1, 1, 2), (1, 2, 2)]*4) if ragged else PackedImages(torch.arange(24).byte().view(6, 1, 2, 2))
-    got = list(feeding.fetch_ahead(images, [torch.tensor([1, 0]), torch.tensor([3])], 'cuda', ahead=1, threads=1))
+    images = (PackedImages(torch.arange(24).byte(), [(1, 1, 2), (1, 2, 2)]*4) if ragged else
+              PackedImages(torch.arange(24).byte().view(6, 1, 2, 2)))
+    got = list(feeding.fetch_ahead(images, [torch.tensor([1, 0]), torch.tensor([3])], 'cuda', ahead=1,
+                                   threads=1))
     feeding.side_stream.cache_clear()
     for i,x in got:
-        if ragged: assert [im.tolist() for im in (x.flat[s:s + int(n)] for s,n in zip(x.starts, x.shapes.prod(1)))] == [images[j].flatten().tolist() for j in i]
-        else: assert torch.equal(x, images.batch(i))
+        if ragged:
+            assert ([im.tolist() for im in (x.flat[s:s + int(n)] for s,n in zip(x.starts, x.shapes.prod(1)))]
+                    == [images[j].flatten().tolist() for j in i])
+        else:
+            assert torch.equal(x, images.batch(i))
     for i,(_,x) in enumerate(got): 
         one = ['in', 'pinned', 'to cuda', 'copied', 'out']
         assert [e for e in log if e in one][5*i:5*i + 5] == one
         assert log.index(f'wait for copy {i + 1}') < log.index(f'used, {(x.flat if ragged else x).numel()}')
 
-def test_a_copy_and_its_mark_are_in_one_stream(monkeypatch): # made up: streams that take a while to make, as a GPU's first ones do
+def test_a_copy_and_its_mark_are_in_one_stream(monkeypatch):
+    # made up: streams that take a while to make, as a GPU's first ones do
     pairs, made, here, real = [], [], threading.local(), torch.empty
     class Stream:
         def __init__(self, device=None): time.sleep(.02); made.append(self)
@@ -241,19 +294,23 @@ def test_a_copy_and_its_mark_are_in_one_stream(monkeypatch): # made up: streams 
     monkeypatch.setattr(Tensor, 'pin_memory', lambda t: t)
     monkeypatch.setattr(Tensor, 'to', lambda t, device, non_blocking: t)
     feeding.side_stream.cache_clear()
-    list(feeding.fetch_ahead(PackedImages(torch.zeros(32, 1, 4, 4, dtype=torch.uint8)), torch.arange(32).split(2), 'cuda', threads=4))
+    list(feeding.fetch_ahead(PackedImages(torch.zeros(32, 1, 4, 4, dtype=torch.uint8)),
+                             torch.arange(32).split(2), 'cuda', threads=4))
     feeding.side_stream.cache_clear()
     assert len(pairs) == 16 and len(made) == 1 and all(copy is mark for copy,mark in pairs)
 
-def test_compiled_runs_are_runs(monkeypatch): # PyTorch's tracing, without the compiler behind it; a last batch of another size
+def test_compiled_runs_are_runs(monkeypatch):
+    # PyTorch's tracing, without the compiler behind it; a last batch of another size
     real, tries = torch.compile, []
-    monkeypatch.setattr(torch, 'compile', lambda net, **how: tries.append(1) or real(net, backend='aot_eager', **how))
+    monkeypatch.setattr(torch, 'compile',
+                        lambda net, **how: tries.append(1) or real(net, backend='aot_eager', **how))
     images = load_images('digits', n_images=70)
     c = Config(arch='alexnet_small', k=5, pca=8, epochs=2, passes=1, batch_size=16, precision='float32')
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         plain, fast = (fit(replace(c, compile=on), images, echo=None) for on in (False, True))
-    assert len(tries) == 2 and not [w for w in said if str(w.message).startswith('compile:')] and abs(plain.log[1]['loss'] - fast.log[1]['loss']) < .02
+    assert (len(tries) == 2 and not [w for w in said if str(w.message).startswith('compile:')]
+            and abs(plain.log[1]['loss'] - fast.log[1]['loss']) < .02)
 
 @pytest.mark.parametrize('breaks', ['forwards', 'backwards', 'at the second size'])
 def test_where_compiling_fails_the_run_is_the_plain_one(monkeypatch, breaks):
@@ -265,15 +322,20 @@ def test_where_compiling_fails_the_run_is_the_plain_one(monkeypatch, breaks):
     def broken(net, dynamic):
         def fast(x):
             y = net(x)
-            if breaks == 'forwards' or breaks == 'at the second size' and len(x) != 16: raise RuntimeError('no ptxas')
+            if breaks == 'forwards' or breaks == 'at the second size' and len(x) != 16:
+                raise RuntimeError('no ptxas')
             return Half.apply(y) if breaks == 'backwards' else y
         return fast
     monkeypatch.setattr(torch, 'compile', broken)
     images = load_images('digits', n_images=70)
-    c = Config(arch='alexnet_small', k=5, pca=8, epochs=1, passes=1, batch_size=16, precision='float32', dropout=.5)
+    c = Config(arch='alexnet_small', k=5, pca=8, epochs=1, passes=1, batch_size=16, precision='float32',
+               dropout=.5)
     plain = fit(c, images, echo=None)
-    with pytest.warns(UserWarning, match="compile: torch.compile can't be used here.*no ptxas"): other = fit(replace(c, compile=True), images, echo=None)
-    assert all(torch.equal(a, b) for a,b in zip(plain.net.state_dict().values(), other.net.state_dict().values()))      # what was tried has changed nothing
+    with pytest.warns(UserWarning, match="compile: torch.compile can't be used here.*no ptxas"):
+        other = fit(replace(c, compile=True), images, echo=None)
+    # what was tried has changed nothing
+    assert all(torch.equal(a, b) for a,b in zip(plain.net.state_dict().values(),
+                                                other.net.state_dict().values()))
 
 def test_a_network_that_fails_fails_compiled_too():
     class Broken(nn.Module):
@@ -289,5 +351,7 @@ def test_a_linear_probe_asks_only_when_it_looks(gpu, monkeypatch, room):
     monkeypatch.setattr(probes, 'fits', lambda nbytes, device: room)
     monkeypatch.setattr(Tensor, 'backward', lambda loss: None)
     found = probes.linear_probe(x, y, x[:20], y[:20], epochs=2, batch_size=32, device='cuda')
-    moved = 2 + 2*2 if room else 2 + 2*(1 + 10 + 1)                 # images, and in each of two epochs their order twice; or images for mean and variance, then order, ten batches and the test images
-    assert found.keys() == {'last', 'best'} and gpu.numbers == 2 and gpu.copies == 2 + moved                               # and the labels
+    # images, and in each of two epochs their order twice; or images for
+    # mean and variance, then order, ten batches and the test images
+    moved = 2 + 2*2 if room else 2 + 2*(1 + 10 + 1)
+    assert found.keys() == {'last', 'best'} and gpu.numbers == 2 and gpu.copies == 2 + moved  # and the labels

@@ -26,29 +26,35 @@ def photographs(top, per_class=dict(train=6, val=2), classes=3):
             for i in range(n):
                 im = load_sample_images().images[c % 2]
                 y, x = g.integers(0, 427 - 240), g.integers(0, 640 - 300)
-                Image.fromarray(im[y:y + 240, x:x + 240 + 20*c]).save(top/split/f'n{c:08d}'/f'{i}.JPEG', quality=95)
+                Image.fromarray(im[y:y + 240, x:x + 240 + 20*c]).save(top/split/f'n{c:08d}'/f'{i}.JPEG',
+                                                                      quality=95)
 
 @pytest.fixture(scope='module')
 def packed(tmp_path_factory):
     top = tmp_path_factory.mktemp('imagenet')
     photographs(top/'folder')
     for split in ('train', 'val'):
-        out = subprocess.run([sys.executable, ROOT/'data_scripts'/'pack_images.py', top/'folder'/split, top/'packed'/f'{split}.safetensors', '--max-side', '500', '--grey', '--center', '224', '--workers', '1'],
+        out = subprocess.run([sys.executable, ROOT/'data_scripts'/'pack_images.py', top/'folder'/split,
+                              top/'packed'/f'{split}.safetensors', '--max-side', '500',
+                              '--grey', '--center', '224', '--workers', '1'],
                              capture_output=True, text=True)
         assert out.returncode == 0, out.stderr
     return top
 
 def test_features_of_the_packed_file_are_those_of_the_folder(packed):
     net = convnet('alexnet', 4, dropout=0.)
-    a, b = (compute_features(net, load_images(name, packed/where), 224, 6) for name,where in (('folder', 'folder'), ('packed', 'packed')))
-    assert float((a - b).norm() / a.norm()) < .02                            # the exact central crops, rounded to grey levels
+    a, b = (compute_features(net, load_images(name, packed/where), 224, 6)
+            for name,where in (('folder', 'folder'), ('packed', 'packed')))
+    assert float((a - b).norm() / a.norm()) < .02            # the exact central crops, rounded to grey levels
 
 def test_imagenet_preset_on_packed_photographs(packed, tmp_path, capsys):
     where = tmp_path/'run'
-    args = [x for p in (f'root={packed}/packed', 'k=4', 'pca=8', 'epochs=1', 'batch_size=6') for x in ('-p', p)]
+    args = [x for p in (f'root={packed}/packed', 'k=4', 'pca=8', 'epochs=1', 'batch_size=6')
+            for x in ('-p', p)]
     assert main(['run', 'train', '--preset', 'imagenet_alexnet', '--out', str(where), *args]) == 0
     assert 'linear probe conv5' in capsys.readouterr().out
     m = json.loads((where/'metrics.json').read_text())
-    assert set(m['probes']) == {'random', 'random_calibrated', 'deepcluster'} and list(m['probes']['deepcluster']) == [f'conv{i}' for i in range(1, 6)]
+    assert (set(m['probes']) == {'random', 'random_calibrated', 'deepcluster'}
+            and list(m['probes']['deepcluster']) == [f'conv{i}' for i in range(1, 6)])
     paths = [l.split(',')[0] for l in (where/'clusters.csv').read_text().splitlines()[1:]]
     assert paths == load_images('folder', packed/'folder').paths and (where/'report.html').exists()

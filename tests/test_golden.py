@@ -1,4 +1,5 @@
-"The package held to the numbers of tests/golden, each derived by a formula or by hand that stands beside it; first the formulas themselves."
+("The package held to the numbers of tests/golden, "
+ "each derived by a formula or by hand that stands beside it; first the formulas themselves.")
 import inspect, math
 from pathlib import Path
 import pytest, torch, yaml
@@ -12,7 +13,9 @@ from deepcluster_nb.sampling import balanced_draws, loss_weights, released_sampl
 from deepcluster_nb.sobel import MEAN, Sobel, normalize
 
 GOLDEN = Path(__file__).parent/'golden'
-NETWORKS, SOBEL, PROBES, SAMPLING, CLUSTERING = (yaml.safe_load((GOLDEN/f'{n}.yaml').read_text()) for n in ('networks', 'sobel', 'probes', 'sampling', 'clustering'))
+NETWORKS, SOBEL, PROBES, SAMPLING, CLUSTERING = (
+    yaml.safe_load((GOLDEN/f'{n}.yaml').read_text())
+    for n in ('networks', 'sobel', 'probes', 'sampling', 'clustering'))
 ARCHS = ['alexnet', 'vgg16', 'resnet18', 'resnet50']
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -55,12 +58,15 @@ def test_totals(network):
     arch, net = network
     frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
     assert (count(net) - frozen, frozen) == (NETWORKS[arch]['total'][0], NETWORKS['frozen'][0])
-    assert [n for n,p in net.named_parameters() if not p.requires_grad] == ['sobel.0.weight', 'sobel.0.bias', 'sobel.1.weight', 'sobel.1.bias']
+    assert [n for n,p in net.named_parameters() if not p.requires_grad] == [
+        'sobel.0.weight', 'sobel.0.bias', 'sobel.1.weight', 'sobel.1.bias']
 
 @pytest.mark.parametrize('arch', ['alexnet', 'vgg16'])
-def test_no_layer_is_left_out_of_the_table(arch): # batch norm stands behind every convolution: two numbers for each of its planes
+def test_no_layer_is_left_out_of_the_table(arch):
+    # batch norm stands behind every convolution: two numbers for each of its planes
     rows = NETWORKS[arch]['layers']
-    norms = sum(2*shape[0] for name,(n, _, shape) in rows.items() if n and name.startswith('features')) if arch == 'vgg16' else 0
+    norms = (sum(2*shape[0] for name,(n, _, shape) in rows.items() if n and name.startswith('features'))
+             if arch == 'vgg16' else 0)
     assert sum(n for n,*_ in rows.values()) + norms == NETWORKS[arch]['total'][0]
 
 def test_alexnet_without_sobel():
@@ -71,13 +77,14 @@ def test_alexnets_arithmetic(): # counted on the real layers by PyTorch
     from torch.utils.flop_counter import FlopCounterMode
     with torch.device('meta'), torch.inference_mode(), FlopCounterMode(display=False) as counter:
         convnet('alexnet', 10_000, sobel=False).eval()(torch.empty(1, 3, 224, 224))
-    assert counter.get_total_flops() == NETWORKS['alexnet']['flop'][0] + 2*96*11*11*55*55     # the third plane
+    assert counter.get_total_flops() == NETWORKS['alexnet']['flop'][0] + 2*96*11*11*55*55    # the third plane
 
 def test_first_weights():
     net = nn.ModuleDict(dict(features=convnet('alexnet', 2).features))
     for name,(std, _) in [(n, v) for n,v in NETWORKS['init'].items() if n != 'how']:
         w = net.get_submodule(name).weight
-        assert abs(w.std()/std - 1) < 5 / (2*w.numel())**.5 and abs(w.mean()) < 5*std / w.numel()**.5     # five standard errors
+        # five standard errors
+        assert abs(w.std()/std - 1) < 5 / (2*w.numel())**.5 and abs(w.mean()) < 5*std / w.numel()**.5
         assert not net.get_submodule(name).bias.any()
 
 def gradients(x): # (3, H, W) on the scale 0 to 255 → (2, H, W)
@@ -97,28 +104,36 @@ def test_sobel_of_a_point(channels):
     image[list(channels), 2, 2] = 255
     step = sum(SOBEL['share'][c][0] for c in channels)
     added = gradients(image) - gradients(torch.zeros(3, 5, 5))
-    torch.testing.assert_close(added[:, 1:4, 1:4], step * torch.tensor([SOBEL['point'][k] for k in 'xy']), rtol=1e-5, atol=1e-5)
-    assert added.count_nonzero() == 12                             # six numbers in each kernel, and nowhere else
+    torch.testing.assert_close(added[:, 1:4, 1:4], step * torch.tensor([SOBEL['point'][k] for k in 'xy']),
+                               rtol=1e-5, atol=1e-5)
+    assert added.count_nonzero() == 12                          # six numbers in each kernel, and nowhere else
 
 def test_sobel_of_a_ramp():
     y, x = torch.meshgrid(torch.arange(6), torch.arange(7), indexing='ij')
     inside = gradients((10*x + 3*y).expand(3, 6, 7))[:, 1:-1, 1:-1]
-    torch.testing.assert_close(inside, torch.tensor([SOBEL['ramp'][k][0] for k in 'xy'])[:, None, None].expand_as(inside), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        inside, torch.tensor([SOBEL['ramp'][k][0] for k in 'xy'])[:, None, None].expand_as(inside),
+        rtol=1e-5, atol=1e-5)
     assert SOBEL['step'][0] == pytest.approx(sum(s for s,_ in SOBEL['share']))
 
 @pytest.mark.parametrize('arch', ['alexnet', 'resnet50'])
 def test_probe_sizes(arch):
-    with torch.device('meta'), torch.inference_mode(): acts = conv_activations(convnet(arch, 7).eval(), torch.empty(1, 3, 224, 224))
+    with torch.device('meta'), torch.inference_mode():
+        acts = conv_activations(convnet(arch, 7).eval(), torch.empty(1, 3, 224, 224))
     rows = {name: row for name,row in PROBES[arch].items() if name != 'source'}
-    assert {name: pool_activation(name, a).shape[1] for name,a in acts.items()} == {name: row['size'][0] for name,row in rows.items()}
+    assert {name: pool_activation(name, a).shape[1] for name,a in acts.items()} == {
+        name: row['size'][0] for name,row in rows.items()}
     for name,a in acts.items():
         x = torch.rand(1, *a.shape[1:], generator=generator(0, name))
-        torch.testing.assert_close(pool_activation(name, x), nn.functional.avg_pool2d(x, *rows[name]['pool']).flatten(1))
+        torch.testing.assert_close(pool_activation(name, x),
+                                   nn.functional.avg_pool2d(x, *rows[name]['pool']).flatten(1))
 
 def test_padding_counts_in_the_probes_pool():
     out = pool_activation('conv1', torch.ones(1, 96, 55, 55)).view(96, 10, 10)
     golden = PROBES['padding_counts']
-    assert close(out[:, 0, 0].tolist(), [golden['corner'][0]]*96) and close(out[0, 0, 1:9].tolist(), [golden['edge'][0]]*8) and close(out[0, 1:9, 1:9].flatten().tolist(), [golden['middle']]*64)
+    assert (close(out[:, 0, 0].tolist(), [golden['corner'][0]]*96)
+            and close(out[0, 0, 1:9].tolist(), [golden['edge'][0]]*8)
+            and close(out[0, 1:9, 1:9].flatten().tolist(), [golden['middle']]*64))
 
 def test_where_two_neighbours_outvote_a_nearer_one():
     at = lambda s: torch.tensor([s, (1 - s*s)**.5])
@@ -131,12 +146,14 @@ def test_where_two_neighbours_outvote_a_nearer_one():
 def test_learning_rates_of_the_released_probe(which):
     if not hasattr(probes, 'probe_lr'): pytest.skip('chapter 09 has no probe_lr')
     golden = PROBES['law'][which]
-    assert [probes.probe_lr(.01, golden['wd'], t) for t in golden['t']] == pytest.approx([lr for lr,_ in golden['lr']], rel=1e-6)
+    assert [probes.probe_lr(.01, golden['wd'], t) for t in golden['t']] == pytest.approx(
+        [lr for lr,_ in golden['lr']], rel=1e-6)
 
 @pytest.mark.parametrize('what', ['fc6-8', 'all'])
 def test_voc_learning_rates(what):
     voc, golden = pytest.importorskip('deepcluster_nb.voc'), PROBES['voc'][what]
-    assert [voc.learning_rate(what, t) for t in golden['t']] == pytest.approx([lr for lr,_ in golden['lr']], rel=1e-6, abs=0)
+    assert [voc.learning_rate(what, t) for t in golden['t']] == pytest.approx(
+        [lr for lr,_ in golden['lr']], rel=1e-6, abs=0)
 
 def labels_of(sizes): return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
 
@@ -145,19 +162,26 @@ def test_draws_of_a_cluster(case):
     assign = labels_of(case['sizes'])
     drawn = balanced_draws(assign, case['n'], generator(0, 'draws'))
     full = [j for j,size in enumerate(case['sizes']) if size]
-    assert [len(d) for d in drawn] == [case['s'][0]]*len(full) and [assign[d].unique().tolist() for d in drawn] == [[j] for j in full]
-    for d,j in zip(drawn, full): assert case['sizes'][j] <= case['s'][0] or len(d.unique()) == len(d)      # without replacement where there are enough
+    assert ([len(d) for d in drawn] == [case['s'][0]]*len(full)
+            and [assign[d].unique().tolist() for d in drawn] == [[j] for j in full])
+    # without replacement where there are enough
+    for d,j in zip(drawn, full): assert case['sizes'][j] <= case['s'][0] or len(d.unique()) == len(d)
     assert len(uniform_sample(assign, case['n'])) == case['n']
 
 def test_an_epoch_of_imagenet():
     n, k, s = SAMPLING['imagenet'].values()
-    weights = torch.randn(k, generator=generator(0, 'sizes')).div(2).exp()                                # log-normal sizes that vary as much as FACTS': √(e^¼ − 1) = .53
-    assign = torch.cat([torch.arange(k), torch.multinomial(weights, n - k, True, generator=generator(0, 'assign'))])
-    drawn, released = (torch.bincount(assign[f(assign, n)], minlength=k).double() for f in (uniform_sample, released_sample))
+    # log-normal sizes that vary as much as FACTS': √(e^¼ − 1) = .53
+    weights = torch.randn(k, generator=generator(0, 'sizes')).div(2).exp()
+    assign = torch.cat([torch.arange(k),
+                        torch.multinomial(weights, n - k, True, generator=generator(0, 'assign'))])
+    drawn, released = (torch.bincount(assign[f(assign, n)], minlength=k).double()
+                       for f in (uniform_sample, released_sample))
     sizes, golden = torch.bincount(assign).double(), SAMPLING['spread']['uniform'][0]
     spread = lambda x: float(x.std() / x.mean())
     assert abs(spread(drawn)/golden - 1) < 5 / (2*k)**.5 and drawn.max() <= s[0]
-    assert torch.corrcoef(torch.stack([released, sizes]))[0, 1] > .96 and abs(spread(released)/spread(sizes) - 1) < .1      # the released one follows the sizes, FACTS section 3
+    # the released one follows the sizes, FACTS section 3
+    assert (torch.corrcoef(torch.stack([released, sizes]))[0, 1] > .96
+            and abs(spread(released)/spread(sizes) - 1) < .1)
 
 def test_an_epoch_of_cifar10():
     n, k, s = SAMPLING['cifar10'].values()
@@ -184,7 +208,8 @@ def test_kmeans_by_hand(case, backend):
     golden = CLUSTERING[case]
     x, start = (torch.tensor(golden[n]).float()[:, None] for n in ('points', 'start'))
     c = kmeans(x, len(start), len(golden['objective']) - 1, init=start, backend=backend)
-    assert close(c.objective, [o for o,_ in golden['objective']], rel=1e-4, abs=1e-4) and close(c.centroids[:, 0].tolist(), golden['centroids'])
+    assert (close(c.objective, [o for o,_ in golden['objective']], rel=1e-4, abs=1e-4)
+            and close(c.centroids[:, 0].tolist(), golden['centroids']))
     if case == 'line': assert c.assign.tolist() == golden['assign']
 
 def test_draws_of_faiss():
@@ -192,7 +217,7 @@ def test_draws_of_faiss():
     for v in CLUSTERING['faiss']['doubles']:
         high, low = divmod(int(v * 2**53), 2**26)
         golden += [high/2**27, low/2**26]
-    assert [d for d,_ in zip(faiss_draws(), golden)] == pytest.approx(golden, abs=2**-23)                # it has 24 bits
+    assert [d for d,_ in zip(faiss_draws(), golden)] == pytest.approx(golden, abs=2**-23)     # it has 24 bits
 
 @pytest.mark.parametrize('case', CLUSTERING['faiss']['donors'], ids=lambda c: str(c['sizes']))
 def test_donors_of_faiss(case):
@@ -209,17 +234,19 @@ def test_halves_of_faiss():
 
 def test_constants_of_pic():
     pic = pytest.importorskip('deepcluster_nb.pic').pic
-    assert set(CLUSTERING['pic']['constants']) <= {p.default for p in inspect.signature(pic).parameters.values()}
+    assert set(CLUSTERING['pic']['constants']) <= {p.default
+                                                   for p in inspect.signature(pic).parameters.values()}
 
 @pytest.mark.parametrize('case', CLUSTERING['nmi'], ids=lambda c: f"{c['a']} {c['b']}")
 def test_scores_by_hand(case):
     a, b = torch.tensor(case['a']), torch.tensor(case['b'])
-    assert close([nmi(a, b), nmi(b, a)], [case['nmi'][0]]*2) and close([ami(a, b), ami(b, a)], [case['ami'][0]]*2)
+    assert (close([nmi(a, b), nmi(b, a)], [case['nmi'][0]]*2)
+            and close([ami(a, b), ami(b, a)], [case['ami'][0]]*2))
 
 def floor_by_formula(n, k): # see `how` in clustering.yaml
     m, p, series = n/k**2, math.exp(-n/k**2), 0.
     for j in range(1, 200):
-        p *= m/j                                                                                         # Poisson: P(j) = P(j − 1)·m/j
+        p *= m/j                                                                # Poisson: P(j) = P(j − 1)·m/j
         series += p*j*math.log(j)
     ha, hab = math.log(k) - (k - 1)/(2*n), math.log(n) - series/m
     return (2*ha - hab) / ha
@@ -227,7 +254,9 @@ def floor_by_formula(n, k): # see `how` in clustering.yaml
 @pytest.mark.parametrize('case', CLUSTERING['chance_floor']['floors'], ids=lambda c: f"{c['n']} in {c['k']}")
 def test_floor_of_chance(case):
     n, k = case['n'], case['k']
-    noise = 2**.5*(k - 1) / (2*n*math.log(k))                      # standard deviation where cells are full: a χ² with (k − 1)² degrees of freedom, over 2N ln k
-    assert abs(floor_by_formula(n, k) - case['nmi']) < 5*noise + .0005                                    # FACTS' figure is rounded
+    # standard deviation where cells are full: a χ² with (k − 1)² degrees of freedom, over 2N ln k
+    noise = 2**.5*(k - 1) / (2*n*math.log(k))
+    assert abs(floor_by_formula(n, k) - case['nmi']) < 5*noise + .0005              # FACTS' figure is rounded
     a, b = (torch.randint(k, (n,), generator=generator(0, which)) for which in 'ab')
-    assert abs(nmi(a, b) - floor_by_formula(n, k)) < 5*noise + .0005 and abs(chance_nmi(a, b) - floor_by_formula(n, k)) < 5*noise + .0005
+    assert (abs(nmi(a, b) - floor_by_formula(n, k)) < 5*noise + .0005
+            and abs(chance_nmi(a, b) - floor_by_formula(n, k)) < 5*noise + .0005)

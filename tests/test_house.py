@@ -1,11 +1,16 @@
 "The rooms and what may stand in them: imports, layout, and the files that people rely on."
-import ast, json, re, subprocess, sys
+import ast, io, json, re, subprocess, sys, tokenize
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ['data', 'feeding', 'small_maps', 'augment', 'sobel', 'model', 'features', 'clustering', 'sampling', 'runs', 'training', 'probes', 'pictures', 'voc', 'retrieval', 'packing', 'pic', 'released', 'estimate', 'experiments']
+ORDER = ['data', 'feeding', 'small_maps', 'augment', 'sobel', 'model', 'features', 'clustering', 'sampling',
+         'runs', 'training', 'probes', 'pictures', 'voc', 'retrieval', 'packing', 'pic', 'released',
+         'estimate', 'experiments']
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+
+def code_cells(path):
+    return [''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
 
 def imported(module): # the kit's modules that one imports anywhere, also inside functions
     tree = ast.parse((ROOT/'deepcluster_nb'/f'{module}.py').read_text())
@@ -26,17 +31,22 @@ def test_public_functions_say_what_they_do():
         for node in ast.parse(source).body:
             if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith('_'): continue
             signature = source.splitlines()[node.lineno - 1:node.body[0].lineno]
-            if not ast.get_docstring(node) and not any('#' in l for l in signature): bare.append(f'{m}.{node.name}')     # docments count
+            if not ast.get_docstring(node) and not any('#' in l for l in signature):  # docments count
+                bare.append(f'{m}.{node.name}')
     assert not bare
 
 def test_nothing_heavy_is_imported_at_the_start():
-    code = f"import sys, {', '.join(f'deepcluster_nb.{m}' for m in ORDER)}; print([m for m in ('faiss', 'umap', 'sklearn', 'matplotlib', 'papermill') if m in sys.modules])"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    code = (f"import sys, {', '.join(f'deepcluster_nb.{m}' for m in ORDER)}; print([m for m in ('faiss', "
+            "'umap', 'sklearn', 'matplotlib', 'papermill') if m in sys.modules])")
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                          check=True).stdout.strip() == '[]'
 
 def test_no_global_randomness_and_no_pickle():
     for m in ORDER:
         code = (ROOT/'deepcluster_nb'/f'{m}.py').read_text()
-        assert not re.search(r'np\.random\.(seed|rand|choice|permutation)|weights_only=False|pickle\.load|allow_pickle=True', code), m
+        assert not re.search(
+            r'np\.random\.(seed|rand|choice|permutation)|weights_only=False|pickle\.load|allow_pickle=True',
+            code), m
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
 def test_stored_notebooks(path):
@@ -44,20 +54,25 @@ def test_stored_notebooks(path):
     assert path.stat().st_size < 1_000_000
     kinds = [o['output_type'] for c in nb['cells'] if c['cell_type'] == 'code' for o in c['outputs']]
     assert 'error' not in kinds
-    text = ''.join(''.join(o.get('text', '')) for c in nb['cells'] if c['cell_type'] == 'code' for o in c['outputs'])
+    text = ''.join(''.join(o.get('text', '')) for c in nb['cells'] if c['cell_type'] == 'code'
+                   for o in c['outputs'])
     assert 'it/s]' not in text and 'Warning' not in text, 'progress bars or warnings in the stored outputs'
 
-GUIDES = ['how_to_read', 'glossary', '21_own_images', '22_not_learning', '23_cost']     # pages beside the chapters: they lead to them and define nothing
+# pages beside the chapters: they lead to them and define nothing
+GUIDES = ['how_to_read', 'glossary', '21_own_images', '22_not_learning', '23_cost']
 
 @pytest.mark.parametrize('name', GUIDES)
 def test_guides_define_nothing_and_lead_to_the_chapters(name):
     cells = json.loads((ROOT/'nbs'/f'{name}.ipynb').read_text())['cells']
-    text, code = ('\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == kind) for kind in ('markdown', 'code'))
+    text, code = ('\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == kind)
+                  for kind in ('markdown', 'code'))
     assert re.match(r'# .+\n> .+\.\n', text) and not re.search(r'^#\| *(default_exp|exports?)\b', code, re.M)
     files = {l.split('#')[0] for l in re.findall(r'\]\(([^)\s]+)\)', text) if not l.startswith(('http', '#'))}
     assert len(files) >= 4 and all((ROOT/'nbs'/f).is_file() for f in files)
-    drawn = [''.join(c['source']) for c in cells if any('image/png' in o.get('data', {}) for o in c.get('outputs', []))]
-    assert all(re.search(r'^#\| fig-cap: ".+"$', s, re.M) and re.search(r'^#\| fig-alt: ".+"$', s, re.M) for s in drawn)
+    drawn = [''.join(c['source'])
+             for c in cells if any('image/png' in o.get('data', {}) for o in c.get('outputs', []))]
+    assert all(re.search(r'^#\| fig-cap: ".+"$', s, re.M) and re.search(r'^#\| fig-alt: ".+"$', s, re.M)
+               for s in drawn)
 
 def test_train_takes_the_names_of_config():
     from dataclasses import asdict
@@ -65,23 +80,64 @@ def test_train_takes_the_names_of_config():
     from deepcluster_nb.training import Config
     assert parameters(experiments_folder()/'train.ipynb') == asdict(Config())
 
-@pytest.mark.parametrize('preset', sorted((ROOT/'nbs'/'experiments'/'presets').glob('*.yaml')), ids=lambda p: p.stem)
+@pytest.mark.parametrize('preset', sorted((ROOT/'nbs'/'experiments'/'presets').glob('*.yaml')),
+                         ids=lambda p: p.stem)
 def test_presets_are_possible(preset):
     from deepcluster_nb.experiments import check_parameters, gather
-    says = re.match(r'# for (\w+):', preset.read_text())                              # whose it is, where it isn't train's
+    says = re.match(r'# for (\w+):', preset.read_text())                 # whose it is, where it isn't train's
     notebook, given = gather(says[1] if says else 'train', preset.stem)
-    check_parameters(notebook, given | dict(device='auto'), Path('nowhere'))                # there need be no GPU here
+    check_parameters(notebook, given | dict(device='auto'), Path('nowhere'))       # there need be no GPU here
 
 def test_readme_is_the_index_page():
     from nbconvert import MarkdownExporter
-    assert MarkdownExporter().from_filename(str(ROOT/'nbs'/'index.ipynb'))[0].strip() == (ROOT/'README.md').read_text().strip(), 'run make readme'
+    assert (MarkdownExporter().from_filename(str(ROOT/'nbs'/'index.ipynb'))[0].strip()
+            == (ROOT/'README.md').read_text().strip()), 'run make readme'
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
 def test_imports_stand_in_cells_of_their_own(path):
     "The book's build runs every cell that imports, and nothing else: mixed with code it stops."
     mixed = []
-    for c in json.loads(path.read_text())['cells']:
-        lines = [l for l in ''.join(c['source']).splitlines() if l.strip() and not l.startswith('#')] if c['cell_type'] == 'code' else []
-        imports = [l for l in lines if re.match(r'(import|from) ', l)]
-        if imports and len(imports) < len(lines): mixed.append(lines[0])
+    for code in code_cells(path):
+        nodes = ast.parse(re.sub(r'^[ \t]*[%!].*$', 'pass', code, flags=re.M)).body
+        imports = [n for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom))]
+        if imports and len(imports) < len(nodes): mixed.append(ast.unparse(imports[0]))
     assert not mixed
+
+# ---------------------------------------------------------------- lines that can be read, also in a diff
+
+WIDE = 110
+OURS = [p for folder in ('deepcluster_nb', 'tests', 'exercises', 'data_scripts', 'images')
+        for p in sorted((ROOT/folder).glob('*.py')) if p.name != '_modidx.py']
+# a field of an f-string can't be broken before Python 3.12
+ONE_FIELD = ("f\"{', '.join(map(repr, list(saved)[:5]))",
+             "f\"{', '.join(str(f.relative_to(root)) for f in again")
+
+def too_wide(code, generated=False): # `generated`: but for what nbdev writes: title, names, origins of cells
+    if generated: code = re.sub(r'\A""".*"""|^# %% .*|^__all__ = \[[^]]*\]', '', code, flags=re.M)
+    return [l for l in code.split('\n') if len(l) > WIDE and not l.lstrip().startswith(ONE_FIELD)]
+
+def exported(code): return bool(re.search(r'^#\| *exports?\b', code, re.M))
+
+def comments(code): # without the directives
+    code = re.sub(r'^[ \t]*(#\||[%!]).*$', '', code, flags=re.M)
+    return [t.string for t in tokenize.generate_tokens(io.StringIO(code).readline)
+            if t.type == tokenize.COMMENT]
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
+def test_code_cells_are_no_wider_than_the_page(path):
+    # options, magics, shell lines, and the help behind a parameter, which papermill reads, can't be broken
+    assert [l for c in code_cells(path) for l in too_wide(c)
+            if not re.match(r"#\||\s*[%!]|\w+: str = '\w*' +# ", l)] == []
+
+@pytest.mark.parametrize('path', [*OURS, ROOT/'setup.py'], ids=lambda p: f'{p.parent.name}/{p.name}')
+def test_python_files_are_no_wider_than_the_page(path):
+    assert too_wide(path.read_text(), path.parent.name == 'deepcluster_nb') == []
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
+def test_comments_of_exported_cells_hold_no_backticks(path): # nbdev makes links of them, inside the code
+    assert [x for c in code_cells(path) if exported(c) for x in comments(c) if '`' in x] == []
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.name)
+def test_sources_that_are_shown_are_not_folded(path): # nbdev folds them itself; the key twice stops Quarto
+    assert [c for c in code_cells(path)
+            if re.search(r'^#\| *exports\b', c, re.M) and '#| code-fold' in c] == []

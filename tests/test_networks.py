@@ -11,7 +11,8 @@ from deepcluster_nb.training import Config, fit, load_run, predict, resolve, tru
 
 DIMS  = dict(alexnet=4096, alexnet_small=1024, vgg16=4096, resnet18=512, resnet50=2048)
 CONVS = dict(alexnet=5, alexnet_small=5, vgg16=13, resnet18=5, resnet50=5)
-LIGHT = ['alexnet_small', 'resnet18']             # built with numbers in them; the others on `meta`, where tensors have sizes only
+# built with numbers in them; the others on `meta`, where tensors have sizes only
+LIGHT = ['alexnet_small', 'resnet18']
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -38,8 +39,10 @@ def test_sizes_outside_are_errors(arch): # adaptive pools hide it in the others
     with torch.device('meta'): net = convnet(arch, 7)
     for size in (low - 1, high + 1):
         if arch == 'alexnet_small': continue
-        with pytest.raises(ValueError, match=f'{size} × {size} pixels'): net.embed(torch.empty(1, 3, size, size, device='meta'))
-    with pytest.raises(ValueError, match=f'size: expected {low} to {high}'): resolve(Config(arch=arch, size=high + 1))
+        with pytest.raises(ValueError, match=f'{size} × {size} pixels'):
+            net.embed(torch.empty(1, 3, size, size, device='meta'))
+    with pytest.raises(ValueError, match=f'size: expected {low} to {high}'):
+        resolve(Config(arch=arch, size=high + 1))
 
 @pytest.mark.parametrize('arch', ARCHS)
 def test_the_trunk_is_everything_but_the_head(arch):
@@ -48,14 +51,18 @@ def test_the_trunk_is_everything_but_the_head(arch):
     assert sum(p.numel() for p in trunk_parameters(net)) == learnt - 7*(net.dim + 1)
 
 def test_published_pools_of_resnet50():
-    with torch.device('meta'), torch.inference_mode(): acts = conv_activations(convnet('resnet50', 7).eval(), torch.empty(1, 3, 224, 224))
-    assert [tuple(a.shape[1:]) for a in acts.values()] == [(64, 112, 112), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)]
+    with torch.device('meta'), torch.inference_mode():
+        acts = conv_activations(convnet('resnet50', 7).eval(), torch.empty(1, 3, 224, 224))
+    assert [tuple(a.shape[1:]) for a in acts.values()] == [(64, 112, 112), (256, 56, 56), (512, 28, 28),
+                                                           (1024, 14, 14), (2048, 7, 7)]
     assert [pool_activation(n, a).shape[1] for n,a in acts.items()] == [9216, 9216, 8192, 9216, 8192]
 
+# another map: the largest grid is 2 × 2
 @pytest.mark.parametrize('name, channels, side, by_hand', [
-    ('conv5', 2048, 7, lambda a: a[..., :6, :6].mean((2, 3))),          # the first of four windows of 6 × 6
-    ('conv1', 64, 112, lambda a: a[..., :6, :6].sum((2, 3))/100),       # 10 × 10 with a border of 4, whose zeros count
-    ('conv5', 2048, 4, lambda a: a[..., :2, :2].mean((2, 3)))])         # another map: the largest grid is 2 × 2
+    ('conv5', 2048, 7, lambda a: a[..., :6, :6].mean((2, 3))),  # the first of four windows of 6 × 6
+    # 10 × 10 with a border of 4, whose zeros count
+    ('conv1', 64, 112, lambda a: a[..., :6, :6].sum((2, 3))/100),
+    ('conv5', 2048, 4, lambda a: a[..., :2, :2].mean((2, 3)))])
 def test_first_window_by_hand(name, channels, side, by_hand):
     a = torch.rand(1, channels, side, side, generator=generator(0, 'pool'))
     grid = round((pool_activation(name, a).shape[1]/channels)**.5)
@@ -94,7 +101,8 @@ def test_batch_norm_of_a_resnet_by_hand():
     net, images = convnet('resnet18', 7), load_images('shapes', n_images=8)
     from deepcluster_nb.augment import center_crop
     from deepcluster_nb.sobel import normalize
-    with torch.no_grad(): first = net.features.conv1(net.sobel(normalize(center_crop(images.batch(torch.arange(8)), 32))))
+    with torch.no_grad():
+        first = net.features.conv1(net.sobel(normalize(center_crop(images.batch(torch.arange(8)), 32))))
     calibrate_bn(net, images, 32, batch_size=8)
     torch.testing.assert_close(net.features.bn1.running_mean, first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
@@ -113,21 +121,26 @@ def test_dropout_of_a_resnet_is_in_front_of_its_head():
         assert not torch.equal(net(x), net(x))
 
 def test_a_run_with_a_resnet(tmp_path):
-    c = Config(dataset='shapes', n_images=48, arch='resnet18', k=6, pca=16, epochs=1, passes=1, batch_size=16, precision='float32', device='cpu', run_dir=str(tmp_path/'run'))
+    c = Config(dataset='shapes', n_images=48, arch='resnet18', k=6, pca=16, epochs=1, passes=1, batch_size=16,
+               precision='float32', device='cpu', run_dir=str(tmp_path/'run'))
     run = fit(c, echo=None)
     assert len(run.log) == 1 and len(run.clustering.assign) == 48 and run.pca.axes.shape == (512, 16)
     assert torch.equal(predict(load_run(tmp_path/'run'), run.images), run.clustering.assign)
     assert [f.shape[0] for f in probe_features(run.net, run.images.subset(range(8)), 32).values()] == [8]*5
 
-@pytest.mark.parametrize('preset', sorted(p.stem for p in (experiments_folder()/'presets').glob('imagenet_*.yaml')))
+@pytest.mark.parametrize('preset',
+                         sorted(p.stem for p in (experiments_folder()/'presets').glob('imagenet_*.yaml')))
 def test_full_scale_presets(preset):
     notebook, given = gather('train', preset)
     c = resolve(Config(**given))
-    assert notebook.stem == 'train' and c.arch == preset.split('_')[1] and (c.k, c.pca, c.size, c.sobel) == (10_000, 256, 224, True)
-    assert set(given) <= {f.name for f in fields(Config)} and c.device in ('cpu', 'cuda') and c.precision in ('float32', 'bfloat16')
+    assert (notebook.stem == 'train' and c.arch == preset.split('_')[1]
+            and (c.k, c.pca, c.size, c.sobel) == (10_000, 256, 224, True))
+    assert (set(given) <= {f.name for f in fields(Config)} and c.device in ('cpu', 'cuda')
+            and c.precision in ('float32', 'bfloat16'))
     assert (experiments_folder()/'presets'/f'{preset}.yaml').read_text().startswith('# ')
     with torch.device('meta'): assert c.pca <= convnet(c.arch, c.k).dim
 
 def test_the_papers_values():
     given = yaml.safe_load((experiments_folder()/'presets'/'imagenet_alexnet.yaml').read_text())
-    assert (given['epochs'], given['batch_size'], given['lr'], given['weight_decay'], given['momentum']) == (500, 256, .05, 1e-5, .9)
+    assert (given['epochs'], given['batch_size'], given['lr'], given['weight_decay'],
+            given['momentum']) == (500, 256, .05, 1e-5, .9)

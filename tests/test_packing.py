@@ -1,4 +1,5 @@
-"Packing: whatever happens to the process, the disk or the files, the result is whole and the same, or there is one clear error."
+("Packing: whatever happens to the process, the disk or the files, the result is whole and the same, "
+ "or there is one clear error.")
 import errno, json, os, random, runpy, subprocess, sys, time
 from pathlib import Path
 from unittest.mock import patch
@@ -28,7 +29,8 @@ def tree(tmp_path_factory): return make_tree(tmp_path_factory.mktemp('images'))
 def left(folder, name='x'): return sorted(p.name for p in folder.glob(f'{name}*'))
 
 # a run of pack_images.py that syncs after every few images
-DRIVER = "import runpy, sys, deepcluster_nb.packing as p; p.SYNC, p.CHUNK = 0, 4; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+DRIVER = ("import runpy, sys, deepcluster_nb.packing as p; p.SYNC, p.CHUNK = 0, 4; sys.argv = sys.argv[1:]; "
+          "runpy.run_path(sys.argv[0], run_name='__main__')")
 def command(*args): return [sys.executable, '-c', DRIVER, str(SCRIPTS/'pack_images.py'), *map(str, args)]
 
 def children(pid): # of a process, and the state of each
@@ -46,12 +48,14 @@ def alive(pid):
 @pytest.mark.skipif(sys.platform != 'linux', reason='looks into /proc')
 def test_killed_anywhere_it_ends_in_the_same_bytes(tmp_path):
     src, rng = make_tree(tmp_path/'src', 240), random.Random(time.time_ns())
-    with patch.object(packing, 'CHUNK', 7): pack_folder(src, tmp_path/'plain.safetensors', max_side=80, center=32, **FEW)
+    with patch.object(packing, 'CHUNK', 7):
+        pack_folder(src, tmp_path/'plain.safetensors', max_side=80, center=32, **FEW)
     out = tmp_path/'x.safetensors'
     total, stops = os.path.getsize(tmp_path/'plain.safetensors'), []
     for workers in (1, 2, 1):
         goal = rng.uniform(.05, .95) * total
-        p = subprocess.Popen(command(src, out, '--max-side', 80, '--center', 32, '--workers', workers), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        p = subprocess.Popen(command(src, out, '--max-side', 80, '--center', 32, '--workers', workers),
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         part = Path(f'{out}.part')
         while p.poll() is None and not (part.exists() and part.stat().st_size > goal): time.sleep(.001)
         workers_of_it = children(p.pid)
@@ -60,15 +64,18 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(tmp_path):
         deadline = time.time() + 10
         while any(alive(c) for c in workers_of_it) and time.time() < deadline: time.sleep(.05)
         assert not any(alive(c) for c in workers_of_it), 'a worker outlives its parent'
-    done = subprocess.run(command(src, out, '--max-side', 80, '--center', 32, '--workers', 1), capture_output=True, text=True)
+    done = subprocess.run(command(src, out, '--max-side', 80, '--center', 32, '--workers', 1),
+                          capture_output=True, text=True)
     assert done.returncode == 0, (stops, done.stderr)
-    for a in (out, center_path(out, 32)): assert a.read_bytes() == (tmp_path/a.name.replace('x', 'plain', 1)).read_bytes(), stops
+    for a in (out, center_path(out, 32)):
+        assert a.read_bytes() == (tmp_path/a.name.replace('x', 'plain', 1)).read_bytes(), stops
     assert left(tmp_path) == ['x-center32.safetensors', 'x.safetensors']
 
 def test_several_processes_make_the_same_file(tree, tmp_path):
     one = pack_folder(tree, tmp_path/'one', size=24, **FEW)
     with patch.object(packing, 'CHUNK', 2): pack_folder(tree, tmp_path/'two', size=24, workers=2, echo=None)
-    assert (tmp_path/'one').read_bytes() == (tmp_path/'two').read_bytes() and verify_packed(tmp_path/'two') == []
+    assert ((tmp_path/'one').read_bytes() == (tmp_path/'two').read_bytes()
+            and verify_packed(tmp_path/'two') == [])
     for im, f in zip(one, image_files(tree)[0]):
         exact = center_crop(torch.from_numpy(packing.grey_plane(Image.open(f)))[None, None], 24)[0]
         assert (im - exact).abs().max() <= .5 + 1e-3
@@ -89,10 +96,14 @@ def stop_after(n, exc): # let the n-th chunk fail
         return real(*args)
     return patch.multiple(packing, pack_chunk=failing, CHUNK=3)
 
-@pytest.mark.parametrize('exc, seen', [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(errno.ENOSPC, 'full'), ValueError)])
+@pytest.mark.parametrize('exc, seen', [
+    (KeyboardInterrupt(), KeyboardInterrupt),
+    (OSError(errno.ENOSPC, 'full'), ValueError)])
 def test_stopped_or_out_of_space_it_goes_on(tree, tmp_path, exc, seen):
     pack_folder(tree, tmp_path/'plain', **FEW)
-    with stop_after(2, exc), pytest.raises(seen, match='full; free some space' if seen is ValueError else None): pack_folder(tree, tmp_path/'x', **FEW)
+    with stop_after(2, exc), pytest.raises(seen,
+                                           match='full; free some space' if seen is ValueError else None):
+        pack_folder(tree, tmp_path/'x', **FEW)
     assert left(tmp_path) == ['x.journal', 'x.part']
     with patch.object(packing, 'CHUNK', 5): pack_folder(tree, tmp_path/'x', **FEW)
     assert (tmp_path/'x').read_bytes() == (tmp_path/'plain').read_bytes() and left(tmp_path) == ['x']
@@ -103,11 +114,13 @@ def test_killed_between_the_last_steps(tree, tmp_path):
     def only_the_crops(self):
         if self.path == out: raise KeyboardInterrupt
         real(self)
-    with patch.object(PackedWriter, 'rename', only_the_crops), pytest.raises(KeyboardInterrupt): pack_folder(tree, out, center=24, **FEW)
+    with patch.object(PackedWriter, 'rename', only_the_crops), pytest.raises(KeyboardInterrupt):
+        pack_folder(tree, out, center=24, **FEW)
     assert left(tmp_path) == ['x-center24.safetensors', 'x.safetensors.journal', 'x.safetensors.part']
     pack_folder(tree, out, center=24, **FEW)
-    for name in ('.safetensors', '-center24.safetensors'): assert (tmp_path/f'x{name}').read_bytes() == (tmp_path/f'plain{name}').read_bytes()
-    (tmp_path/'x.safetensors.journal').write_text('')                     # as if killed before the journal was removed
+    for name in ('.safetensors', '-center24.safetensors'):
+        assert (tmp_path/f'x{name}').read_bytes() == (tmp_path/f'plain{name}').read_bytes()
+    (tmp_path/'x.safetensors.journal').write_text('')            # as if killed before the journal was removed
     pack_folder(tree, out, center=24, **FEW)
     assert left(tmp_path) == ['x-center24.safetensors', 'x.safetensors']
 
@@ -115,21 +128,26 @@ def test_other_work_is_never_overwritten(tree, tmp_path):
     out = tmp_path/'x.safetensors'
     with stop_after(1, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt): pack_folder(tree, out, **FEW)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match='max_side: None there, 50 now'): pack_folder(tree, out, max_side=50, **FEW)
+    with pytest.raises(ValueError, match='max_side: None there, 50 now'):
+        pack_folder(tree, out, max_side=50, **FEW)
     with pytest.raises(ValueError, match='source: '): pack_folder(image_files(tree)[0][1:], out, **FEW)
     journal = Journal(f'{out}.journal', json.loads(Path(f'{out}.journal').read_text().splitlines()[0]))
     with pytest.raises(ValueError, match='another process is packing it'): pack_folder(tree, out, **FEW)
     journal.file.close()
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     pack_folder(tree, out, **FEW)
-    with pytest.raises(ValueError, match='exists and has other settings'): pack_folder(tree, out, grey=False, **FEW)
+    with pytest.raises(ValueError, match='exists and has other settings'):
+        pack_folder(tree, out, grey=False, **FEW)
     (tmp_path/'y-center24.safetensors').write_text('mine')
-    with pytest.raises(ValueError, match='exists already'): pack_folder(tree, tmp_path/'y.safetensors', center=24, **FEW)
-    assert left(tmp_path, 'y') == ['y-center24.safetensors'] and (tmp_path/'y-center24.safetensors').read_text() == 'mine'
+    with pytest.raises(ValueError, match='exists already'):
+        pack_folder(tree, tmp_path/'y.safetensors', center=24, **FEW)
+    assert (left(tmp_path, 'y') == ['y-center24.safetensors']
+            and (tmp_path/'y-center24.safetensors').read_text() == 'mine')
 
 def test_no_space_no_start(tree, tmp_path):
     usage = type('usage', (), dict(free=9000))
-    with patch('shutil.disk_usage', lambda p: usage), pytest.raises(ValueError, match='9 kB are free'): pack_folder(tree, tmp_path/'x', **FEW)
+    with patch('shutil.disk_usage', lambda p: usage), pytest.raises(ValueError, match='9 kB are free'):
+        pack_folder(tree, tmp_path/'x', **FEW)
     assert left(tmp_path) == []
 
 def test_the_estimate_is_near(tree, tmp_path):
@@ -139,8 +157,9 @@ def test_the_estimate_is_near(tree, tmp_path):
         size = sum(p.stat().st_size for p in tmp_path.glob(f'{out.stem}*'))
         assert abs(packing.estimate(image_files(tree)[0], packing.Recipe(**kwargs)) - size) < 8192*2 + 100*12
 
-BROKEN = {'half.jpg': 'truncated', 'half.png': 'truncated', 'empty.jpg': 'cannot identify', 'text.jpg': 'cannot identify', 'deep.png': 'do not fit into 8 bits',
-          'huge.png': 'exceeds limit', 'gone.jpg': 'No such file', 'folder.jpg': 'Is a directory'}
+BROKEN = {'half.jpg': 'truncated', 'half.png': 'truncated', 'empty.jpg': 'cannot identify',
+          'text.jpg': 'cannot identify', 'deep.png': 'do not fit into 8 bits', 'huge.png': 'exceeds limit',
+          'gone.jpg': 'No such file', 'folder.jpg': 'Is a directory'}
 WHOLE = ['0000 whole.jpg', 'alpha.png', 'cmyk.jpg', 'grey.jpg', 'moving.webp', 'palette.png', 'turned.jpg']
 
 @pytest.fixture
@@ -148,19 +167,27 @@ def odd(tmp_path): # every kind of file, whole and broken, as a list
     folder, rng = tmp_path/'odd', np.random.default_rng(0)
     folder.mkdir()
     im = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((64, 48), Image.BICUBIC)
-    im.save(folder/WHOLE[0]); im.save(folder/'half.png'); im.convert('RGBA').save(folder/'alpha.png'); im.convert('CMYK').save(folder/'cmyk.jpg')
+    im.save(folder/WHOLE[0])
+    im.save(folder/'half.png')
+    im.convert('RGBA').save(folder/'alpha.png')
+    im.convert('CMYK').save(folder/'cmyk.jpg')
     im.convert('L').save(folder/'grey.jpg'); im.convert('P').save(folder/'palette.png', transparency=0)
     im.save(folder/'moving.webp', save_all=True, append_images=[im.rotate(180)])
     exif = Image.Exif(); exif[0x112] = 6
     im.save(folder/'turned.jpg', exif=exif)
-    for name,source in (('half.jpg', WHOLE[0]), ('half.png', 'half.png')): (folder/name).write_bytes((folder/source).read_bytes()[:1000])
-    (folder/'empty.jpg').touch(); (folder/'text.jpg').write_text('no image'); (folder/'gone.jpg').symlink_to('nowhere'); (folder/'folder.jpg').mkdir()
+    for name,source in (('half.jpg', WHOLE[0]), ('half.png', 'half.png')):
+        (folder/name).write_bytes((folder/source).read_bytes()[:1000])
+    (folder/'empty.jpg').touch()
+    (folder/'text.jpg').write_text('no image')
+    (folder/'gone.jpg').symlink_to('nowhere')
+    (folder/'folder.jpg').mkdir()
     Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(folder/'deep.png')
     Image.new('1', (10000, 9000)).save(folder/'huge.png')
     return sorted(folder.iterdir())
 
 def test_broken_files_are_listed_and_stop_or_are_left_out(odd, tmp_path):
-    with pytest.raises(ValueError, match='8 of 15 images can.t be read'): pack_folder(odd, tmp_path/'x', **FEW)
+    with pytest.raises(ValueError, match='8 of 15 images can.t be read'):
+        pack_folder(odd, tmp_path/'x', **FEW)
     report = dict(line.split(': ', 1) for line in (tmp_path/'x.broken.txt').read_text().splitlines())
     assert report.keys() == BROKEN.keys()
     for name,why in BROKEN.items(): assert why in report[name], (name, report[name])
@@ -175,7 +202,8 @@ def test_broken_files_are_listed_and_stop_or_are_left_out(odd, tmp_path):
 
 def test_nothing_but_broken_files(tmp_path):
     (tmp_path/'a').mkdir(); (tmp_path/'a'/'b.jpg').touch()
-    with pytest.raises(ValueError, match='1 of 1 images'): pack_folder(tmp_path/'a', tmp_path/'x', skip_broken=True, **FEW)
+    with pytest.raises(ValueError, match='1 of 1 images'):
+        pack_folder(tmp_path/'a', tmp_path/'x', skip_broken=True, **FEW)
     assert not (tmp_path/'x').exists()
 
 def test_a_file_larger_than_the_memory_is_mapped(tmp_path):
@@ -183,27 +211,41 @@ def test_a_file_larger_than_the_memory_is_mapped(tmp_path):
     info = {l.split(':')[0]: int(l.split()[1]) for l in Path('/proc/meminfo').read_text().splitlines()}
     n = (info['MemTotal'] + info['SwapTotal'] >> 20) + 2                   # images of 1 GiB
     writer = PackedWriter(tmp_path/'x', dict(classes='[]'))
-    try: writer.file.seek(n << 30, 1); writer.note([(1, 1 << 15, 1 << 15)]*n, [0]*n); writer.finish()    # holes: nothing is written
-    except OSError: pytest.skip('no sparse files here')
+    try:
+        # holes: nothing is written
+        writer.file.seek(n << 30, 1)
+        writer.note([(1, 1 << 15, 1 << 15)]*n, [0]*n)
+        writer.finish()
+    except OSError:
+        pytest.skip('no sparse files here')
     writer.rename()
     images = PackedImages.load(tmp_path/'x')
-    assert images.size == (1, 1 << 15, 1 << 15) and len(images.pixels) > (info['MemTotal'] << 10) and int(images[n-1][0, -1, -1]) == 0
+    assert (images.size == (1, 1 << 15, 1 << 15) and len(images.pixels) > (info['MemTotal'] << 10)
+            and int(images[n-1][0, -1, -1]) == 0)
 
 def test_cuts_change_nothing_but_the_last_digits():
     g = generator(0, 'cuts')
-    images = [torch.randint(256, (3, h, w), generator=g, dtype=torch.uint8) for h,w in torch.randint(8, 160, (20, 2), generator=g).tolist()]
+    images = [torch.randint(256, (3, h, w), generator=g, dtype=torch.uint8)
+              for h,w in torch.randint(8, 160, (20, 2), generator=g).tolist()]
     boxes, flip = crop_boxes(image_sizes(images), g), torch.rand(20, generator=g) < .5
-    boxes[::2, :2] += torch.rand(10, 2, generator=g) * (image_sizes(images).flip(1)[::2] - boxes[::2, :2] - boxes[::2, 2:])   # some between the pixels
+    # some between the pixels
+    boxes[::2, :2] += torch.rand(10, 2, generator=g) * (image_sizes(images).flip(1)[::2] - boxes[::2, :2]
+                                                        - boxes[::2, 2:])
     for size in (8, 90):
-        whole = torch.cat([crop_batch(im[None], b[None], size, f[None]) for im,b,f in zip(images, boxes, flip)])
-        assert (resample(images, boxes, size, flip) - whole).abs().max() < 255 * 2e-4      # a place on 160 pixels is rounded to 2e-5 at most, and a weight's slope is 1
+        whole = torch.cat([crop_batch(im[None], b[None], size, f[None])
+                           for im,b,f in zip(images, boxes, flip)])
+        # a place on 160 pixels is rounded to 2e-5 at most, and a weight's slope is 1
+        assert (resample(images, boxes, size, flip) - whole).abs().max() < 255 * 2e-4
 
 def test_packed_is_a_data_set(tree, tmp_path):
-    for name in ('train', 'val'): pack_folder(tree, tmp_path/f'{name}.safetensors', max_side=50, center=24, **FEW)
+    for name in ('train', 'val'):
+        pack_folder(tree, tmp_path/f'{name}.safetensors', max_side=50, center=24, **FEW)
     some = load_images('packed', tmp_path, n_images=5, seed=1)
     assert some.paths == load_images('folder', tree, n_images=5, seed=1).paths == some.center.paths
-    assert len(load_images('packed', tmp_path, 'test')) == len(load_images('packed', tmp_path/'val.safetensors')) == 12
-    with pytest.raises(FileNotFoundError, match='make it with `python data_scripts/pack_images.py'): load_images('packed', tmp_path/'val.safetensors', 'test')
+    assert len(load_images('packed', tmp_path,
+                           'test')) == len(load_images('packed', tmp_path/'val.safetensors')) == 12
+    with pytest.raises(FileNotFoundError, match='make it with `python data_scripts/pack_images.py'):
+        load_images('packed', tmp_path/'val.safetensors', 'test')
     pack_folder(image_files(tree)[0][1:], tmp_path/'few.safetensors', size=24, **FEW)
     os.replace(tmp_path/'few.safetensors', tmp_path/'val-center24.safetensors')
     with pytest.raises(ValueError, match='holds other images'): load_images('packed', tmp_path, 'test')
@@ -211,7 +253,8 @@ def test_packed_is_a_data_set(tree, tmp_path):
     with pytest.raises(FileNotFoundError, match='val-center24'): load_images('packed', tmp_path, 'test')
 
 def test_a_tree_larger_than_memory_is_refused_before_decoding(tree):
-    with patch('deepcluster_nb.data.free_memory', lambda: 1000), patch('deepcluster_nb.data.decode', side_effect=AssertionError):
+    with (patch('deepcluster_nb.data.free_memory', lambda: 1000),
+          patch('deepcluster_nb.data.decode', side_effect=AssertionError)):
         with pytest.raises(ValueError, match='pack_images.py'): load_images('folder', tree)
 
 def test_the_script_verifies(tree, tmp_path):
@@ -224,7 +267,11 @@ def test_the_script_verifies(tree, tmp_path):
     assert images.size == (3, 24, 24) and images.labels is None and images.paths[0] == 'class 0/0000.jpg'
     with pytest.raises(SystemExit) as e: call('--verify', tmp_path/'x')
     assert not e.value.code
-    with open(tmp_path/'x', 'r+b') as f: f.seek(4096 + 1728*3 + 5); b = f.read(1)[0]; f.seek(-1, 1); f.write(bytes([b ^ 128]))
+    with open(tmp_path/'x', 'r+b') as f:
+        f.seek(4096 + 1728*3 + 5)
+        b = f.read(1)[0]
+        f.seek(-1, 1)
+        f.write(bytes([b ^ 128]))
     with pytest.raises(SystemExit, match='1 images have changed'): call('--verify', tmp_path/'x')
     assert verify_packed(tmp_path/'x') == [images.paths[3]]
 
@@ -234,7 +281,8 @@ def test_real_images_are_torchvision_s(cifar_root, tmp_path):
     if not root.is_dir(): pytest.skip('no imagenette')
     theirs = ImageFolder(root)
     files = [p for p,_ in theirs.samples[::20]]
-    for im, f in zip(pack_folder(files, tmp_path/'x', grey=False, **FEW), files): assert np.array_equal(im.permute(1, 2, 0), np.asarray(theirs.loader(f)))
+    for im, f in zip(pack_folder(files, tmp_path/'x', grey=False, **FEW), files):
+        assert np.array_equal(im.permute(1, 2, 0), np.asarray(theirs.loader(f)))
     assert [str(f) for f in packing.list_source(root)[0]] == [f for f,_ in theirs.samples]
 
 @pytest.fixture(scope='module')
@@ -242,13 +290,17 @@ def synthetic(): return runpy.run_path(str(SCRIPTS/'make_synthetic.py'))
 
 def test_synthetic_sets(synthetic, tmp_path):
     make = synthetic['make']
-    make(tmp_path/'20', 20, [40, 60], 8); make(tmp_path/'9', 9, [40, 60], 8); make(tmp_path/'other', 9, [40, 60], 8, seed=1)
+    make(tmp_path/'20', 20, [40, 60], 8)
+    make(tmp_path/'9', 9, [40, 60], 8)
+    make(tmp_path/'other', 9, [40, 60], 8, seed=1)
     a, b, c = (PackedImages.load(tmp_path/n) for n in ('20', '9', 'other'))
-    assert a.size == (1, 40, 60) and torch.equal(a.batch(torch.arange(9)), b.batch(torch.arange(9))) and not torch.equal(b.pixels, c.pixels)
+    assert (a.size == (1, 40, 60) and torch.equal(a.batch(torch.arange(9)), b.batch(torch.arange(9)))
+            and not torch.equal(b.pixels, c.pixels))
     assert a.labels.tolist() == [i % 8 for i in range(20)] and verify_packed(tmp_path/'20') == []
     make(tmp_path/'ragged', 30, [64], 8, ragged=True, rgb=True)
     r = PackedImages.load(tmp_path/'ragged')
-    assert r.size is None and (r.shapes[:, 0] == 3).all() and 32 <= r.shapes[:, 1:].min() and r.shapes[:, 1:].max() <= 64
+    assert (r.size is None and (r.shapes[:, 0] == 3).all() and 32 <= r.shapes[:, 1:].min()
+            and r.shapes[:, 1:].max() <= 64)
     with pytest.raises(ValueError, match='exists'): make(tmp_path/'9', 3, [40], 2)
     with pytest.raises(ValueError, match='n: expected'): make(tmp_path/'none', 0, [40], 2)
     assert not (tmp_path/'none').exists() and not (tmp_path/'none.part').exists()
@@ -256,9 +308,13 @@ def test_synthetic_sets(synthetic, tmp_path):
 def test_synthetic_classes_are_there_to_be_found(synthetic):
     C, S = 12, 96
     y, x = np.mgrid[:S, :S]
-    def waves(c): cycles, turn = synthetic['grating'](c, C); k = 2*np.pi*cycles/S; return np.exp(1j*k*(np.cos(turn)*x + np.sin(turn)*y))
+    def waves(c):
+        cycles, turn = synthetic['grating'](c, C)
+        k = 2*np.pi*cycles/S
+        return np.exp(1j*k*(np.cos(turn)*x + np.sin(turn)*y))
     bank = np.stack([waves(c) for c in range(C)]).reshape(C, -1)
-    ims = np.stack([synthetic['synthetic'](i, 3, (S, S), C)[0] for i in range(60)]).reshape(60, -1).astype(float)
+    ims = np.stack([synthetic['synthetic'](i, 3, (S, S), C)[0]
+                    for i in range(60)]).reshape(60, -1).astype(float)
     assert 0 < ims.min() + 1 and ims.max() <= 255
     found = abs((ims - ims.mean(1, keepdims=True)) @ bank.conj().T).argmax(1)
     assert (found == np.arange(60) % C).all()

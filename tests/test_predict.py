@@ -7,7 +7,9 @@ from deepcluster_nb.experiments import predict_folder
 from deepcluster_nb.training import Config, fit, load_run, predict
 
 def command(*args, cwd): # → (exit status, stdout, stderr)
-    p = subprocess.run([sys.executable, '-c', 'import sys; from deepcluster_nb.experiments import main; sys.exit(main())', 'predict', *map(str, args)],
+    p = subprocess.run([sys.executable,
+                        '-c', 'import sys; from deepcluster_nb.experiments import main; sys.exit(main())',
+                        'predict', *map(str, args)],
                        capture_output=True, text=True, cwd=cwd, timeout=300)
     return p.returncode, p.stdout, p.stderr
 
@@ -19,9 +21,15 @@ def room(tmp_path_factory): # photos (flat), tree (ImageFolder), run (trained on
     (top/'photos').mkdir()
     for c in ('bird', 'cat'):
         (top/'tree'/c).mkdir(parents=True)
-        for i in range(9): Image.fromarray(g.integers(0, 256, (34 + i, 40 - i, 3), dtype=np.uint8)).save(top/'tree'/c/f'{i}.png')
-    for i in range(70): Image.fromarray(g.integers(0, 256, (20, 20 + i % 3), dtype=np.uint8)).save(top/'photos'/f'{i:02d}.png')
-    fit(Config(dataset='folder', root=str(top/'tree'), k=4, pca=4, epochs=1, passes=1, batch_size=8, device='cpu', precision='float32', run_dir=str(top/'run')), echo=None)
+        for i in range(9):
+            Image.fromarray(g.integers(0, 256, (34 + i, 40 - i, 3),
+                                       dtype=np.uint8)).save(top/'tree'/c/f'{i}.png')
+    for i in range(70):
+        Image.fromarray(g.integers(0, 256, (20, 20 + i % 3),
+                                   dtype=np.uint8)).save(top/'photos'/f'{i:02d}.png')
+    fit(Config(dataset='folder', root=str(top/'tree'), k=4, pca=4, epochs=1, passes=1, batch_size=8,
+               device='cpu', precision='float32', run_dir=str(top/'run')),
+        echo=None)
     return top
 
 def rows(path): return list(csv.reader(path.open()))
@@ -31,32 +39,42 @@ def test_a_tree_gets_the_clusters_that_the_run_gave_it(room, tmp_path):
     assert (status, err) == (0, ''), err
     assert (tmp_path/'c.csv').read_text() == (room/'run'/'clusters.csv').read_text()
     found = rows(tmp_path/'c.csv')
-    assert found[0] == ['path', 'cluster'] and [p for p,_ in found[1:]] == [f'{c}/{i}.png' for c in ('bird', 'cat') for i in range(9)]
-    assert out == f"18 images in {len({c for _,c in found[1:]})} clusters: c.csv\n" and [p.name for p in tmp_path.iterdir()] == ['c.csv']
+    assert (found[0] == ['path', 'cluster']
+            and [p for p,_ in found[1:]] == [f'{c}/{i}.png' for c in ('bird', 'cat') for i in range(9)])
+    assert (out == f"18 images in {len({c for _,c in found[1:]})} clusters: c.csv\n"
+            and [p.name for p in tmp_path.iterdir()] == ['c.csv'])
 
 def test_a_flat_folder_in_several_chunks(room, tmp_path):
     found, broken = predict_folder(room/'run', room/'photos', tmp_path/'c.csv', chunk=32)
     images = load_images('folder', room/'photos')
     wanted = predict(load_run(room/'run'), images).tolist()
-    assert not broken and found == [(f'{i:02d}.png', c) for i,c in enumerate(wanted)] and rows(tmp_path/'c.csv')[1:] == [[p, str(c)] for p,c in found]
+    assert (not broken and found == [(f'{i:02d}.png', c) for i,c in enumerate(wanted)]
+            and rows(tmp_path/'c.csv')[1:] == [[p, str(c)] for p,c in found])
 
 def test_the_file_is_replaced_only_when_asked(room, tmp_path):
     (tmp_path/'clusters.csv').write_text('mine')
     status, out, err = command(room/'run', room/'tree', cwd=tmp_path)
-    assert status == 2 and "out: 'clusters.csv' exists already" in err and len(err.splitlines()) == 1 and (tmp_path/'clusters.csv').read_text() == 'mine'
-    assert command(room/'run', room/'tree', '--force', cwd=tmp_path)[0] == 0 and len(rows(tmp_path/'clusters.csv')) == 19
+    assert (status == 2 and "out: 'clusters.csv' exists already" in err and len(err.splitlines()) == 1
+            and (tmp_path/'clusters.csv').read_text() == 'mine')
+    assert command(room/'run', room/'tree',
+                   '--force', cwd=tmp_path)[0] == 0 and len(rows(tmp_path/'clusters.csv')) == 19
 
 def test_broken_images_stop_it_or_are_left_out(room, tmp_path):
     photos = tmp_path/'photos'
     photos.mkdir()
-    for i in range(8): (photos/f'{i}.png').write_bytes((room/'photos'/f'{i:02d}.png').read_bytes()[:None if i not in (2, 5) else 60])
+    for i in range(8):
+        (photos/f'{i}.png').write_bytes(
+            (room/'photos'/f'{i:02d}.png').read_bytes()[:None if i not in (2, 5) else 60])
     status, out, err = command(room/'run', photos, cwd=tmp_path)
-    assert status == 2 and "2 of 8 images can't be read" in err and '2.png: ' in err and '5.png: ' in err and '3.png' not in err and not (tmp_path/'clusters.csv').exists()
+    assert (status == 2 and "2 of 8 images can't be read" in err and '2.png: ' in err and '5.png: ' in err
+            and '3.png' not in err and not (tmp_path/'clusters.csv').exists())
     status, out, err = command(room/'run', photos, '--skip-broken', cwd=tmp_path)
-    assert status == 0 and out.startswith('6 images in') and "2 images can't be read and were left out:\n  2.png: " in out
+    assert (status == 0 and out.startswith('6 images in')
+            and "2 images can't be read and were left out:\n  2.png: " in out)
     assert [p for p,_ in rows(tmp_path/'clusters.csv')[1:]] == [f'{i}.png' for i in (0, 1, 3, 4, 6, 7)]
     for i in (0, 1, 3, 4, 6, 7): (photos/f'{i}.png').write_bytes(b'')
-    with pytest.raises(ValueError, match="8 of 8 images can't be read, and nothing was written"): predict_folder(room/'run', photos, tmp_path/'d.csv', skip_broken=True)
+    with pytest.raises(ValueError, match="8 of 8 images can't be read, and nothing was written"):
+        predict_folder(room/'run', photos, tmp_path/'d.csv', skip_broken=True)
     assert not (tmp_path/'d.csv').exists()
 
 def test_wrong_input_is_one_line_before_any_work(room, tmp_path, monkeypatch):
@@ -65,12 +83,17 @@ def test_wrong_input_is_one_line_before_any_work(room, tmp_path, monkeypatch):
         if text: (tmp_path/name/'params.yaml').write_text(text)
     monkeypatch.chdir(tmp_path)
     tree = room/'tree'
-    for args, message in [(('nowhere', tree), "no run in 'nowhere'"), (('begun', tree), 'no whole checkpoint yet'), (('other', tree), 'of another experiment'),
-                          ((room/'run', 'nowhere'), "folder: no folder 'nowhere'"), ((room/'run', 'empty'), "folder: no images in 'empty'"),
-                          ((room/'run', tree, 'no/such/c.csv'), 'out: expected a file in an existing folder'), ((room/'run', tree, 'empty'), 'out: expected a file')]:
+    for args, message in [(('nowhere', tree), "no run in 'nowhere'"),
+                          (('begun', tree), 'no whole checkpoint yet'),
+                          (('other', tree), 'of another experiment'),
+                          ((room/'run', 'nowhere'), "folder: no folder 'nowhere'"),
+                          ((room/'run', 'empty'), "folder: no images in 'empty'"),
+                          ((room/'run', tree, 'no/such/c.csv'), 'out: expected a file in an existing folder'),
+                          ((room/'run', tree, 'empty'), 'out: expected a file')]:
         with pytest.raises((ValueError, FileNotFoundError), match=message): predict_folder(*args)
     status, out, err = command('nowhere', tree, cwd=tmp_path)
-    assert status == 2 and err.startswith("deepcluster-nb: run_dir: no run in 'nowhere'") and len(err.splitlines()) == 1 and not (tmp_path/'clusters.csv').exists()
+    assert (status == 2 and err.startswith("deepcluster-nb: run_dir: no run in 'nowhere'")
+            and len(err.splitlines()) == 1 and not (tmp_path/'clusters.csv').exists())
 
 def test_a_stop_writes_nothing(room, tmp_path, monkeypatch):
     def stop(*args): raise KeyboardInterrupt

@@ -1,4 +1,5 @@
-"The paper's probes against a second implementation, the other measures against scikit-learn, and the experiment."
+("The paper's probes against a second implementation, the other measures against scikit-learn, "
+ "and the experiment.")
 import json, math, subprocess
 from dataclasses import asdict, replace
 import numpy as np, pytest, torch
@@ -13,25 +14,31 @@ from deepcluster_nb.experiments import experiments_folder, gather, main, paramet
 from deepcluster_nb.features import PCA, l2_normalize
 from deepcluster_nb.clustering import kmeans
 from deepcluster_nb.model import convnet
-from deepcluster_nb.probes import (Heads, ProbeConfig, cluster_measures, conv_activations, held_out, knn_accuracy, pool_activation, probe_crop, probe_lr,
-                                   resolve_probe, supervised, train_probes)
+from deepcluster_nb.probes import (Heads, ProbeConfig, cluster_measures, conv_activations, held_out,
+                                   knn_accuracy, pool_activation, probe_crop, probe_lr, resolve_probe,
+                                   supervised, train_probes)
 from deepcluster_nb.runs import load_checkpoint
 from deepcluster_nb.sobel import normalize
 from deepcluster_nb.training import Config
 
-QUICK = resolve_probe(ProbeConfig(size=32, epochs=3, batch_size=16, lr=.1, weight_decay=.01, layers='conv2 conv5', device='cpu', precision='float32'))
+QUICK = resolve_probe(ProbeConfig(size=32, epochs=3, batch_size=16, lr=.1, weight_decay=.01,
+                                  layers='conv2 conv5', device='cpu', precision='float32'))
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 @pytest.fixture(scope='module')
-def data(): return convnet('alexnet_small', 4, dropout=0., seed=1).eval(), load_images('digits', n_images=50), load_images('digits', split='test', n_images=20)
+def data():
+    return (convnet('alexnet_small', 4, dropout=0., seed=1).eval(), load_images('digits', n_images=50),
+            load_images('digits', split='test', n_images=20))
 
 # the views
 
-@pytest.mark.parametrize('shape', [(512, 512), (512, 768), (640, 512)]) # sizes that Resize(256) meets without rounding
+# sizes that Resize(256) meets without rounding
+@pytest.mark.parametrize('shape', [(512, 512), (512, 768), (640, 512)])
 def test_training_views_are_torchvisions(shape):
     photo = torch.randint(0, 256, (3, shape[0]//32, shape[1]//32), generator=generator(0, 'photo')).float()
-    photo = F.interpolate(photo[None], shape, mode='bicubic')[0].clamp(0, 255).byte()      # smooth, as photographs are
+    # smooth, as photographs are
+    photo = F.interpolate(photo[None], shape, mode='bicubic')[0].clamp(0, 255).byte()
     ours, again = probe_crop([photo]*6, 224, generator(1, 'crop')), generator(1, 'crop')
     shift, flip = torch.randint(33, (6, 2), generator=again), torch.rand(6, generator=again) < .5
     assert len(shift.unique()) > 4 and 0 < flip.sum() < 6
@@ -41,24 +48,32 @@ def test_training_views_are_torchvisions(shape):
         assert (crop - (theirs.flip(2) if f else theirs)).abs().max() <= 1                 # their rounding
 
 def test_every_place_and_both_sides_are_drawn():
-    ramp = torch.arange(256.).expand(1, 256, 256).byte()                                   # the first column says where the window lies
+    ramp = torch.arange(256.).expand(1, 256, 256).byte()         # the first column says where the window lies
     views = probe_crop([ramp]*600, 224, generator(0, 'crop'))
     left = views[:, 0, 0].amin(1).round().long()
-    assert sorted(left.unique().tolist()) == list(range(33)) and .4 < (views[:, 0, 0, 0] > views[:, 0, 0, -1]).float().mean() < .6
+    assert (sorted(left.unique().tolist()) == list(range(33))
+            and .4 < (views[:, 0, 0, 0] > views[:, 0, 0, -1]).float().mean() < .6)
 
 def test_small_images_are_shown_whole():
     x = torch.randint(0, 256, (8, 1, 32, 32), generator=generator(0, 'x')).byte()
-    for im,view in zip(x, probe_crop(x, 32, generator(0, 'crop'))): assert torch.equal(view, im.float()) or torch.equal(view, im.float().flip(2))
+    for im,view in zip(x, probe_crop(x, 32, generator(0, 'crop'))):
+        assert torch.equal(view, im.float()) or torch.equal(view, im.float().flip(2))
 
 # the law, the pools, the heads
 
 def test_learning_rates(): # by hand
-    assert probe_lr(.01, 1e-7, 0) == .01 and math.isclose(probe_lr(.01, 1e-7, 10**9), .01/2**.5) and math.isclose(probe_lr(.1, .01, 15_000), .1/4)
+    assert (probe_lr(.01, 1e-7, 0) == .01 and math.isclose(probe_lr(.01, 1e-7, 10**9), .01/2**.5)
+            and math.isclose(probe_lr(.1, .01, 15_000), .1/4))
 
-@pytest.mark.parametrize('name, c, side, first', [('conv1', 96, 55, 1/4), ('conv3', 384, 13, 4/9), ('conv2', 256, 27, 1), ('conv5', 256, 13, 1)])
+@pytest.mark.parametrize('name, c, side, first', [
+    ('conv1', 96, 55, 1/4),
+    ('conv3', 384, 13, 4/9),
+    ('conv2', 256, 27, 1),
+    ('conv5', 256, 13, 1)])
 def test_the_border_counts_or_not(name, c, side, first): # a corner window on a map of ones
     a = torch.ones(1, c, side, side)
-    assert math.isclose(pool_activation(name, a)[0, 0], first, rel_tol=1e-6) and (pool_activation(name, a, count_padding=False) == 1).all()
+    assert (math.isclose(pool_activation(name, a)[0, 0], first, rel_tol=1e-6)
+            and (pool_activation(name, a, count_padding=False) == 1).all())
     assert pool_activation(name, a).shape == pool_activation(name, a, count_padding=False).shape
 
 def test_heads_start_as_pytorchs_linear_layers():
@@ -66,30 +81,38 @@ def test_heads_start_as_pytorchs_linear_layers():
     for name,d in (('a', 400), ('b', 100)):
         l, theirs = heads.linear[name], nn.Linear(d, 50)
         for p,q in ((l.weight, theirs.weight), (l.bias, theirs.bias)):
-            assert p.abs().max() <= d**-.5 and abs(float(p.detach().std()/q.detach().std()) - 1) < .35 and p.shape == q.shape
-    assert abs(float(heads.linear['a'].weight.detach().std()) - 400**-.5/3**.5) < 1e-3 and not torch.equal(heads.linear['a'].bias, heads.linear['b'].bias)
+            assert (p.abs().max() <= d**-.5 and abs(float(p.detach().std()/q.detach().std()) - 1) < .35
+                    and p.shape == q.shape)
+    assert (abs(float(heads.linear['a'].weight.detach().std()) - 400**-.5/3**.5) < 1e-3
+            and not torch.equal(heads.linear['a'].bias, heads.linear['b'].bias))
     again = Heads(dict(b=torch.zeros(2, 100)), {}, 50)
-    assert torch.equal(again.linear['b'].weight, heads.linear['b'].weight)                 # whatever else is probed
+    assert torch.equal(again.linear['b'].weight, heads.linear['b'].weight)           # whatever else is probed
 
 # training
 
-def by_hand(net, train, test, c, layer): # → (weight, bias, [(ten, center) an epoch]); one probe, as the released code trains it
+def by_hand(net, train, test, c, layer):
+    # → (weight, bias, [(ten, center) an epoch]); one probe, as the released code trains it
     d = dict(conv2=192*7*7, conv5=256*4*4)[layer]
     def feats(x):
-        with torch.no_grad(): return F.adaptive_avg_pool2d(conv_activations(net, normalize(x))[layer], {'conv2': 7, 'conv5': 4}[layer]).flatten(1)
+        with torch.no_grad():
+            return F.adaptive_avg_pool2d(conv_activations(net, normalize(x))[layer],
+                                         {'conv2': 7, 'conv5': 4}[layer]).flatten(1)
     start = Heads({layer: torch.zeros(1, d)}, {}, 10, seed=c.seed).linear[layer]
     w, b = (p.detach().clone().requires_grad_() for p in (start.weight, start.bias))
     velocity, t, found = [torch.zeros_like(w), torch.zeros_like(b)], 0, []
     for epoch in range(c.epochs):
-        for step,idx in enumerate(torch.randperm(len(train), generator=generator(c.seed, 'probe', epoch)).split(c.batch_size)):
+        for step,idx in enumerate(
+            torch.randperm(len(train), generator=generator(c.seed, 'probe', epoch)).split(c.batch_size)):
             x = feats(probe_crop(train.batch(idx), c.size, generator(c.seed, 'probe crop', epoch, step)))
-            grads = torch.autograd.grad(-F.log_softmax(x @ w.T + b, 1)[torch.arange(len(idx)), train.labels[idx]].mean(), (w, b))
+            grads = torch.autograd.grad(
+                -F.log_softmax(x @ w.T + b, 1)[torch.arange(len(idx)), train.labels[idx]].mean(), (w, b))
             lr = c.lr / (1 + c.lr*c.weight_decay*t)**.5
             for p,v,g in zip((w, b), velocity, grads):
                 v.mul_(c.momentum).add_(g + c.weight_decay*p.detach())
                 with torch.no_grad(): p -= lr*v
             t += 1
-        ten = torch.stack([torch.stack([(feats(view[None]) @ w.T + b).softmax(1)[0] for view in views]).mean(0) for views in ten_crop(test.batch(torch.arange(len(test))), c.size)])
+        ten = torch.stack([torch.stack([(feats(view[None]) @ w.T + b).softmax(1)[0] for view in views])
+                           .mean(0) for views in ten_crop(test.batch(torch.arange(len(test))), c.size)])
         one = feats(center_crop(test.batch(torch.arange(len(test))), c.size)) @ w.T + b
         found.append([100*float((p.argmax(1) == test.labels).float().mean()) for p in (ten, one)])
     return w, b, found
@@ -104,15 +127,20 @@ def test_the_probes_are_those_by_hand(data, tmp_path):
         torch.testing.assert_close(saved[f'net.linear.{layer}.weight'], w.detach(), rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(saved[f'net.linear.{layer}.bias'], b.detach(), rtol=1e-3, atol=1e-5)
         for i,crop in enumerate(('ten', 'center')):
-            assert abs(probes[layer][crop]['last'] - found[-1][i]) < 1e-3 and abs(probes[layer][crop]['best'] - max(f[i] for f in found)) < 1e-3
+            assert (abs(probes[layer][crop]['last'] - found[-1][i]) < 1e-3
+                    and abs(probes[layer][crop]['best'] - max(f[i] for f in found)) < 1e-3)
 
-@pytest.mark.parametrize('more', [{}, dict(head_norm=True, nesterov=True, schedule='steps', crops='resized', ten_crops=False)])
+@pytest.mark.parametrize('more', [{}, dict(head_norm=True, nesterov=True, schedule='steps', crops='resized',
+                                           ten_crops=False)])
 def test_one_probe_learns_the_same_alone_and_the_trunk_stays(data, more):
     net, train, test = data
     before = {n: t.clone() for n,t in net.state_dict().items()}
-    together, alone = (train_probes(net, train, test, replace(QUICK, layers=l, **more)) for l in ('conv2 conv5', 'conv5'))
-    assert together['conv5'] == alone['conv5'] and list(alone) == ['conv5'] and set(alone['conv5']) == ({'ten', 'center'} if not more else {'center'})
-    assert all(torch.equal(t, before[n]) for n,t in net.state_dict().items()) and all(p.grad is None for p in net.parameters())
+    together, alone = (train_probes(net, train, test, replace(QUICK, layers=l, **more))
+                       for l in ('conv2 conv5', 'conv5'))
+    assert (together['conv5'] == alone['conv5'] and list(alone) == ['conv5']
+            and set(alone['conv5']) == ({'ten', 'center'} if not more else {'center'}))
+    assert (all(torch.equal(t, before[n]) for n,t in net.state_dict().items())
+            and all(p.grad is None for p in net.parameters()))
 
 class Stop(Exception): pass
 
@@ -123,7 +151,8 @@ def test_stopped_and_called_again(data, tmp_path):
     whole = train_probes(net, train, test, QUICK)
     with pytest.raises(Stop): train_probes(net, train, test, QUICK, tmp_path/'p', stop)
     epochs = []
-    assert train_probes(net, train, test, QUICK, tmp_path/'p', lambda done, n, epoch, tests: epochs.append(epoch)) == whole and set(epochs) == {2}
+    assert train_probes(net, train, test, QUICK, tmp_path/'p',
+                        lambda done, n, epoch, tests: epochs.append(epoch)) == whole and set(epochs) == {2}
     c = replace(QUICK, arch='alexnet_small', sobel=True, supervised=3, dropout=0.)
     whole = supervised(train, c)
     with pytest.raises(Stop): supervised(train, c, tmp_path/'s', stop)
@@ -136,7 +165,8 @@ def test_steps_of_the_rate(data, monkeypatch):
     class Spy(torch.optim.SGD):
         def step(self): rates.append(self.param_groups[0]['lr']); return super().step()
     monkeypatch.setattr(torch.optim, 'SGD', Spy)
-    train_probes(net, train, test, replace(QUICK, epochs=6, batch_size=64, lr=1., schedule='steps', layers='conv5', ten_crops=False))
+    train_probes(net, train, test, replace(QUICK, epochs=6, batch_size=64, lr=1., schedule='steps',
+                                           layers='conv5', ten_crops=False))
     assert np.allclose(rates, [1, 1, .1, .1, .01, .01])
 
 def test_resnets_five_places_and_their_average():
@@ -149,16 +179,20 @@ def test_resnets_five_places_and_their_average():
 
 def test_a_loss_that_is_not_finite_is_an_error(data):
     net, train, test = data
-    with pytest.raises(FloatingPointError, match='smaller lr'): train_probes(net, train, test, replace(QUICK, lr=1e38, momentum=0., weight_decay=0.))
+    with pytest.raises(FloatingPointError, match='smaller lr'):
+        train_probes(net, train, test, replace(QUICK, lr=1e38, momentum=0., weight_decay=0.))
 
 # neighbours and clusters
 
 def test_neighbours_by_hand_at_both_temperatures():
     g = generator(0, 'knn')
-    x, q, y = torch.randn(50, 6, generator=g), torch.randn(15, 6, generator=g), torch.randint(0, 4, (50,), generator=g)
+    x, q, y = (torch.randn(50, 6, generator=g), torch.randn(15, 6, generator=g),
+               torch.randint(0, 4, (50,), generator=g))
     for T in (.07, .1, .002):                      # the last would overflow as exp(1/T)
         s = (q / q.norm(dim=1, keepdim=True)).double() @ (x / x.norm(dim=1, keepdim=True)).double().T
-        said = torch.stack([torch.stack([sum(((v - r.max())/T).exp() for v,l in zip(r, y) if l == c and v >= r.sort().values[-9]) + torch.zeros(()) for c in range(4)]) for r in s]).argmax(1)
+        said = torch.stack([torch.stack(
+            [sum(((v - r.max())/T).exp() for v,l in zip(r, y) if l == c and v >= r.sort().values[-9])
+             + torch.zeros(()) for c in range(4)]) for r in s]).argmax(1)
         assert knn_accuracy(x, y, q, said, 9, T) == 100
 
 def test_clusters_are_held_against_labels_as_scikit_learn_does():
@@ -166,22 +200,28 @@ def test_clusters_are_held_against_labels_as_scikit_learn_does():
     f[:, 0] += 4*y
     m = cluster_measures(f, y, pca=5, seed=2)
     a = kmeans(l2_normalize(PCA(5).fit(f).transform(f)), 3, 20, 2).assign
-    assert math.isclose(m['nmi'], normalized_mutual_info_score(y, a, average_method='geometric'), abs_tol=1e-6)
+    assert math.isclose(m['nmi'], normalized_mutual_info_score(y, a, average_method='geometric'),
+                        abs_tol=1e-6)
     assert math.isclose(m['ami'], adjusted_mutual_info_score(y, a, average_method='geometric'), abs_tol=1e-6)
     from itertools import permutations
-    assert math.isclose(m['accuracy'], max(100*float((torch.tensor(p)[a] == y).float().mean()) for p in permutations(range(3))), abs_tol=1e-3)
+    assert math.isclose(m['accuracy'], max(100*float((torch.tensor(p)[a] == y).float().mean())
+                                           for p in permutations(range(3))),
+                        abs_tol=1e-3)
     assert m['k'] == 3 and 30 < m['accuracy_chance'] < 60 and m['nmi_chance'] < .1
 
 def test_few_points_in_many_dimensions_are_the_same_points():
     f, y = torch.randn(30, 40, generator=generator(0, 'f')), torch.arange(30) % 3
     f[:, 0] += 9*y
-    a = kmeans(l2_normalize(PCA(4).fit(f).transform(f)), 3, 20).assign          # without the turn into their own 30 dimensions
-    assert math.isclose(cluster_measures(f, y, pca=4)['nmi'], normalized_mutual_info_score(y, a, average_method='geometric'), abs_tol=1e-6)
+    # without the turn into their own 30 dimensions
+    a = kmeans(l2_normalize(PCA(4).fit(f).transform(f)), 3, 20).assign
+    assert math.isclose(cluster_measures(f, y, pca=4)['nmi'],
+                        normalized_mutual_info_score(y, a, average_method='geometric'), abs_tol=1e-6)
 
 def test_all_training_images_where_asked(monkeypatch):
     monkeypatch.setattr('deepcluster_nb.probes.MOST_PROBED', 30)
     images, c = load_images('digits', n_images=60), Config(n_test=10)
-    assert len(held_out(c, images)[0]) in (30, 60) and len(held_out(c, images, most=20)[0]) == 20 and len(held_out(c, images, most=0)[0]) == 60
+    assert (len(held_out(c, images)[0]) in (30, 60) and len(held_out(c, images, most=20)[0]) == 20
+            and len(held_out(c, images, most=0)[0]) == 60)
 
 # the experiment
 
@@ -190,19 +230,26 @@ def test_the_notebook_takes_the_names_of_probe_config():
 
 def test_the_papers_values():
     c = ProbeConfig()
-    assert (c.epochs, c.batch_size, c.lr, c.momentum, c.weight_decay, c.ten_crops, c.count_padding, c.schedule) == (90, 256, .01, .9, 1e-7, True, True, 'released')
+    assert (c.epochs, c.batch_size, c.lr, c.momentum, c.weight_decay, c.ten_crops, c.count_padding,
+            c.schedule) == (90, 256, .01, .9, 1e-7, True, True, 'released')
     for preset in ('probe_imagenet', 'probe_places'):
         given = gather('probe', preset)[1]
-        assert {k: given[k] for k in ('epochs', 'batch_size', 'lr', 'momentum', 'weight_decay', 'ten_crops', 'count_padding')} == {k: getattr(c, k) for k in ('epochs', 'batch_size', 'lr', 'momentum', 'weight_decay', 'ten_crops', 'count_padding')}
+        assert {k: given[k] for k in ('epochs', 'batch_size', 'lr', 'momentum', 'weight_decay', 'ten_crops',
+                                      'count_padding')} == {k: getattr(c, k) for k in (
+                                          'epochs', 'batch_size', 'lr', 'momentum', 'weight_decay',
+                                          'ten_crops', 'count_padding')}
 
-TINY = dict(epochs=2, batch_size=16, lr=.1, supervised=1, min_scale=.5, dropout=0., n_images=40, n_test=20, layers='conv1 conv5')
+TINY = dict(epochs=2, batch_size=16, lr=.1, supervised=1, min_scale=.5, dropout=0., n_images=40, n_test=20,
+            layers='conv1 conv5')
 def pairs(**more): return [x for k,v in (TINY | more).items() for x in ('-p', f'{k}={v}')]
 
 @pytest.fixture(scope='module')
 def run_of_train(tmp_path_factory):
     from deepcluster_nb.training import fit
     where = tmp_path_factory.mktemp('train')/'r'
-    fit(Config(n_images=40, k=4, pca=8, epochs=1, passes=1, batch_size=16, device='cpu', precision='float32', threads=1, run_dir=str(where)), echo=None)
+    fit(Config(n_images=40, k=4, pca=8, epochs=1, passes=1, batch_size=16, device='cpu', precision='float32',
+               threads=1, run_dir=str(where)),
+        echo=None)
     return where
 
 def test_a_run_beside_its_neighbours(run_of_train, tmp_path, capsys):
@@ -211,15 +258,25 @@ def test_a_run_beside_its_neighbours(run_of_train, tmp_path, capsys):
     out, text = capsys.readouterr().out, (where/'metrics.json').read_text()
     m = json.loads(text)
     for key in ('probes', 'probes_best', 'probes_center', 'probes_center_best'):
-        assert list(m[key]) == names and all(list(v) == ['conv1', 'conv5'] and all(0 <= x <= 100 for x in v.values()) for v in m[key].values())
+        assert (list(m[key]) == names
+                and all(list(v) == ['conv1', 'conv5'] and all(0 <= x <= 100 for x in v.values())
+                        for v in m[key].values()))
     assert all(m['probes_best'][n][l] >= m['probes'][n][l] for n in names for l in ('conv1', 'conv5'))
-    assert all(list(m[k]) == names for k in ('knn', 'knn_007')) and all(set(v) == {'k', 'accuracy', 'accuracy_chance', 'nmi', 'nmi_chance', 'ami'} for v in m['clusters'].values())
-    assert 'random, calibrated: conv1' in out and 'linear probe conv5' in out and 'DeepCluster' in out and 'labels' in out
+    assert (all(list(m[k]) == names for k in ('knn', 'knn_007'))
+            and all(set(v) == {'k', 'accuracy', 'accuracy_chance', 'nmi', 'nmi_chance', 'ami'}
+                    for v in m['clusters'].values()))
+    assert ('random, calibrated: conv1' in out and 'linear probe conv5' in out and 'DeepCluster' in out
+            and 'labels' in out)
     assert not list((where/'checkpoint').glob('*/*')) and (where/'figures'/'probes.png').exists()
     html = (where/'report.html').read_text()
-    assert all(w in html for w in ('Ten crops', 'Central crop', 'random, calibrated', 'T = 0.07', 'T = 0.1', 'k-means accuracy', 'AMI'))
-    subprocess.run(['papermill', str(experiments_folder()/'probe.ipynb'), str(tmp_path/'out.ipynb'), *[x for k,v in (TINY | dict(weights=run_of_train, run_dir=where)).items() for x in ('-p', k, str(v))], '--no-progress-bar'], check=True, capture_output=True)
-    assert (where/'metrics.json').read_text() == text                  # plain papermill, in the same folder: everything is done
+    assert all(w in html for w in ('Ten crops', 'Central crop', 'random, calibrated', 'T = 0.07', 'T = 0.1',
+                                   'k-means accuracy', 'AMI'))
+    subprocess.run(['papermill', str(experiments_folder()/'probe.ipynb'), str(tmp_path/'out.ipynb'),
+                    *[x for k,v in (TINY | dict(weights=run_of_train, run_dir=where)).items()
+                      for x in ('-p', k, str(v))], '--no-progress-bar'],
+                   check=True, capture_output=True)
+    # plain papermill, in the same folder: everything is done
+    assert (where/'metrics.json').read_text() == text
 
 def test_a_released_file_on_a_folder_with_train_and_val(tmp_path):
     from test_released import authors_state, write
@@ -227,19 +284,32 @@ def test_a_released_file_on_a_folder_with_train_and_val(tmp_path):
     for split,n in (('train', 6), ('val', 3)):
         for c in 'ab':
             (tmp_path/'photos'/split/c).mkdir(parents=True)
-            for i in range(n): Image.fromarray(g.integers(0, 256, (40, 36 + i, 3), dtype=np.uint8)).save(tmp_path/'photos'/split/c/f'{i}.png')
+            for i in range(n):
+                Image.fromarray(g.integers(0, 256, (40, 36 + i, 3), dtype=np.uint8)).save(
+                    tmp_path/'photos'/split/c/f'{i}.png')
     path = write(tmp_path/'checkpoint.pth.tar', authors_state('alexnet'))
-    assert main(['run', 'probe', '--out', str(tmp_path/'run'), *pairs(weights=path, dataset='folder', root=tmp_path/'photos', n_images=0, n_test=0, protocol='cached', supervised=0, layers='conv5')]) == 0
+    assert main(['run', 'probe', '--out', str(tmp_path/'run'),
+                 *pairs(weights=path, dataset='folder', root=tmp_path/'photos', n_images=0, n_test=0,
+                        protocol='cached', supervised=0, layers='conv5')]) == 0
     m = json.loads((tmp_path/'run'/'metrics.json').read_text())
-    assert (m['arch'], m['size'], m['n_images'], m['n_test'], m['crops']) == ('alexnet', 224, 12, 6, 'center') and list(m['probes']) == ['random', 'random_calibrated', 'deepcluster']
+    assert ((m['arch'], m['size'], m['n_images'], m['n_test'], m['crops'])
+            == ('alexnet', 224, 12, 6, 'center')
+            and list(m['probes']) == ['random', 'random_calibrated', 'deepcluster'])
     assert (tmp_path/'checkpoint.pth.tar.sha256').exists()
 
-@pytest.mark.parametrize('pair, message', [('weights=nowhere', "weights: no run and no file at 'nowhere'"), ('schedule=cosine', "schedule: expected one of released, steps, got 'cosine'"),
-    ('epochs=0', 'epochs: expected at least 1, got 0'), ('size=8', 'size: expected 31 to 134'), ('arch=lenet', "arch: expected one of .*'lenet'"), ('nesterov=1', "nesterov: expected a value of type bool"),
-    ('sha256=abc', "sha256: expected none, for weights is not a file"), ('root=/no/such', "root: no folder '/no/such'")])
+@pytest.mark.parametrize('pair, message', [
+    ('weights=nowhere', "weights: no run and no file at 'nowhere'"),
+    ('schedule=cosine', "schedule: expected one of released, steps, got 'cosine'"),
+    ('epochs=0', 'epochs: expected at least 1, got 0'),
+    ('size=8', 'size: expected 31 to 134'),
+    ('arch=lenet', "arch: expected one of .*'lenet'"),
+    ('nesterov=1', "nesterov: expected a value of type bool"),
+    ('sha256=abc', "sha256: expected none, for weights is not a file"),
+    ('root=/no/such', "root: no folder '/no/such'")])
 def test_wrong_input_is_found_before_a_kernel_starts(tmp_path, capsys, monkeypatch, pair, message):
     import re, papermill
     monkeypatch.setattr(papermill, 'execute_notebook', None)
-    assert main(['run', 'probe', '--out', str(tmp_path/'run'), '-p', pair, *(['-p', 'dataset=folder'] if 'root' in pair else [])]) == 2
+    assert main(['run', 'probe', '--out', str(tmp_path/'run'), '-p', pair,
+                 *(['-p', 'dataset=folder'] if 'root' in pair else [])]) == 2
     err = capsys.readouterr().err.strip()
     assert re.search(message, err) and len(err.splitlines()) == 1 and not (tmp_path/'run').exists()

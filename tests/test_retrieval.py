@@ -1,4 +1,5 @@
-"Instance retrieval: regions, whitening, the judges' files, average precision with junk, and the experiment through the command."
+("Instance retrieval: regions, whitening, the judges' files, average precision with junk, "
+ "and the experiment through the command.")
 import json
 from fractions import Fraction
 import numpy as np, pytest, torch
@@ -8,8 +9,9 @@ from deepcluster_nb.data import decode
 from deepcluster_nb.experiments import main
 from deepcluster_nb.features import PCA
 from deepcluster_nb.model import convnet
-from deepcluster_nb.retrieval import (BROKEN, aggregate, descriptors, learn_whitening, made_city, ranked_ap, read_oxford, read_queries, region_vectors,
-                                      rmac, rmac_regions, scaled, search)
+from deepcluster_nb.retrieval import (BROKEN, aggregate, descriptors, learn_whitening, made_city, ranked_ap,
+                                      read_oxford, read_queries, region_vectors, rmac, rmac_regions, scaled,
+                                      search)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -21,7 +23,9 @@ def net(): return convnet('alexnet_small', 5, dropout=0.).eval()
 
 # --- regions
 
-def regions_by_definition(h, w, levels): # all that the definition allows: where two numbers of squares are equally near to an overlap of 40 %, both
+def regions_by_definition(h, w, levels):
+    # all that the definition allows: where two numbers of
+    # squares are equally near to an overlap of 40 %, both
     short = min(h, w)
     miss = {n: abs(1 - Fraction(abs(h - w), (n - 1)*short) - Fraction(2, 5)) for n in range(2, 8)}
     for extra in [n - 1 for n in miss if miss[n] == min(miss.values())] if h != w else [0]:
@@ -37,18 +41,24 @@ def test_regions_of_all_maps():
         for w in range(2, 60):
             r = rmac_regions(h, w).numpy()
             assert r.tolist() in list(regions_by_definition(h, w, 3)), (h, w)
-            assert (r[:, 2] >= 1).all() and (r[:, :2] >= 0).all() and (r[:, 0] + r[:, 2] <= w).all() and (r[:, 1] + r[:, 3] <= h).all()
+            assert ((r[:, 2] >= 1).all() and (r[:, :2] >= 0).all() and (r[:, 0] + r[:, 2] <= w).all()
+                    and (r[:, 1] + r[:, 3] <= h).all())
 
 def test_a_tie_goes_to_fewer_squares(): # 5 × 9: two squares overlap by .2, three by .6
     assert len(rmac_regions(5, 9, 1)) == 2
 
-@pytest.mark.parametrize('h, w, counts', [(7, 7, (1, 4, 9)), (4, 6, (2, 6, 12)), (6, 4, (2, 6, 12)), (1, 1, (1, 4, 9))])
-def test_numbers_of_regions_by_hand(h, w, counts): assert len(rmac_regions(h, w)) == sum(counts) and len(rmac_regions(h, w, 1)) == counts[0]
+@pytest.mark.parametrize('h, w, counts', [
+    (7, 7, (1, 4, 9)),
+    (4, 6, (2, 6, 12)),
+    (6, 4, (2, 6, 12)),
+    (1, 1, (1, 4, 9))])
+def test_numbers_of_regions_by_hand(h, w, counts):
+    assert len(rmac_regions(h, w)) == sum(counts) and len(rmac_regions(h, w, 1)) == counts[0]
 
 def test_squares_of_the_first_level_overlap_by_about_40_percent():
     for w in range(33, 64):
         (a, _, side, _), (b, *_) = rmac_regions(32, w, 1)[:2].tolist()
-        assert .2 <= 1 - (b - a)/side <= 1                              # two squares at least, however little there is to share
+        assert .2 <= 1 - (b - a)/side <= 1            # two squares at least, however little there is to share
 
 def test_region_maxima_are_torchvisions():
     a = torch.rand(6, 11, 19, generator=torch.Generator().manual_seed(0))
@@ -67,8 +77,10 @@ def test_scaling_is_pillows(h, w, side):
 
 def test_box_is_cut_after_scaling():
     im = torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8)
-    assert torch.equal(scaled(im, 40, (20, 10, 61, 50)), scaled(im, 40)[:, 5:25, 10:30])       # 61 · ½ = 30.5 rounds to 30, as numpy does
-    assert torch.equal(scaled(im, 40, (-5, 0, 999, 999)), scaled(im, 40))                      # the publisher's boxes may stick out a little
+    # 61 · ½ = 30.5 rounds to 30, as numpy does
+    assert torch.equal(scaled(im, 40, (20, 10, 61, 50)), scaled(im, 40)[:, 5:25, 10:30])
+    # the publisher's boxes may stick out a little
+    assert torch.equal(scaled(im, 40, (-5, 0, 999, 999)), scaled(im, 40))
     with pytest.raises(ValueError, match='box: expected left < right'): scaled(im, 40, (50, 0, 50, 20))
 
 def test_last_pool_is_left_out(net):
@@ -77,8 +89,9 @@ def test_last_pool_is_left_out(net):
     hook = net.features[-2].register_forward_hook(lambda m, i, o: seen.update(map=o[0]))
     v, = region_vectors(net, im, (96,))
     hook.remove()
-    assert seen['map'].shape == (256, 8, 12) and torch.allclose(v, rmac(seen['map']), atol=1e-6) and v.shape == (len(rmac_regions(8, 12)), 256)
-    with torch.device('meta'):                                          # VGG-16 at 1,024 × 768: 64 × 48 without its last pool
+    assert (seen['map'].shape == (256, 8, 12) and torch.allclose(v, rmac(seen['map']), atol=1e-6)
+            and v.shape == (len(rmac_regions(8, 12)), 256))
+    with torch.device('meta'):                          # VGG-16 at 1,024 × 768: 64 × 48 without its last pool
         assert convnet('vgg16', 5).features[:-1](torch.empty(1, 2, 768, 1024)).shape == (1, 512, 48, 64)
 
 def test_aggregate_step_by_step():
@@ -93,9 +106,9 @@ def test_aggregate_step_by_step():
         s = (z / np.linalg.norm(z, axis=1, keepdims=True)).sum(0)
         total = total + s / np.linalg.norm(s)
     mine = aggregate(parts, pca).numpy()
-    assert np.allclose(np.abs(mine), np.abs(total / np.linalg.norm(total)), atol=1e-5)         # an axis has no sign
+    assert np.allclose(np.abs(mine), np.abs(total / np.linalg.norm(total)), atol=1e-5)  # an axis has no sign
     one = aggregate(parts[:1], pca)
-    assert torch.allclose(one, aggregate([parts[0]]*2, pca), atol=1e-6)                        # the same scale twice is that scale
+    assert torch.allclose(one, aggregate([parts[0]]*2, pca), atol=1e-6)  # the same scale twice is that scale
 
 def test_whitening_sees_every_region(net, city):
     paths = list(read_oxford(city)[0].values())[:4]
@@ -110,7 +123,8 @@ def test_an_image_finds_itself_first(net, city):
     images, queries = read_oxford(city)
     pca = learn_whitening(net, list(images.values()), 32, sides=(96,))
     x = descriptors(net, list(images.values()), pca, sides=(96,))
-    assert torch.allclose(x.norm(dim=1), torch.ones(len(x)), atol=1e-5) and ((x @ x.T).argmax(1) == torch.arange(len(x))).all()
+    assert (torch.allclose(x.norm(dim=1), torch.ones(len(x)), atol=1e-5)
+            and ((x @ x.T).argmax(1) == torch.arange(len(x))).all())
     whole = [type(q)(q.name, q.image, None, q.positive, q.junk) for q in queries]
     rankings = search(net, images, whole, pca, sides=(96,))
     assert all(r[0] == q.image and sorted(r) == sorted(images) for r,q in zip(rankings, whole))
@@ -118,9 +132,17 @@ def test_an_image_finds_itself_first(net, city):
 # --- average precision
 
 @pytest.mark.parametrize('ranked, positive, junk, ap', [
-    ('abxy', 'ab', '', 1), ('axby', 'ab', '', 1/2 + 1/2*(1/2 + 2/3)/2), ('xa', 'a', '', (0 + 1/2)/2), ('ajxb', 'ab', 'j', 1/2 + 1/2*(1/2 + 2/3)/2),
-    ('jja', 'a', 'j', 1), ('xyz', 'a', '', 0), ('ax', 'ab', '', 1/2), ('xab', 'ab', '', (1/2*(0 + 1/2) + 1/2*(1/2 + 2/3))/2), ('', 'a', '', 0)])
-def test_ap_by_hand(ranked, positive, junk, ap): assert ranked_ap(ranked, set(positive), set(junk)) == pytest.approx(ap)
+    ('abxy', 'ab', '', 1),
+    ('axby', 'ab', '', 1/2 + 1/2*(1/2 + 2/3)/2),
+    ('xa', 'a', '', (0 + 1/2)/2),
+    ('ajxb', 'ab', 'j', 1/2 + 1/2*(1/2 + 2/3)/2),
+    ('jja', 'a', 'j', 1),
+    ('xyz', 'a', '', 0),
+    ('ax', 'ab', '', 1/2),
+    ('xab', 'ab', '', (1/2*(0 + 1/2) + 1/2*(1/2 + 2/3))/2),
+    ('', 'a', '', 0)])
+def test_ap_by_hand(ranked, positive, junk, ap):
+    assert ranked_ap(ranked, set(positive), set(junk)) == pytest.approx(ap)
 
 def official(ranked, positive, junk): # the publisher's sum over all ranks
     old_recall, old_precision, ap, hits, n = 0., 1., 0., 0, 0
@@ -140,22 +162,29 @@ def test_ap_is_the_official_sum():
         positive, junk = set(names[:cut[0]]) | {'not in the ranking'}, set(names[cut[0]:cut[1]])
         ranked = [names[i] for i in g.permutation(n)]
         assert ranked_ap(ranked, positive, junk) == pytest.approx(official(ranked, positive, junk))
-        assert ranked_ap([r for r in ranked if r not in junk], positive) == pytest.approx(ranked_ap(ranked, positive, junk))
+        assert ranked_ap([r for r in ranked if r not in junk],
+                         positive) == pytest.approx(ranked_ap(ranked, positive, junk))
 
 # --- files
 
 def test_official_layout(tmp_path): # the publisher's files, written by hand
     (tmp_path/'lab').mkdir(); (tmp_path/'jpg'/'general').mkdir(parents=True)
-    for n in ('all_souls_000013', 'all_souls_000026', 'general/oxford_000317'): Image.new('RGB', (8, 8)).save(tmp_path/'jpg'/f'{n}.jpg')
-    for kind, text in dict(query='oxc1_all_souls_000013 136.5 34.1 648.5 955.7\n', good='all_souls_000013\nall_souls_000026\n', ok='all_souls_000099\n', junk='oxford_000317\n').items():
+    for n in ('all_souls_000013', 'all_souls_000026', 'general/oxford_000317'):
+        Image.new('RGB', (8, 8)).save(tmp_path/'jpg'/f'{n}.jpg')
+    for kind, text in dict(query='oxc1_all_souls_000013 136.5 34.1 648.5 955.7\n',
+                           good='all_souls_000013\nall_souls_000026\n', ok='all_souls_000099\n',
+                           junk='oxford_000317\n').items():
         (tmp_path/'lab'/f'all_souls_1_{kind}.txt').write_text(text)
     images, (q,) = read_oxford(tmp_path)
     assert sorted(images) == ['all_souls_000013', 'all_souls_000026', 'oxford_000317']
-    assert (q.name, q.image, q.box, q.junk) == ('all_souls_1', 'all_souls_000013', (136.5, 34.1, 648.5, 955.7), {'oxford_000317'})
-    assert len(q.positive) == 3                                         # one that is not there counts as not found, as in the official program
-    assert ranked_ap(['all_souls_000013', 'all_souls_000026', 'oxford_000317'], q.positive, q.junk) == pytest.approx(2/3)
+    assert (q.name, q.image, q.box, q.junk) == ('all_souls_1', 'all_souls_000013',
+                                                (136.5, 34.1, 648.5, 955.7), {'oxford_000317'})
+    assert len(q.positive) == 3        # one that is not there counts as not found, as in the official program
+    assert ranked_ap(['all_souls_000013', 'all_souls_000026', 'oxford_000317'], q.positive,
+                     q.junk) == pytest.approx(2/3)
     (tmp_path/'lab'/'all_souls_1_query.txt').write_text('oxc1_all_souls_000077 1 2 3 4\n')
-    with pytest.raises(ValueError, match="queries: expected the image of 'all_souls_1'"): read_oxford(tmp_path)
+    with pytest.raises(ValueError, match="queries: expected the image of 'all_souls_1'"):
+        read_oxford(tmp_path)
     (tmp_path/'lab'/'all_souls_1_query.txt').write_text('oxc1_all_souls_000013 1 2 3\n')
     with pytest.raises(ValueError, match='queries: expected an image and four numbers'): read_oxford(tmp_path)
 
@@ -173,7 +202,8 @@ def test_made_city(city):
     assert len(images) == 3*6 + 5 and [(len(q.positive), len(q.junk)) for q in queries] == [(5, 1)]*3
     for q in queries:
         h, w = decode(images[q.image]).shape[1:]
-        assert q.image in q.positive and 0 <= q.box[0] < q.box[2] <= w + .1 and 0 <= q.box[1] < q.box[3] <= h + .1
+        assert (q.image in q.positive and 0 <= q.box[0] < q.box[2] <= w + .1
+                and 0 <= q.box[1] < q.box[3] <= h + .1)
 
 def own(tmp_path, text):
     for n in ('a/1.png', 'a/2.png', 'b/1.png', 'b 2.png'):
@@ -183,15 +213,21 @@ def own(tmp_path, text):
     return read_queries(tmp_path, tmp_path/'q.csv')
 
 def test_list_of_queries(tmp_path):
-    images, (p, q) = own(tmp_path, 'query,box,positive,junk\na/1.png,"1, 2, 30, 40",a/2.png;b 2.png,b/1.png\nb/1.png,,b/1.png;a/1.png,\n')
+    images, (p, q) = own(tmp_path, 'query,box,positive,junk\na/1.png,"1, 2, 30, '
+                                   '40",a/2.png;b 2.png,b/1.png\nb/1.png,,b/1.png;a/1.png,\n')
     assert sorted(images) == ['a/1.png', 'a/2.png', 'b 2.png', 'b/1.png']
-    assert p.box == (1, 2, 30, 40) and p.positive == {'a/2.png', 'b 2.png'} and p.junk == {'b/1.png', 'a/1.png'}      # the query itself does not count
-    assert q.box is None and q.positive == {'b/1.png', 'a/1.png'} and not q.junk                                       # unless the list names it
+    # the query itself does not count
+    assert (p.box == (1, 2, 30, 40) and p.positive == {'a/2.png', 'b 2.png'}
+            and p.junk == {'b/1.png', 'a/1.png'})
+    assert q.box is None and q.positive == {'b/1.png', 'a/1.png'} and not q.junk    # unless the list names it
 
 @pytest.mark.parametrize('text, message', [
-    ('query,box,positive\n', 'queries: expected at least one'), ('name,box\na/1.png,\n', 'queries: expected the columns'),
-    ('query,positive\na/1.png,a/9.png\n', "queries: expected paths inside .*'a/9.png'"), ('query,positive\nc.png,a/1.png\n', "queries: expected the image of 'c.png'"),
-    ('query,positive\na/1.png,\n', 'queries: expected something to be found'), ('query,box,positive\na/1.png,1 2 3,a/2.png\n', 'queries: expected four numbers'),
+    ('query,box,positive\n', 'queries: expected at least one'),
+    ('name,box\na/1.png,\n', 'queries: expected the columns'),
+    ('query,positive\na/1.png,a/9.png\n', "queries: expected paths inside .*'a/9.png'"),
+    ('query,positive\nc.png,a/1.png\n', "queries: expected the image of 'c.png'"),
+    ('query,positive\na/1.png,\n', 'queries: expected something to be found'),
+    ('query,box,positive\na/1.png,1 2 3,a/2.png\n', 'queries: expected four numbers'),
     ('query,box,positive\na/1.png,left,a/2.png\n', 'queries: expected four numbers')])
 def test_wrong_lists(tmp_path, text, message):
     with pytest.raises(ValueError, match=message): own(tmp_path, text)
@@ -205,20 +241,25 @@ def test_command_and_again(tmp_path):
     for _ in range(2):
         assert main(['run', 'retrieval', '--preset', 'retrieval_small', '--out', str(where), *TINY]) == 0
         m = json.loads((where/'metrics.json').read_text())
-        assert set(m['mAP']) == {'random', 'random, calibrated', 'deepcluster', 'blind'} and all(0 <= v <= 100 for v in m['mAP'].values())
+        assert (set(m['mAP']) == {'random', 'random, calibrated', 'deepcluster', 'blind'}
+                and all(0 <= v <= 100 for v in m['mAP'].values()))
         assert len(m['queries']['random']) == 6
         seconds = json.loads((where/'runs.json').read_text())['random']['seconds']
-    assert seconds == json.loads((where/'runs.json').read_text())['random']['seconds'] and (where/'figures'/'retrieval.png').exists()
+    assert (seconds == json.loads((where/'runs.json').read_text())['random']['seconds']
+            and (where/'figures'/'retrieval.png').exists())
     assert 'machinery runs' in (where/'report.html').read_text()
 
 def test_own_folder(tmp_path, city):
     (tmp_path/'q.csv').write_text('query,positive\ncity0_000000.jpg,city0_000001.jpg;city0_000002.jpg\n')
-    args = ['-p', 'data=folder', '-p', f"root={city/'jpg'}", '-p', f"queries={tmp_path/'q.csv'}", '-p', 'epochs=0']
+    args = ['-p', 'data=folder', '-p', f"root={city/'jpg'}", '-p', f"queries={tmp_path/'q.csv'}",
+            '-p', 'epochs=0']
     assert main(['run', 'retrieval', '--out', str(tmp_path/'run'), *TINY, *args]) == 0
     m = json.loads((tmp_path/'run'/'metrics.json').read_text())
-    assert list(m['queries']['random']) == ['city0_000000.jpg'] and set(m['mAP']) == {'random', 'random, calibrated', 'blind'}
+    assert (list(m['queries']['random']) == ['city0_000000.jpg']
+            and set(m['mAP']) == {'random', 'random, calibrated', 'blind'})
 
 def test_missing_city_is_one_line_and_leaves_nothing(tmp_path, capsys):
-    assert main(['run', 'retrieval', '--preset', 'retrieval_oxford5k', '-p', f'root={tmp_path}', '--out', str(tmp_path/'run')]) != 0
+    assert main(['run', 'retrieval', '--preset', 'retrieval_oxford5k', '-p', f'root={tmp_path}',
+                 '--out', str(tmp_path/'run')]) != 0
     err = capsys.readouterr().err.strip()
     assert 'ROOT/lab' in err and len(err.splitlines()) == 1 and not (tmp_path/'run').exists()

@@ -9,7 +9,8 @@ from deepcluster_nb.runs import load_checkpoint
 from survive import sha256
 from deepcluster_nb.training import Config, fit, load_run, predict, resolve
 
-TINY = Config(dataset='digits', n_images=200, k=10, pca=16, epochs=3, passes=1, batch_size=50, precision='float32', device='cpu')
+TINY = Config(dataset='digits', n_images=200, k=10, pca=16, epochs=3, passes=1, batch_size=50,
+              precision='float32', device='cpu')
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
@@ -18,12 +19,14 @@ def finished(tmp_path_factory):
 
 def test_run_folder(finished):
     where, run = finished
-    assert {p.name for p in where.iterdir()} == {'params.yaml', 'log.jsonl', 'checkpoint', 'assignments', 'figures', 'clusters.csv'}
+    assert {p.name for p in where.iterdir()} == {'params.yaml', 'log.jsonl', 'checkpoint', 'assignments',
+                                                 'figures', 'clusters.csv'}
     log = [json.loads(l) for l in (where/'log.jsonl').read_text().splitlines()]
-    keys = 'epoch loss ln_k seconds objective nmi_prev nmi_prev_chance ami_prev nmi_labels ami_labels n_empty cluster_sizes'.split()
+    keys = ('epoch loss ln_k seconds objective nmi_prev nmi_prev_chance ami_prev nmi_labels ami_labels '
+            'n_empty cluster_sizes'.split())
     assert [list(r) for r in log] == [keys]*3 and [r['epoch'] for r in log] == [0, 1, 2]
     files = sorted((where/'assignments').iterdir())
-    assert len(files) == 4                                    # one before each epoch, one of the finished network
+    assert len(files) == 4                                # one before each epoch, one of the finished network
     last = np.load(files[-1])
     assert last.dtype == np.int32 and (last == run.clustering.assign.numpy()).all()
     rows = (where/'clusters.csv').read_text().splitlines()
@@ -43,7 +46,8 @@ def test_global_random_state_does_not_matter_and_is_not_touched(finished, tmp_pa
 @pytest.mark.parametrize('wait_for', ['assignments/epoch_001.npy', 'checkpoint/00002-0000000-*.safetensors'])
 def test_killed_and_continued_ends_in_the_same_sha256(finished, tmp_path, wait_for):
     config = replace(TINY, run_dir=str(tmp_path/'k'))
-    code = f"import torch; torch.set_num_threads({torch.get_num_threads()}); from deepcluster_nb.training import *; fit(Config(**{asdict(config)!r}), echo=None)"
+    code = (f"import torch; torch.set_num_threads({torch.get_num_threads()}); "
+            f"from deepcluster_nb.training import *; fit(Config(**{asdict(config)!r}), echo=None)")
     p = subprocess.Popen([sys.executable, '-c', code])
     end = time.time() + 120
     while not list((tmp_path/'k').glob(wait_for)) and p.poll() is None and time.time() < end: time.sleep(.002)
@@ -67,15 +71,33 @@ def test_predict_gives_the_training_images_their_clusters(finished):
     assert torch.equal(predict(load_run(where), run.images), run.clustering.assign)
 
 def test_another_run_in_the_folder(finished):
-    with pytest.raises(ValueError, match=r"k: 10 there, 11 now"): fit(replace(TINY, k=11, run_dir=str(finished[0])))
+    with pytest.raises(ValueError, match=r"k: 10 there, 11 now"):
+        fit(replace(TINY, k=11, run_dir=str(finished[0])))
 
 @pytest.mark.parametrize('change, message', [
-    (dict(dataset='imagnet'), r"dataset: expected one of digits.*'imagnet'"), (dict(k=1), 'k: expected at least 2, got 1'),
-    (dict(k=201), 'k: expected at most 200'), (dict(k='ten'), "k: expected a value of type int, got 'ten'"), (dict(epochs=-1), 'epochs: .*-1'),
-    (dict(lr=0.), 'lr: .*0.0'), (dict(lr=float('nan')), 'lr'), (dict(size=8), 'size: expected'), (dict(precision='half'), "precision: .*'half'"),
-    (dict(device='tpu'), "device: .*'tpu'"), (dict(arch='lenet'), "arch: .*'lenet'"), (dict(sampler='x'), 'sampler'), (dict(backend='x'), 'backend'),
-    (dict(n_images=5000), 'n_images: .*5,000'), (dict(pca=5000), 'pca: .*5000'), (dict(batch_size=1), 'batch_size'), (dict(min_scale=0.), 'min_scale'),
-    (dict(threads=-2), 'threads: expected at least -1'), (dict(checkpoint_minutes=-1.), 'checkpoint_minutes'), (dict(sobel=1), 'sobel: expected a value of type bool, got 1'), (dict(dropout=1.), 'dropout'), (dict(momentum=1.), 'momentum'), (dict(seed=-1), 'seed'),
+    (dict(dataset='imagnet'), r"dataset: expected one of digits.*'imagnet'"),
+    (dict(k=1), 'k: expected at least 2, got 1'),
+    (dict(k=201), 'k: expected at most 200'),
+    (dict(k='ten'), "k: expected a value of type int, got 'ten'"),
+    (dict(epochs=-1), 'epochs: .*-1'),
+    (dict(lr=0.), 'lr: .*0.0'),
+    (dict(lr=float('nan')), 'lr'),
+    (dict(size=8), 'size: expected'),
+    (dict(precision='half'), "precision: .*'half'"),
+    (dict(device='tpu'), "device: .*'tpu'"),
+    (dict(arch='lenet'), "arch: .*'lenet'"),
+    (dict(sampler='x'), 'sampler'),
+    (dict(backend='x'), 'backend'),
+    (dict(n_images=5000), 'n_images: .*5,000'),
+    (dict(pca=5000), 'pca: .*5000'),
+    (dict(batch_size=1), 'batch_size'),
+    (dict(min_scale=0.), 'min_scale'),
+    (dict(threads=-2), 'threads: expected at least -1'),
+    (dict(checkpoint_minutes=-1.), 'checkpoint_minutes'),
+    (dict(sobel=1), 'sobel: expected a value of type bool, got 1'),
+    (dict(dropout=1.), 'dropout'),
+    (dict(momentum=1.), 'momentum'),
+    (dict(seed=-1), 'seed'),
 ])
 def test_impossible_values_are_errors_before_anything_is_written(tmp_path, change, message):
     with pytest.raises(ValueError, match=message): fit(replace(TINY, run_dir=str(tmp_path/'r'), **change))
@@ -83,17 +105,20 @@ def test_impossible_values_are_errors_before_anything_is_written(tmp_path, chang
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a CUDA device here')
 def test_no_cuda(tmp_path):
-    with pytest.raises(ValueError, match="device: .*'cuda'"): fit(replace(TINY, device='cuda', run_dir=str(tmp_path/'r')))
+    with pytest.raises(ValueError, match="device: .*'cuda'"):
+        fit(replace(TINY, device='cuda', run_dir=str(tmp_path/'r')))
 
 def test_precision_that_the_device_lacks(tmp_path, monkeypatch):
     monkeypatch.setattr('deepcluster_nb.training.has_bfloat16', lambda device: False)
-    with pytest.raises(ValueError, match="precision: expected 'float32' or 'auto', .* no bfloat16"): fit(replace(TINY, precision='bfloat16', run_dir=str(tmp_path/'r')))
+    with pytest.raises(ValueError, match="precision: expected 'float32' or 'auto', .* no bfloat16"):
+        fit(replace(TINY, precision='bfloat16', run_dir=str(tmp_path/'r')))
     assert resolve(replace(TINY, precision='auto')).precision == 'float32' and not (tmp_path/'r').exists()
 
 def test_images_too_small(tmp_path):
     folder_of_images(tmp_path/'photos', n=12, size=(4, 4))
     with pytest.raises(ValueError, match='an image of 4 pixels'):
-        fit(replace(TINY, dataset='folder', root=str(tmp_path/'photos'), n_images=0, k=4, pca=8, run_dir=str(tmp_path/'run')))
+        fit(replace(TINY, dataset='folder', root=str(tmp_path/'photos'), n_images=0, k=4, pca=8,
+                    run_dir=str(tmp_path/'run')))
     assert not (tmp_path/'run').exists()
 
 def test_unknown_parameter():
@@ -108,7 +133,8 @@ def folder_of_images(root, n=30, classes=('ant', 'bee'), size=(40, 36)):
 
 def test_own_images_without_labels(tmp_path):
     folder_of_images(tmp_path/'photos', classes=())
-    c = replace(TINY, dataset='folder', root=str(tmp_path/'photos'), n_images=0, k=4, pca=8, epochs=1, batch_size=10, run_dir=str(tmp_path/'run'))
+    c = replace(TINY, dataset='folder', root=str(tmp_path/'photos'), n_images=0, k=4, pca=8, epochs=1,
+                batch_size=10, run_dir=str(tmp_path/'run'))
     run = fit(c, echo=None)
     assert run.images.labels is None and run.log[0]['nmi_labels'] is None
     assert (tmp_path/'run'/'clusters.csv').read_text().splitlines()[1].startswith('000.jpg,')
@@ -117,13 +143,15 @@ def test_broken_image_is_named_and_nothing_is_left(tmp_path):
     folder_of_images(tmp_path/'photos')
     whole = (tmp_path/'photos'/'bee'/'003.jpg').read_bytes()
     (tmp_path/'photos'/'bee'/'003.jpg').write_bytes(whole[:len(whole)//2])
-    c = replace(TINY, dataset='folder', root=str(tmp_path/'photos'), n_images=0, k=4, pca=8, run_dir=str(tmp_path/'run'))
+    c = replace(TINY, dataset='folder', root=str(tmp_path/'photos'), n_images=0, k=4, pca=8,
+                run_dir=str(tmp_path/'run'))
     with pytest.raises(ValueError, match=r"1 of 30 images.*003\.jpg"): fit(c, echo=None)
     assert not (tmp_path/'run').exists()
 
 @pytest.mark.parametrize('root, error', [('nowhere', 'no folder'), ('.', 'no images|no train')])
 def test_roots_without_images(tmp_path, root, error):
-    with pytest.raises(FileNotFoundError, match=error): fit(replace(TINY, dataset='folder', root=str(tmp_path/root), run_dir=str(tmp_path/'run')))
+    with pytest.raises(FileNotFoundError, match=error):
+        fit(replace(TINY, dataset='folder', root=str(tmp_path/root), run_dir=str(tmp_path/'run')))
     assert not (tmp_path/'run').exists()
 
 def test_cifar_folder_form(cifar_root):
@@ -133,19 +161,21 @@ def test_cifar_folder_form(cifar_root):
 
 def test_a_last_batch_of_one_image(tmp_path):
     config = replace(TINY, n_images=33, batch_size=16, k=4, pca=8, epochs=1, run_dir=str(tmp_path/'r'))
-    fit(config, echo=None)                                              # 33 = 16 + 16 + 1: batch norm can't do with one
+    fit(config, echo=None)                                    # 33 = 16 + 16 + 1: batch norm can't do with one
     assert load_checkpoint(tmp_path/'r'/'checkpoint')[:2] == (1, 0)
 
 def test_reading_ahead_changes_nothing(monkeypatch): # as for a GPU, but on the CPU
     from functools import partial
     from deepcluster_nb import features, training
-    config = Config(n_images=120, k=5, pca=8, epochs=1, passes=1, batch_size=40, precision='float32', device='cpu')
+    config = Config(n_images=120, k=5, pca=8, epochs=1, passes=1, batch_size=40, precision='float32',
+                    device='cpu')
     plain = fit(config, echo=None)
     ahead = partial(features.fetch_ahead, ahead=3)
     for module in (features, training): monkeypatch.setattr(module, 'fetch_ahead', ahead)
     run = fit(config, echo=None)
     assert torch.equal(run.clustering.assign, plain.clustering.assign)
-    assert all(torch.equal(a, b) for a,b in zip(run.net.state_dict().values(), plain.net.state_dict().values()))
+    assert all(torch.equal(a, b) for a,b in zip(run.net.state_dict().values(),
+                                                plain.net.state_dict().values()))
 
 def test_an_error_while_reading_ahead_is_raised():
     from deepcluster_nb.feeding import fetch_ahead
@@ -159,5 +189,9 @@ def test_an_error_while_reading_ahead_is_raised():
     assert got == [[0, 1, 2], [3, 4, 5]]
 
 def test_a_gpu_is_asked_for_the_same_bits_again(): # by whatever is imported of the kit
-    code = "import deepcluster_nb.clustering; from torch.backends import cuda, cudnn; print(cudnn.deterministic, cudnn.allow_tf32, cuda.matmul.allow_tf32, cuda.matmul.allow_bf16_reduced_precision_reduction, cuda.matmul.allow_fp16_reduced_precision_reduction)"
-    assert subprocess.run([sys.executable, '-W', 'error', '-c', code], capture_output=True, text=True, check=True).stdout.split() == ['True', 'False', 'False', 'False', 'False']
+    code = ("import deepcluster_nb.clustering; from torch.backends import cuda, cudnn; "
+            "print(cudnn.deterministic, cudnn.allow_tf32, cuda.matmul.allow_tf32, "
+            "cuda.matmul.allow_bf16_reduced_precision_reduction, "
+            "cuda.matmul.allow_fp16_reduced_precision_reduction)")
+    assert subprocess.run([sys.executable, '-W', 'error', '-c', code], capture_output=True, text=True,
+                          check=True).stdout.split() == ['True', 'False', 'False', 'False', 'False']

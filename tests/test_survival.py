@@ -1,4 +1,5 @@
-"What a long run meets: kills, signals, a full disk, damage, a second start, numbers that are none. `python tests/survive.py` is the long version."
+("What a long run meets: kills, signals, a full disk, damage, a second start, numbers that are none. "
+ "`python tests/survive.py` is the long version.")
 import errno, json, os, pickle, random, re, signal, subprocess, sys, time, warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,10 +15,12 @@ def whole(tmp_path_factory):
     fit(replace(SMALL, run_dir=str(where)), echo=None)
     return sha256(where)
 
-def log_epochs(run_dir): return [json.loads(l)['epoch'] for l in (Path(run_dir)/'log.jsonl').read_text().splitlines()]
+def log_epochs(run_dir):
+    return [json.loads(l)['epoch'] for l in (Path(run_dir)/'log.jsonl').read_text().splitlines()]
 
 def test_killed_at_random_moments():
-    out = subprocess.run([sys.executable, Path(__file__).with_name('survive.py'), '--kills', '4'], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    out = subprocess.run([sys.executable, Path(__file__).with_name('survive.py'), '--kills', '4'],
+                         capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
     assert out.returncode == 0 and '4 of 4 runs ended in the same bits' in out.stdout, out.stdout + out.stderr
 
 @pytest.fixture
@@ -32,7 +35,8 @@ def test_truncated_checkpoints_are_refused(two_checkpoints):
         data = file.read_bytes()
         for i in range(10):
             file.write_bytes(data[:len(data)*i//10])
-            with pytest.warns(UserWarning, match=r'00004-0000000\.json.*going on from .*00003-0000000\.json'): epoch, _, t, state = load_checkpoint(folder)
+            with pytest.warns(UserWarning, match=r'00004-0000000\.json.*going on from .*00003-0000000\.json'):
+                epoch, _, t, state = load_checkpoint(folder)
             refused += epoch == 3 and state == dict(note=3) and bool((t['x'] == 3).all())
         file.write_bytes(data)
     assert refused == 20 and load_checkpoint(folder)[0] == 4
@@ -45,8 +49,12 @@ def test_flipped_bits_are_refused(two_checkpoints):
         data = file.read_bytes()
         at = draw.randrange(len(data) if i % 3 else min(200, len(data)))                 # often in the header
         spoilt = bytearray(data); spoilt[at] ^= 1 << draw.randrange(8); file.write_bytes(spoilt)
-        with warnings.catch_warnings(record=True) as said: warnings.simplefilter('always'); epoch, _, t, state = load_checkpoint(folder)
-        refused += epoch == 3 and bool((t['x'] == 3).all()) and len(said) == 1 and '00004-0000000.json' in str(said[0].message) and '00003-0000000.json' in str(said[0].message)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            epoch, _, t, state = load_checkpoint(folder)
+        refused += (epoch == 3 and bool((t['x'] == 3).all()) and len(said) == 1
+                    and '00004-0000000.json' in str(said[0].message)
+                    and '00003-0000000.json' in str(said[0].message))
         file.write_bytes(data)
     assert refused == 200
 
@@ -60,7 +68,8 @@ def test_a_pickle_in_a_checkpoints_place_is_not_executed(two_checkpoints, tmp_pa
     assert not (tmp_path/'boom').exists()
 
 def start(config, more='pass'): # in a process of its own
-    code = f"import torch; torch.set_num_threads({torch.get_num_threads()}); from deepcluster_nb.training import *; {more}; fit(Config(**{asdict(config)!r}), echo=None)"
+    code = (f"import torch; torch.set_num_threads({torch.get_num_threads()}); "
+            f"from deepcluster_nb.training import *; {more}; fit(Config(**{asdict(config)!r}), echo=None)")
     return subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True)
 
 def wait_for(run_dir, pattern, p, seconds=60):
@@ -83,23 +92,28 @@ def test_signals_save_and_end(tmp_path, whole, number):
 
 def test_the_second_start_is_told_who_holds_the_run(tmp_path, whole):
     config = replace(SMALL, epochs=1, run_dir=str(tmp_path/'r'))
-    p = start(config, "import deepcluster_nb.training as t, time; slow = t.train_epoch; t.train_epoch = lambda *a, **k: (time.sleep(30), slow(*a, **k))[1]")
+    p = start(config, "import deepcluster_nb.training as t, time; slow = t.train_epoch; "
+                      "t.train_epoch = lambda *a, **k: (time.sleep(30), slow(*a, **k))[1]")
     try:
         wait_for(tmp_path/'r', 'assignments/epoch_000.npy', p)
-        with pytest.raises(ValueError, match=rf"run_dir: .* is in use by process {p.pid} on .* since 20\d\d"): fit(config, echo=None)
+        with pytest.raises(ValueError, match=rf"run_dir: .* is in use by process {p.pid} on .* since 20\d\d"):
+            fit(config, echo=None)
     finally: p.kill(); p.communicate()
     fit(config, echo=None)                                                # the lock died with its process
     assert log_epochs(tmp_path/'r') == [0]
 
-@pytest.mark.parametrize('name', ['log.jsonl', r'epoch_001.npy', r'00000-0000002\.json', r'00001-0000000-.*safetensors', 'clusters.csv'])
+@pytest.mark.parametrize('name', ['log.jsonl', r'epoch_001.npy', r'00000-0000002\.json',
+                                  r'00001-0000000-.*safetensors', 'clusters.csv'])
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, whole, name):
     config, write, full = replace(SMALL, run_dir=str(tmp_path/'r')), runs.write_atomic, []
     def fails(path, data, sync=True): # from here on nothing fits but what the reserve leaves room for
         if not full and re.search(name, str(path)): full.append(path)
-        if full and (Path(config.run_dir)/'checkpoint'/'reserve').exists(): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if full and (Path(config.run_dir)/'checkpoint'/'reserve').exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write(path, data, sync)
     monkeypatch.setattr(runs, 'write_atomic', fails)
-    with pytest.raises(KeyboardInterrupt, match='the disk is full: the state is saved'): fit(config, echo=None)
+    with pytest.raises(KeyboardInterrupt, match='the disk is full: the state is saved'):
+        fit(config, echo=None)
     assert load_checkpoint(tmp_path/'r'/'checkpoint')[:2] >= ((2, 0) if name == 'clusters.csv' else (0, 2))
     monkeypatch.undo()
     fit(config, echo=None)
@@ -107,7 +121,8 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, whole, name):
 
 def test_no_room_from_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(runs.shutil, 'disk_usage', lambda path: type('U', (), dict(free=10**7)))
-    with pytest.raises(ValueError, match=r"run_dir: this run needs [\d.]+ MB more in .*, but 10 MB are free"): fit(replace(SMALL, run_dir=str(tmp_path/'r')), echo=None)
+    with pytest.raises(ValueError, match=r"run_dir: this run needs [\d.]+ MB more in .*, but 10 MB are free"):
+        fit(replace(SMALL, run_dir=str(tmp_path/'r')), echo=None)
     assert not list((tmp_path/'r').glob('checkpoint/0*'))
 
 def test_no_run_takes_more_room_than_it_asked_for(tmp_path, monkeypatch):
@@ -126,8 +141,10 @@ def test_a_full_disk_under_the_features(tmp_path, monkeypatch, whole):
         def write(self, data): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         def close(self): pass
     monkeypatch.setattr(features.tempfile, 'TemporaryFile', lambda dir: Full())
-    monkeypatch.setattr('deepcluster_nb.training.HalfFeatures', lambda n, folder: features.HalfFeatures(n, folder, room=0))
-    with pytest.raises(OSError, match='run_dir: the disk of .* is full; what was saved is whole'): fit(config, echo=None)
+    monkeypatch.setattr('deepcluster_nb.training.HalfFeatures',
+                        lambda n, folder: features.HalfFeatures(n, folder, room=0))
+    with pytest.raises(OSError, match='run_dir: the disk of .* is full; what was saved is whole'):
+        fit(config, echo=None)
     monkeypatch.undo()
     fit(config, echo=None)
     assert sha256(tmp_path/'r') == whole
@@ -146,9 +163,12 @@ def test_not_a_number_stops_before_the_update(tmp_path, monkeypatch, spoil):
         calls.append(y)
         return cross_entropy(Spoilt.apply(logits) if len(calls) == 7 else logits, y, **kwargs)
     monkeypatch.setattr(training.F, 'cross_entropy', third_is_bad)
-    with pytest.raises(FloatingPointError, match=r'loss or gradient is not finite in epoch 1, step 2, images \[\d+, .*nothing was updated'): fit(config, echo=None)
+    with pytest.raises(FloatingPointError, match=r'loss or gradient is not finite in epoch 1, step 2, '
+                                                 r'images \[\d+, .*nothing was updated'):
+        fit(config, echo=None)
     epoch, step, tensors, _ = load_checkpoint(tmp_path/'r'/'checkpoint')
-    assert (epoch, step) == (1, 2) and all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+    assert (epoch, step) == (1, 2) and all(t.isfinite().all()
+                                           for t in tensors.values() if t.is_floating_point())
     assert log_epochs(tmp_path/'r') == [0]
 
 def test_between_two_looks_nothing_is_updated_or_saved(tmp_path, monkeypatch):
@@ -163,9 +183,11 @@ def test_between_two_looks_nothing_is_updated_or_saved(tmp_path, monkeypatch):
     config = replace(SMALL, epochs=1, checkpoint_minutes=1e6, run_dir=str(tmp_path/'seldom'))
     monkeypatch.setitem(training.LOOK, 'cpu', 50)
     with pytest.raises(FloatingPointError, match='epoch 0, step 1, images'): fit(config, echo=None)
-    assert len(calls) == 4 and all(torch.equal(a, b) for a,b in zip(calls[1], calls[3])) and not all(torch.equal(a, b) for a,b in zip(calls[0], calls[1]))
+    assert (len(calls) == 4 and all(torch.equal(a, b) for a,b in zip(calls[1], calls[3]))
+            and not all(torch.equal(a, b) for a,b in zip(calls[0], calls[1])))
     calls.clear()
-    with pytest.raises(FloatingPointError, match='epoch 0, step 1, images'): fit(replace(config, checkpoint_minutes=0., run_dir=str(tmp_path/'often')), echo=None)
+    with pytest.raises(FloatingPointError, match='epoch 0, step 1, images'):
+        fit(replace(config, checkpoint_minutes=0., run_dir=str(tmp_path/'often')), echo=None)
     assert load_checkpoint(tmp_path/'often'/'checkpoint')[:2] == (0, 1)          # the one before the bad step
 
 def test_another_number_of_threads(tmp_path):
@@ -173,7 +195,9 @@ def test_another_number_of_threads(tmp_path):
     fit(config, echo=None)
     try:
         torch.set_num_threads(threads + 1)
-        with pytest.raises(ValueError, match=rf'threads: expected {threads} CPU threads.*pass threads={threads} .* threads=-1 .* got {threads + 1}'): fit(config, echo=None)
+        with pytest.raises(ValueError, match=rf'threads: expected {threads} CPU threads.*pass '
+                                             rf'threads={threads} .* threads=-1 .* got {threads + 1}'):
+            fit(config, echo=None)
         fit(replace(config, threads=threads), echo=None)
         assert torch.get_num_threads() == threads
         torch.set_num_threads(threads + 1)

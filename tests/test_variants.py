@@ -16,7 +16,8 @@ from survive import sha256
 
 def tiny(planes, dropout): # (features, classifier): a network that trains in no time
     wide = [m for _ in range(2) for m in (nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU(inplace=True))]
-    return conv_stack([(8, 3, 2, 1), (16, 3, 2, 1), nn.AdaptiveMaxPool2d(2)], planes), nn.Sequential(nn.Linear(64, 32), *wide[1:])
+    return (conv_stack([(8, 3, 2, 1), (16, 3, 2, 1), nn.AdaptiveMaxPool2d(2)], planes),
+            nn.Sequential(nn.Linear(64, 32), *wide[1:]))
 
 @pytest.fixture(autouse=True, scope='module')
 def architecture():
@@ -24,18 +25,23 @@ def architecture():
         m.setitem(ARCHS, 'tiny', tiny); m.setitem(SIZES, 'tiny', (8, 64))
         yield
 
-TINY = Config(dataset='digits', arch='tiny', n_images=120, k=6, pca=8, epochs=2, passes=1, batch_size=40, precision='float32', device='cpu', checkpoint_minutes=0.)
+TINY = Config(dataset='digits', arch='tiny', n_images=120, k=6, pca=8, epochs=2, passes=1, batch_size=40,
+              precision='float32', device='cpu', checkpoint_minutes=0.)
 NEW = 'lr_schedule', 'border', 'relu', 'calibrate', 'head', 'head_momentum', 'clusterer'
 
 def seen(monkeypatch, config): # what every epoch of training begins with, its learning rates, and the Run
     epochs, rates, train, step = [], [], training.train_epoch, torch.optim.SGD.step
     def spy(net, images, idx, assign, opts, *args):
-        epochs.append(dict(start={n: t.clone() for n,t in net.state_dict().items()}, idx=idx, assign=assign, momentum=[o.defaults['momentum'] for o in opts], opts=opts,
-                           buffers=[o.state[next(iter(net.top_layer.parameters()))].get('momentum_buffer') is not None for o in opts[1:]]))
+        epochs.append(dict(start={n: t.clone() for n,t in net.state_dict().items()}, idx=idx, assign=assign,
+                           momentum=[o.defaults['momentum'] for o in opts], opts=opts,
+                           buffers=[o.state[next(iter(net.top_layer.parameters()))].get('momentum_buffer')
+                                    is not None for o in opts[1:]]))
         out = train(net, images, idx, assign, opts, *args)
         epochs[-1]['end'] = {n: t.clone() for n,t in net.state_dict().items()}
         return out
-    def note(self, *args, **kwargs): rates.append(self.param_groups[0]['lr']); return step(self, *args, **kwargs)
+    def note(self, *args, **kwargs):
+        rates.append(self.param_groups[0]['lr'])
+        return step(self, *args, **kwargs)
     with monkeypatch.context() as m:
         m.setattr(training, 'train_epoch', spy); m.setattr(torch.optim.SGD, 'step', note)
         run = fit(config, echo=None)
@@ -50,28 +56,37 @@ def same(a, b, *but): # names of the tensors that differ, but for those that beg
 
 def test_defaults_are_the_papers(base):
     epochs, rates, run = base
-    assert {n: getattr(TINY, n) for n in NEW} == dict(lr_schedule='constant', border='zeros', relu=False, calibrate=False, head='fresh', head_momentum=0., clusterer='kmeans')
+    assert {n: getattr(TINY, n) for n in NEW} == dict(lr_schedule='constant', border='zeros', relu=False,
+                                                      calibrate=False, head='fresh', head_momentum=0.,
+                                                      clusterer='kmeans')
     assert [e['momentum'] for e in epochs] == [[.9, 0.]]*2 and set(rates) == {.05}
     assert epochs[0]['opts'][0] is epochs[1]['opts'][0] and epochs[0]['opts'][1] is not epochs[1]['opts'][1]
 
 def test_lr_schedule(monkeypatch, base):
     epochs, rates, run = seen(monkeypatch, replace(TINY, lr_schedule='cosine'))
-    expected = [.05*(1 + math.cos(math.pi*s/3))/2 for s in range(3)]*2                        # 120 images in batches of 40, two reassignments
+    # 120 images in batches of 40, two reassignments
+    expected = [.05*(1 + math.cos(math.pi*s/3))/2 for s in range(3)]*2
     assert rates[::2] == rates[1::2] and np.allclose(rates[::2], expected, rtol=1e-12)
     assert not same(epochs[0]['start'], base[0][0]['start']) and same(epochs[0]['end'], base[0][0]['end'])
 
 def test_a_kept_head_goes_on(monkeypatch, base):
     epochs, _, run = seen(monkeypatch, replace(TINY, head='kept', head_momentum=.5))
-    assert not same(epochs[0]['start'], base[0][0]['start'])                                 # the first one is as fresh as ever
+    assert not same(epochs[0]['start'], base[0][0]['start'])               # the first one is as fresh as ever
     assert not same(epochs[0]['end'], epochs[1]['start'])
-    assert epochs[0]['opts'][1] is epochs[1]['opts'][1] and [e['buffers'] for e in epochs] == [[False], [True]]
+    assert (epochs[0]['opts'][1] is epochs[1]['opts'][1]
+            and [e['buffers'] for e in epochs] == [[False], [True]])
 
 def test_head_momentum(monkeypatch, base):
     epochs, rates, run = seen(monkeypatch, replace(TINY, head_momentum=.5))
-    assert [e['momentum'] for e in epochs] == [[.9, .5]]*2 and [e['buffers'] for e in epochs] == [[False], [False]]
-    assert not same(epochs[0]['start'], base[0][0]['start']) and same(epochs[0]['end'], base[0][0]['end']) and set(rates) == {.05}
+    assert ([e['momentum'] for e in epochs] == [[.9, .5]]*2
+            and [e['buffers'] for e in epochs] == [[False], [False]])
+    assert (not same(epochs[0]['start'], base[0][0]['start']) and same(epochs[0]['end'], base[0][0]['end'])
+            and set(rates) == {.05})
 
-@pytest.mark.parametrize('arch, relu', [('alexnet_small', False), ('alexnet_small', True), ('resnet18', False)])
+@pytest.mark.parametrize('arch, relu', [
+    ('alexnet_small', False),
+    ('alexnet_small', True),
+    ('resnet18', False)])
 def test_a_head_from_centroids_knows_its_clusters(arch, relu):
     c = resolve(replace(TINY, arch=arch, head='centroids', relu=relu))
     images, net = load_images('digits', n_images=120), network(c)
@@ -81,11 +96,12 @@ def test_a_head_from_centroids_knows_its_clusters(arch, relu):
     assert {n[:9] for n in same(net.state_dict(), before)} == {'top_layer'}
     with torch.no_grad(): logits = net.eval()(normalize(center_crop(images.batch(torch.arange(120)), c.size)))
     right = float((logits.argmax(1) == clustering.assign).float().mean())
-    assert right > (.95 if relu or arch == 'resnet18' else .6)                               # exact where the head sees what was clustered
+    assert right > (.95 if relu or arch == 'resnet18' else .6)  # exact where the head sees what was clustered
 
 def test_the_first_head_is_fresh_where_batch_norm_has_no_statistics(monkeypatch, base):
     epochs, _, run = seen(monkeypatch, replace(TINY, head='centroids'))
-    assert not same(epochs[0]['end'], base[0][0]['end']) and {n[:9] for n in same(epochs[1]['start'], base[0][1]['start'])} == {'top_layer'}
+    assert (not same(epochs[0]['end'], base[0][0]['end'])
+            and {n[:9] for n in same(epochs[1]['start'], base[0][1]['start'])} == {'top_layer'})
     epochs, _, run = seen(monkeypatch, replace(TINY, head='centroids', calibrate=True, epochs=1))
     fresh, _, _ = seen(monkeypatch, replace(TINY, calibrate=True, epochs=1))
     assert {n[:9] for n in same(epochs[0]['start'], fresh[0]['start'])} == {'top_layer'}
@@ -95,10 +111,11 @@ def test_relu_is_clustered_and_no_more(monkeypatch, base):
     assert not same(epochs[0]['start'], base[0][0]['start'])
     assert not torch.equal(epochs[0]['assign'], base[0][0]['assign'])
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    a, b = convnet('alexnet_small', 5, dropout=0.).eval(), convnet('alexnet_small', 5, dropout=0., relu=True).eval()
+    a, b = (convnet('alexnet_small', 5, dropout=0.).eval(),
+            convnet('alexnet_small', 5, dropout=0., relu=True).eval())
     with torch.no_grad():
         assert torch.equal(b.embed(x), a.embed(x).relu()) and torch.equal(a(x), b(x))
-    b.train()(x).sum().backward()                                                            # nothing is changed in place under the gradient
+    b.train()(x).sum().backward()                             # nothing is changed in place under the gradient
 
 def test_border():
     a, b = network(resolve(TINY)), network(resolve(replace(TINY, border='replicate')))
@@ -106,7 +123,9 @@ def test_border():
     x = torch.rand(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
     differ = (a.sobel(x) - b.sobel(x)).abs().amax((0, 1)) > 1e-6
     assert differ[[0, -1]].all() and differ[:, [0, -1]].all() and not differ[1:-1, 1:-1].any()
-    assert torch.allclose(b.sobel(x), Sobel()(torch.nn.functional.pad(x, (1,)*4, mode='replicate'))[..., 1:-1, 1:-1], atol=1e-6)
+    assert torch.allclose(b.sobel(x),
+                          Sobel()(torch.nn.functional.pad(x, (1,)*4, mode='replicate'))[..., 1:-1, 1:-1],
+                          atol=1e-6)
 
 def test_calibrate(monkeypatch, base):
     epochs, _, run = seen(monkeypatch, replace(TINY, calibrate=True))
@@ -114,24 +133,32 @@ def test_calibrate(monkeypatch, base):
     calibrate_bn(by_hand, load_images('digits', n_images=120), 32)
     assert not same(epochs[0]['start'], by_hand.state_dict(), 'top_layer')
     changed = same(epochs[0]['start'], base[0][0]['start'])
-    assert changed and all(n.split('.')[-1] in ('running_mean', 'running_var', 'num_batches_tracked') for n in changed)
+    assert changed and all(n.split('.')[-1] in ('running_mean', 'running_var', 'num_batches_tracked')
+                           for n in changed)
 
 def test_clusters_that_differ_in_number(monkeypatch, tmp_path):
     config = replace(TINY, clusterer='pic', k=2, run_dir=str(tmp_path/'r'))
     epochs, _, run = seen(monkeypatch, config)
     ks = [int(e['assign'].max()) + 1 for e in epochs]
-    assert [len(e['start']['top_layer.bias']) for e in epochs] == ks and len(set(ks)) == 2 and min(ks) > 2    # seed 0: two different numbers
-    assert [r['ln_k'] for r in run.log] == [math.log(k) for k in ks] and all(r['n_empty'] == 0 for r in run.log)
+    # seed 0: two different numbers
+    assert [len(e['start']['top_layer.bias']) for e in epochs] == ks and len(set(ks)) == 2 and min(ks) > 2
+    assert ([r['ln_k'] for r in run.log] == [math.log(k) for k in ks]
+            and all(r['n_empty'] == 0 for r in run.log))
     again = load_run(tmp_path/'r')
     assert not same(again.net.state_dict(), run.net.state_dict()) and len(again.net.top_layer.bias) == ks[-1]
-    assert len(again.clustering.centroids) == len(run.clustering.centroids) == int(run.clustering.assign.max()) + 1
+    assert (len(again.clustering.centroids) == len(run.clustering.centroids)
+            == int(run.clustering.assign.max()) + 1)
     found = predict(again, run.images)
-    assert float((found == run.clustering.assign).float().mean()) > .5                       # new images go to the nearest centroid
+    # new images go to the nearest centroid
+    assert float((found == run.clustering.assign).float().mean()) > .5
 
 @pytest.mark.parametrize('sampler', ['uniform', 'released', 'weighted'])
-def test_samplers_take_pic(sampler): assert len(fit(replace(TINY, clusterer='pic', sampler=sampler, epochs=1), echo=None).log) == 1
+def test_samplers_take_pic(sampler):
+    assert len(fit(replace(TINY, clusterer='pic', sampler=sampler, epochs=1), echo=None).log) == 1
 
-@pytest.mark.parametrize('change', [dict(head='kept', head_momentum=.9, lr_schedule='cosine'), dict(head='centroids', head_momentum=.5, relu=True, calibrate=True), dict(clusterer='pic', head_momentum=.5)],
+@pytest.mark.parametrize('change', [dict(head='kept', head_momentum=.9, lr_schedule='cosine'),
+                                    dict(head='centroids', head_momentum=.5, relu=True, calibrate=True),
+                                    dict(clusterer='pic', head_momentum=.5)],
                          ids=['kept', 'centroids', 'pic'])
 def test_stopped_and_continued(monkeypatch, tmp_path, change):
     config, batch, reads = replace(TINY, **change), PackedImages.batch, []
@@ -141,7 +168,7 @@ def test_stopped_and_continued(monkeypatch, tmp_path, change):
         reads.append(len(idx))
         if len(reads) == stop: raise Stop
         return batch(images, idx)
-    stop = 7 + (len(change) == 4)                                                            # the second step of the second epoch; `calibrate` reads once more
+    stop = 7 + (len(change) == 4)           # the second step of the second epoch; `calibrate` reads once more
     with monkeypatch.context() as m:
         m.setattr(PackedImages, 'batch', stops)
         with pytest.raises(Stop): fit(replace(config, run_dir=str(tmp_path/'r')), echo=None)
@@ -157,30 +184,41 @@ def test_a_run_from_before_the_switches(tmp_path):
     old = {n: v for n,v in yaml.safe_load(params.read_text()).items() if n not in NEW}
     params.write_text(yaml.safe_dump(old))
     assert load_run(tmp_path/'r').config.head == 'fresh'
-    with pytest.raises(ValueError, match="lr_schedule: None there, 'cosine' now"): fit(replace(config, lr_schedule='cosine'), echo=None)
+    with pytest.raises(ValueError, match="lr_schedule: None there, 'cosine' now"):
+        fit(replace(config, lr_schedule='cosine'), echo=None)
     fit(config, echo=None)
     assert sha256(tmp_path/'r') == done
 
 @pytest.mark.parametrize('change, message', [
-    (dict(lr_schedule='linear'), "lr_schedule: expected one of constant, cosine, got 'linear'"), (dict(lr_schedule=1), 'lr_schedule: .*str'), (dict(head='old'), "head: expected one of fresh, kept, centroids, got 'old'"),
-    (dict(head_momentum=1.), 'head_momentum: expected at least 0 and below 1'), (dict(border='black'), "border: expected one of zeros, replicate, got 'black'"), (dict(relu=1), 'relu: expected a value of type bool'),
-    (dict(calibrate='yes'), 'calibrate: .*bool'), (dict(clusterer='dbscan'), "clusterer: expected one of kmeans.*'dbscan'"), (dict(clusterer='pic', head='kept'), "head: expected 'fresh' or 'centroids', for pic .*'kept'"),
+    (dict(lr_schedule='linear'), "lr_schedule: expected one of constant, cosine, got 'linear'"),
+    (dict(lr_schedule=1), 'lr_schedule: .*str'),
+    (dict(head='old'), "head: expected one of fresh, kept, centroids, got 'old'"),
+    (dict(head_momentum=1.), 'head_momentum: expected at least 0 and below 1'),
+    (dict(border='black'), "border: expected one of zeros, replicate, got 'black'"),
+    (dict(relu=1), 'relu: expected a value of type bool'),
+    (dict(calibrate='yes'), 'calibrate: .*bool'),
+    (dict(clusterer='dbscan'), "clusterer: expected one of kmeans.*'dbscan'"),
+    (dict(clusterer='pic', head='kept'), "head: expected 'fresh' or 'centroids', for pic .*'kept'"),
 ])
 def test_impossible_values(tmp_path, change, message):
     with pytest.raises(ValueError, match=message): fit(replace(TINY, run_dir=str(tmp_path/'r'), **change))
     assert not (tmp_path/'r').exists()
 
 def test_the_preset_released_names_every_switch():
-    given = yaml.safe_load((Path(__file__).parent.parent/'nbs'/'experiments'/'presets'/'released.yaml').read_text())
+    given = yaml.safe_load(
+        (Path(__file__).parent.parent/'nbs'/'experiments'/'presets'/'released.yaml').read_text())
     left = {f.name for f in fields(Config)} - set(given)
-    assert left == {'root', 'n_images', 'n_test', 'device', 'seed', 'run_dir', 'checkpoint_minutes', 'threads', 'compile'}
+    assert left == {'root', 'n_images', 'n_test', 'device', 'seed', 'run_dir', 'checkpoint_minutes',
+                    'threads', 'compile'}
     assert given['sampler'] == 'released' and all(given[n] == getattr(Config(), n) for n in NEW)
     resolve(Config(**given))
 
 def test_the_command_knows_pic(tmp_path):
     from deepcluster_nb.experiments import check_parameters, gather
     check_parameters(*gather('train', 'digits', dict(clusterer='pic')), tmp_path/'r')
-    with pytest.raises(ValueError, match="clusterer: expected one of kmeans, pic, pic_released, got 'dbscan'"): check_parameters(*gather('train', 'digits', dict(clusterer='dbscan')), tmp_path/'r')
+    with pytest.raises(ValueError,
+                       match="clusterer: expected one of kmeans, pic, pic_released, got 'dbscan'"):
+        check_parameters(*gather('train', 'digits', dict(clusterer='dbscan')), tmp_path/'r')
 
 def test_the_command_continues_a_run_from_before_the_switches(tmp_path):
     from deepcluster_nb.experiments import check_parameters, gather, parameters
@@ -188,4 +226,5 @@ def test_the_command_continues_a_run_from_before_the_switches(tmp_path):
     old = {n: v for n,v in (parameters(notebook) | given).items() if n not in NEW}
     (tmp_path/'params.yaml').write_text(yaml.safe_dump(old))
     check_parameters(notebook, given, tmp_path)
-    with pytest.raises(ValueError, match='relu: None there, True now'): check_parameters(notebook, given | dict(relu=True), tmp_path)
+    with pytest.raises(ValueError, match='relu: None there, True now'):
+        check_parameters(notebook, given | dict(relu=True), tmp_path)

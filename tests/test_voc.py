@@ -1,4 +1,5 @@
-"VOC 2007: what the files say, average precision by three rules, SVMs, fine-tuning, and the experiment through the command."
+("VOC 2007: what the files say, average precision by three rules, SVMs, fine-tuning, "
+ "and the experiment through the command.")
 import json, math
 import numpy as np, pytest, torch
 from sklearn.metrics import average_precision_score
@@ -7,8 +8,9 @@ from torch import nn
 from deepcluster_nb.data import PackedImages
 from deepcluster_nb.experiments import main
 from deepcluster_nb.model import convnet
-from deepcluster_nb.voc import (COSTS, average_precision, crop_scores, finetune, learning_rate, linear_svm, low_shot, made_voc, mean_ap, read_voc, shot_rows,
-                                transfer_net, unit_rows, voc_folder, voc_labels, voc_loss, voc_objects)
+from deepcluster_nb.voc import (COSTS, average_precision, crop_scores, finetune, learning_rate, linear_svm,
+                                low_shot, made_voc, mean_ap, read_voc, shot_rows, transfer_net, unit_rows,
+                                voc_folder, voc_labels, voc_loss, voc_objects)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -23,7 +25,8 @@ def train(top): return read_voc(top, 'train')
 def test_lists_and_annotations_say_the_same(top):
     for split, n in (('train', 20), ('val', 20), ('trainval', 40), ('test', 20)):
         names, classes, truth = voc_labels(top, split)
-        assert len(names) == n and truth.shape == (n, 5) and classes == ['cross', 'disc', 'ring', 'square', 'triangle']
+        assert len(names) == n and truth.shape == (n, 5) and classes == ['cross', 'disc', 'ring', 'square',
+                                                                         'triangle']
         for name, row in zip(names, truth.tolist()):
             found = voc_objects(top/'Annotations'/f'{name}.xml')
             assert row == [max([1 - d for c,_,d in found if c == k], default=-1) for k in classes]
@@ -42,7 +45,8 @@ def test_files_as_they_should_be_read(tmp_path): # written by hand, with the pub
     (main/'aeroplane_val.txt').write_text('000005  0\n000007 -1\n000009 -1\n')
     (main/'cat_trainval.txt').write_text('000001  1\n')                # of another split
     names, classes, truth = voc_labels(tmp_path, 'val')
-    assert (names, classes, truth.tolist()) == (['000005', '000007', '000009'], ['aeroplane', 'cat'], [[0, -1], [-1, 1], [-1, 0]])
+    assert (names, classes, truth.tolist()) == (['000005', '000007', '000009'], ['aeroplane', 'cat'],
+                                                [[0, -1], [-1, 1], [-1, 0]])
     (main/'cat_val.txt').write_text('000005 -1\n000007  1\n')          # cut off
     with pytest.raises(ValueError, match='split: .*cat_val.txt.*got 2 lines'): voc_labels(tmp_path, 'val')
     (main/'cat_val.txt').write_text('000005 -1\n000007  1\n000009  2\n')
@@ -64,14 +68,16 @@ T = torch.tensor
     ([3, 2, 1], [1, -1, -1], 1, 1, 1),
     ([3, 2, 1], [-1, -1, 1], 1/3, 1/3, 1/3),
     ([4, 3, 2, 1], [1, -1, 1, -1], (1 + 2/3)/2, (1 + 2/3)/2, (6 + 5*2/3)/11),
-    ([4, 3, 2, 1], [-1, 1, 1, -1], (1/2 + 2/3)/2, 2/3, 2/3),           # the precision rises again: only `step` sees the dip
-    ([5, 4, 3, 2], [0, 1, 0, -1], 1, 1, 1),                            # difficult ones first: as if they were not there
-    ([1, 1, 1, 1], [1, -1, -1, -1], 1/4, 1/4, 1/4),                    # all equal: they enter together
+    # the precision rises again: only `step` sees the dip
+    ([4, 3, 2, 1], [-1, 1, 1, -1], (1/2 + 2/3)/2, 2/3, 2/3),
+    ([5, 4, 3, 2], [0, 1, 0, -1], 1, 1, 1),  # difficult ones first: as if they were not there
+    ([1, 1, 1, 1], [1, -1, -1, -1], 1/4, 1/4, 1/4),  # all equal: they enter together
     ([2, 2, 1], [1, -1, 1], (1/2 + 2/3)/2, 2/3, 2/3),
     ([1], [1], 1, 1, 1),
 ])
 def test_average_precision_by_hand(scores, truth, step, interpolated, eleven):
-    found = [average_precision(T(scores).float(), T(truth), rule) for rule in ('step', 'interpolated', '11-point')]
+    found = [average_precision(T(scores).float(), T(truth), rule)
+             for rule in ('step', 'interpolated', '11-point')]
     assert found == pytest.approx([step, interpolated, eleven], abs=1e-9)
 
 def test_average_precision_is_scikit_learns():
@@ -80,19 +86,22 @@ def test_average_precision_is_scikit_learns():
         for _ in range(20):
             s, y = g.integers(0, levels, n) / levels, g.integers(-1, 2, n)
             if not (y == 1).any(): assert math.isnan(average_precision(T(s), T(y))); continue
-            assert average_precision(T(s), T(y)) == pytest.approx(average_precision_score(y[y != 0] > 0, s[y != 0]), abs=1e-9)
+            assert average_precision(T(s), T(y)) == pytest.approx(
+                average_precision_score(y[y != 0] > 0, s[y != 0]), abs=1e-9)
 
 def test_average_precision_does_not_depend_on_order_or_scale():
     g = torch.Generator().manual_seed(0)
-    s, y, p = torch.rand(60, generator=g), torch.randint(-1, 2, (60,), generator=g), torch.randperm(60, generator=g)
+    s, y, p = (torch.rand(60, generator=g), torch.randint(-1, 2, (60,), generator=g),
+               torch.randperm(60, generator=g))
     for rule in ('step', 'interpolated', '11-point'):
         assert average_precision(s[p], y[p], rule) == pytest.approx(average_precision(7*s - 3, y, rule))
     assert average_precision(s, y, 'interpolated') >= average_precision(s, y)
 
-def test_eleven_points_at_round_recalls(): # ten positives: recall 3/10 must count as .3, whatever the floats say
+def test_eleven_points_at_round_recalls():
+    # ten positives: recall 3/10 must count as .3, whatever the floats say
     y = torch.ones(20).long(); y[1::2] = -1
     s = -torch.arange(20.)
-    p = [(i + 1) / (2*i + 1) for i in range(10)]                       # precision at recall (i+1)/10: 1, 2/3, 3/5, …
+    p = [(i + 1) / (2*i + 1) for i in range(10)]                # precision at recall (i+1)/10: 1, 2/3, 3/5, …
     assert average_precision(s, y, '11-point') == pytest.approx((1 + sum(p)) / 11)
 
 def test_mean_leaves_out_what_is_not_there():
@@ -101,8 +110,10 @@ def test_mean_leaves_out_what_is_not_there():
     assert m == 100 and aps[0] == 100 and math.isnan(aps[1])
 
 @pytest.mark.parametrize('args, message', [
-    ((torch.zeros(3), torch.ones(2)), 'scores: expected one for each'), ((T([1., math.nan]), T([1, -1])), 'scores: expected finite'),
-    ((torch.zeros(2), T([1, 2])), 'truth: expected -1, 0 or 1'), ((torch.zeros(2), T([1, -1]), 'area'), 'rule: expected one of')])
+    ((torch.zeros(3), torch.ones(2)), 'scores: expected one for each'),
+    ((T([1., math.nan]), T([1, -1])), 'scores: expected finite'),
+    ((torch.zeros(2), T([1, 2])), 'truth: expected -1, 0 or 1'),
+    ((torch.zeros(2), T([1, -1]), 'area'), 'rule: expected one of')])
 def test_wrong_scores(args, message):
     with pytest.raises(ValueError, match=message): average_precision(*args)
 
@@ -117,7 +128,8 @@ def points(): # 90 rows, three classes that lie in three directions, a few diffi
     y[:3] = 0
     return x[:60], y[:60], x[60:], y[60:]
 
-def test_grid(): assert len(COSTS) == 19 and COSTS[0] == 2**-19 and COSTS[15] == 2**-4 and COSTS[16:] == (1, 10, 100)
+def test_grid():
+    assert len(COSTS) == 19 and COSTS[0] == 2**-19 and COSTS[15] == 2**-4 and COSTS[16:] == (1, 10, 100)
 
 def test_svm_is_scikit_learns_without_difficult_rows(points):
     x, y, z, _ = points
@@ -125,14 +137,17 @@ def test_svm_is_scikit_learns_without_difficult_rows(points):
     assert chosen == [.1]*3
     for c in range(3):
         keep = y[:, c] != 0
-        clf = LinearSVC(C=.1, class_weight={1: 2, -1: 1}, dual=True, max_iter=2000, random_state=0).fit(unit_rows(x)[keep], y[keep, c])
+        clf = LinearSVC(C=.1, class_weight={1: 2, -1: 1}, dual=True, max_iter=2000,
+                        random_state=0).fit(unit_rows(x)[keep], y[keep, c])
         assert np.abs(clf.decision_function(unit_rows(z)) - scores[:, c].numpy()).max() < 1e-9
-    moved = x.clone(); moved[:3] = 100*torch.randn(3, 40, generator=torch.Generator().manual_seed(2))     # what is difficult for every class
+    # what is difficult for every class
+    moved = x.clone(); moved[:3] = 100*torch.randn(3, 40, generator=torch.Generator().manual_seed(2))
     assert torch.equal(linear_svm(moved, y, z, costs=(.1,))[0], scores)
 
 def test_more_columns_than_rows_change_nothing(points): # the basis of the rows is exact
     x, y, z, _ = points
-    wide = torch.linalg.qr(torch.randn(300, 300, generator=torch.Generator().manual_seed(3)))[0][:40]     # 40 orthonormal rows in 300 dimensions
+    # 40 orthonormal rows in 300 dimensions
+    wide = torch.linalg.qr(torch.randn(300, 300, generator=torch.Generator().manual_seed(3)))[0][:40]
     a, b = (linear_svm(v @ r, y, w @ r, costs=(.1,))[0] for v,w,r in ((x, z, torch.eye(40)), (x, z, wide)))
     assert torch.allclose(a, b, atol=1e-3)
 
@@ -151,10 +166,12 @@ def test_shot_rows():
 def test_low_shot_learns_and_does_not_peek(points):
     x, y, z, t = points
     r = low_shot(x, y, z, t, shots=(1, 8), samples=3, costs=(.1, 1.))
-    assert list(r) == [1, 8] and r[8]['mean'] > r[1]['mean'] and all(v['best'] >= v['mean'] and v['std'] >= 0 and v['cost'] in (.1, 1.) for v in r.values())
+    assert (list(r) == [1, 8] and r[8]['mean'] > r[1]['mean']
+            and all(v['best'] >= v['mean'] and v['std'] >= 0 and v['cost'] in (.1, 1.) for v in r.values()))
     assert r == low_shot(x, y, z, t, shots=(1, 8), samples=3, costs=(.1, 1.))
     wrong = low_shot(x, y, z, -t, shots=(1, 8), samples=3, costs=(.1, 1.))
-    assert [v['cost'] for v in wrong.values()] == [v['cost'] for v in r.values()]      # other test labels, the same costs
+    # other test labels, the same costs
+    assert [v['cost'] for v in wrong.values()] == [v['cost'] for v in r.values()]
     with pytest.raises(ValueError, match='shots: expected 1 to'): low_shot(x, y, z, t, shots=(40,))
 
 # --- fine-tuning
@@ -162,20 +179,31 @@ def test_low_shot_learns_and_does_not_peek(points):
 def test_loss_by_hand():
     x, y = T([[2., -1., 9.]]), T([[1, -1, 0]])
     assert float(voc_loss(x, y)) == pytest.approx(math.log1p(math.exp(-2)) + math.log1p(math.exp(-1)))
-    assert float(voc_loss(x.expand(4, 3), y.expand(4, 3))) == pytest.approx(float(voc_loss(x, y)))      # a mean over the batch
+    # a mean over the batch
+    assert float(voc_loss(x.expand(4, 3), y.expand(4, 3))) == pytest.approx(float(voc_loss(x, y)))
 
-@pytest.mark.parametrize('what, step, lr', [('fc6-8', 0, .003), ('fc6-8', 4_999, .003), ('fc6-8', 5_000, .0015), ('fc6-8', 79_999, .003/2**15),
-                                            ('all', 19_999, .001), ('all', 20_000, .0005), ('all', 79_999, .001/8)])
+@pytest.mark.parametrize('what, step, lr', [
+    ('fc6-8', 0, .003),
+    ('fc6-8', 4_999, .003),
+    ('fc6-8', 5_000, .0015),
+    ('fc6-8', 79_999, .003/2**15),
+    ('all', 19_999, .001),
+    ('all', 20_000, .0005),
+    ('all', 79_999, .001/8)])
 def test_learning_rate(what, step, lr): assert learning_rate(what, step) == pytest.approx(lr)
 
-def test_a_short_training_has_the_same_stairs(): assert [learning_rate('all', s, 8) for s in range(8)] == pytest.approx([.001/2**(s // 2) for s in range(8)])
+def test_a_short_training_has_the_same_stairs():
+    assert [learning_rate('all', s, 8) for s in range(8)] == pytest.approx(
+        [.001/2**(s // 2) for s in range(8)])
 
 def test_new_layers():
     net = convnet('alexnet_small', 7, dropout=0.)
     new = transfer_net(net, 20)
     linear = [m for m in (*new.classifier, new.top_layer) if isinstance(m, nn.Linear)]
     assert len(linear) == 3 and new.top_layer.out_features == 20 and net.top_layer.out_features == 7
-    for m in linear: assert (m.bias == .1).all() and abs(m.weight.std().item() - .01) < 3e-4 and abs(m.weight.mean().item()) < 3e-4
+    for m in linear:
+        assert ((m.bias == .1).all() and abs(m.weight.std().item() - .01) < 3e-4
+                and abs(m.weight.mean().item()) < 3e-4)
     assert {m.p for m in new.classifier if isinstance(m, nn.Dropout)} == {.5}
     def learns(**how):
         bn = {f'features.{i}' for i,m in enumerate(net.features) if isinstance(m, nn.BatchNorm2d)}
@@ -184,7 +212,8 @@ def test_new_layers():
     assert learns() == {'classifier', 'top_layer'}
     assert learns(train_bn=True) == {'classifier', 'top_layer', 'features.bn'}
     assert learns(what='all') == {'classifier', 'top_layer', 'features', 'features.bn'}
-    with pytest.raises(ValueError, match="what: expected one of fc6-8, all, got 'fc7'"): transfer_net(net, 20, 'fc7')
+    with pytest.raises(ValueError, match="what: expected one of fc6-8, all, got 'fc7'"):
+        transfer_net(net, 20, 'fc7')
 
 @pytest.fixture(scope='module')
 def small(): return convnet('alexnet_small', 5, dropout=0.).eval()
@@ -194,14 +223,17 @@ def test_what_moves_and_what_stands_still(small, train, what):
     before = {k: v.clone() for k,v in small.state_dict().items()}
     start = transfer_net(small, 5, what)
     net = finetune(transfer_net(small, 5, what), train, what, n=2, size=32)
-    assert all(torch.equal(v, before[k]) for k,v in small.state_dict().items())        # the tested network itself
+    assert all(torch.equal(v, before[k]) for k,v in small.state_dict().items())    # the tested network itself
     same = {k: torch.equal(v, start.state_dict()[k]) for k,v in net.state_dict().items()}
-    assert all(v for k,v in same.items() if k.startswith(('features', 'sobel')) and ('running' in k or what == 'fc6-8' or 'sobel' in k))
-    assert not same['top_layer.weight'] and not same['classifier.1.weight'] and same['features.0.weight'] == (what == 'fc6-8')
+    assert all(v for k,v in same.items()
+               if k.startswith(('features', 'sobel')) and ('running' in k or what == 'fc6-8' or 'sobel' in k))
+    assert (not same['top_layer.weight'] and not same['classifier.1.weight']
+            and same['features.0.weight'] == (what == 'fc6-8'))
 
 def test_gradients_are_clipped(small, train): # with next to no gradient left, next to nothing moves
     start = transfer_net(small, 5)
-    moved = lambda clip: float((finetune(transfer_net(small, 5), train, n=1, size=32, clip=clip, weight_decay=0.).top_layer.weight - start.top_layer.weight).norm())
+    moved = lambda clip: float((finetune(transfer_net(small, 5), train, n=1, size=32, clip=clip,
+                                         weight_decay=0.).top_layer.weight - start.top_layer.weight).norm())
     assert moved(1e-4) <= .003 * 1.01e-4 < moved(10.)
 
 def test_stopped_and_continued_is_the_same(small, train):
@@ -226,7 +258,8 @@ def test_ten_crops_are_a_sum(small): # of an image of one colour every crop is t
 
 # --- the experiment
 
-TINY = ['-p', 'steps=3', '-p', 'epochs=1', '-p', 'k=5', '-p', 'n_images=40', '-p', 'shots=[1, 4]', '-p', 'samples=2', '-p', 'costs=[0.1, 1.0]', '-p', 'parts=[all]']
+TINY = ['-p', 'steps=3', '-p', 'epochs=1', '-p', 'k=5', '-p', 'n_images=40', '-p', 'shots=[1, 4]',
+        '-p', 'samples=2', '-p', 'costs=[0.1, 1.0]', '-p', 'parts=[all]']
 
 def test_command_and_again(tmp_path, capsys):
     where = tmp_path/'run'
@@ -235,17 +268,20 @@ def test_command_and_again(tmp_path, capsys):
     assert set(m) == {'SVM conv5', 'low-shot conv5', 'all', 'blind', 'seconds'}
     for part in ('SVM conv5', 'all'):
         assert set(m[part]) == {'random', 'random, calibrated', 'deepcluster'}
-        assert all(0 <= r[rule] <= 100 for r in m[part].values() for rule in ('step', 'interpolated', '11-point'))
+        assert all(0 <= r[rule] <= 100 for r in m[part].values()
+                   for rule in ('step', 'interpolated', '11-point'))
     assert set(m['low-shot conv5']['random']) == {'1', '4'} and (where/'figures'/'voc.png').exists()
     html = (where/'report.html').read_text()
     assert 'blind' in html and 'machinery runs' in html and '72.0' in html
     done = json.loads((where/'runs.json').read_text())
-    del done['all/deepcluster']                                         # as if it had been stopped before the last part
+    del done['all/deepcluster']                               # as if it had been stopped before the last part
     (where/'runs.json').write_text(json.dumps(done))
     assert main(['run', 'voc', '--preset', 'voc_small', '--out', str(where), *TINY]) == 0
-    assert {k: v for k,v in json.loads((where/'metrics.json').read_text()).items() if k != 'seconds'} == {k: v for k,v in m.items() if k != 'seconds'}
+    assert {k: v for k,v in json.loads((where/'metrics.json').read_text()).items() if k != 'seconds'} == {
+        k: v for k,v in m.items() if k != 'seconds'}
 
 def test_missing_tree_is_one_line_and_leaves_nothing(tmp_path, capsys):
-    assert main(['run', 'voc', '--preset', 'voc2007', '-p', f'root={tmp_path}', '--out', str(tmp_path/'run')]) != 0
+    assert main(['run', 'voc', '--preset', 'voc2007', '-p', f'root={tmp_path}',
+                 '--out', str(tmp_path/'run')]) != 0
     err = capsys.readouterr().err.strip()
     assert 'get_data.py voc2007' in err and len(err.splitlines()) == 1 and not (tmp_path/'run').exists()
