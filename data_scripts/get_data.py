@@ -256,8 +256,8 @@ def get_data(args):
                              "pass --sha256 FILE=… if you know it, or --unchecked to take it as it is"
                              f" (its SHA-256 is recorded in {out/'.archives.json'})" if unsure else None)
     if args.dry_run:
-        steps = [f"fetch {f}" for f in fetched] + [f"check {f}" for f in used] + [
-            f"unpack into {t}" for j in left for t in j.targets]
+        steps = ([f"fetch {f}" for f in fetched] + [f"check {f}" for f in used]
+                 + [f"unpack into {t}" for j in left for t in j.targets])
         print("would   " + (', '.join(steps) or 'do nothing: all is there'),
               *[f"first   {first}"] * bool(first), sep='\n')
         return

@@ -216,10 +216,10 @@ def summary(run_dir:Path)->str: # the table that ends a run
     m = json.loads((Path(run_dir)/'metrics.json').read_text())
     probes, knn = m.get('probes') or {}, m.get('knn')
     names = [n for n in ('random', 'supervised', 'deepcluster') if n in probes]
-    rows = [(f'linear probe {layer}', *[probes[n][layer] for n in names])
-            for layer in probes['random']] + [('kNN', *[knn[n] for n in names])] if probes else []
-    gain, titles = 'deepcluster' in names, dict(random='random', supervised='labels',
-                                                deepcluster='DeepCluster')
+    rows = ([(f'linear probe {layer}', *[probes[n][layer] for n in names]) for layer in probes['random']]
+            + [('kNN', *[knn[n] for n in names])] if probes else [])
+    gain, titles = ('deepcluster' in names,
+                    dict(random='random', supervised='labels', deepcluster='DeepCluster'))
     lines = [f"{'accuracy, %':22}{'random':>8}" + ''.join(f'{titles[n]:>13}' for n in names[1:])
              + (f"{'gain':>8}" if gain else '')] if rows else []
     lines += [f"{name:22}{v[0]:8.1f}" + ''.join(f'{x:13.1f}' for x in v[1:])
@@ -270,17 +270,17 @@ def look_at(run_dir)->Look:
         if papermill is None:
             state, words = 'finished', 'training is finished, and nothing was measured'
         elif papermill.get('exception'):
-            state, words = ('failed', "training is finished, but the notebook stopped with an error after "
-                                      f"it: see notebook.ipynb; {goes_on}")
+            state, words = ('failed', "training is finished, but the notebook stopped with an error "
+                                      f"after it: see notebook.ipynb; {goes_on}")
         elif silent < 3600:
-            state, words = ('probing', 'training is finished; probes and '
-                                       'report are still to come' + (f"; {ago}" if silent > 600 else ''))
+            state, words = ('probing', 'training is finished; probes and report are still to come'
+                                       + (f"; {ago}" if silent > 600 else ''))
         else:
             state, words = ('stopped',
                             f"training is finished, but probes and report are missing and {ago}; {goes_on}")
     else:
-        state, words = ('stopped', f"not running: {f'{note} was killed' if note else 'it was stopped'} after "
-                                   f"{len(log)} of {params['epochs']} epochs, and {ago}; {goes_on}")
+        state, words = ('stopped', f"not running: {f'{note} was killed' if note else 'it was stopped'} "
+                                   f"after {len(log)} of {params['epochs']} epochs, and {ago}; {goes_on}")
     return Look(path, params, log, progress, metrics, state, words)
 
 # %% ../nbs/20_experiments.ipynb #f5e0531a

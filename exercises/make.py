@@ -14,8 +14,8 @@ def bare(code): return re.sub(r'^#\|.*\n?', '', code, flags=re.M).strip()
 
 def uses(code): # (names that a cell defines, names that it takes from outside)
     def outside(table):
-        return {s.get_name() for s in table.get_symbols() if s.is_global()}.union(
-            *map(outside, table.get_children()))
+        return ({s.get_name() for s in table.get_symbols() if s.is_global()}
+                .union(*map(outside, table.get_children())))
     everything = {s.get_name() for s in symtable.symtable(code, 'cell', 'exec').get_symbols()
                   if s.is_assigned() or s.is_imported()}
     defined, read = set(), set()
@@ -30,8 +30,8 @@ def uses(code): # (names that a cell defines, names that it takes from outside)
                             inner += getattr(part, name)
                             setattr(part, name, [ast.Pass()])
             table = symtable.symtable(ast.unparse(node), 'cell', 'exec')
-            here = {s.get_name() for s in table.get_symbols() if s.is_referenced()}.union(
-                *map(outside, table.get_children()))
+            here = ({s.get_name() for s in table.get_symbols() if s.is_referenced()}
+                    .union(*map(outside, table.get_children())))
             if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name): here.add(node.target.id)
             read.update(here - (everything if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else defined))
             defined.update(s.get_name() for s in table.get_symbols() if s.is_assigned() or s.is_imported())

@@ -12,8 +12,8 @@ def one(n, folder): # resident bytes before, and the peaks of the two phases
     from deepcluster_nb.data import PackedImages
     torch.set_num_threads(2)
     images = PackedImages.load(folder/f'{n}.safetensors')
-    status = (
-        lambda key: int(next(l for l in open('/proc/self/status') if l.startswith(key)).split()[1]) * 1024)
+    status = lambda key: (
+        int(next(l for l in open('/proc/self/status') if l.startswith(key)).split()[1]) * 1024)
     start, cluster, peaks = status('VmRSS'), training.cluster, []
     def note(): # the peak since the last note
         peaks.append(status('VmHWM')); Path('/proc/self/clear_refs').write_text('5')

@@ -56,8 +56,8 @@ def differences(stored, fresh, kinds_only=False):
             for (kind, a), (_, b) in zip(was, is_):
                 same = same_picture if kind == 'image/png' else same_text
                 if kind != 'image/svg+xml' and not same(a, b, timed):
-                    found.append(f"{s['id']}: other {kind}" + ('' if kind == 'image/png' else
-                                                               f': {a[:200]!r}, now {b[:200]!r}'))
+                    found.append(f"{s['id']}: other {kind}"
+                                 + ('' if kind == 'image/png' else f': {a[:200]!r}, now {b[:200]!r}'))
     return found
 
 def run(path, copy):
@@ -78,8 +78,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('notebooks', nargs='*', help='paths; all of nbs and its folders if there are none')
     names = parser.parse_args(argv).notebooks
-    paths = [Path(n).resolve().relative_to(ROOT) for n in names] or sorted(
-        p.relative_to(ROOT) for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+    paths = ([Path(n).resolve().relative_to(ROOT) for n in names]
+             or sorted(p.relative_to(ROOT) for p in (ROOT/'nbs').rglob('*.ipynb')
+                       if '.ipynb_checkpoints' not in p.parts))
     stale = 0
     with tempfile.TemporaryDirectory() as tmp:
         copy = Path(tmp)/'copy'

@@ -119,8 +119,8 @@ def test_kept_bytes_of_a_known_graph():
 def test_material(tmp_path, monkeypatch):
     monkeypatch.delenv('DEEPCLUSTER_DATA', raising=False)
     images, facts = material(Config(dataset='cifar100'))
-    assert (facts['n'], facts['n_test'], facts['classes'],
-            facts['real']) == (50_000, 10_000, 100, False) and images.size == (3, 32, 32)
+    assert ((facts['n'], facts['n_test'], facts['classes'], facts['real']) == (50_000, 10_000, 100, False)
+            and images.size == (3, 32, 32))
     assert (material(Config(dataset='folder'))[1]['n'] == 1_281_167
             and material(Config(dataset='folder'), 5000)[1]['n'] == 5000)
     from PIL import Image
@@ -129,8 +129,8 @@ def test_material(tmp_path, monkeypatch):
         d.mkdir(parents=True, exist_ok=True)
         Image.new('RGB', (40 + i, 30)).save(d/f'{i}.png')
     images, facts = material(Config(dataset='folder', root=str(tmp_path)))
-    assert (facts['n'], facts['n_test'], facts['classes'], facts['real'], facts['decoded'],
-            len(images)) == (9, 3, 2, True, True, 9)
+    assert ((facts['n'], facts['n_test'], facts['classes'], facts['real'], facts['decoded'], len(images))
+            == (9, 3, 2, True, True, 9))
     assert facts['image_bytes'] == pytest.approx(sum(3*30*(40 + i) for i in range(9))/9)
 
 @pytest.mark.parametrize('change, n_images, seconds, message', [

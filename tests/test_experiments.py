@@ -15,13 +15,13 @@ def table_and_folder(out, where):
     assert names == {'params.yaml', 'log.jsonl', 'metrics.json', 'assignments', 'clusters.csv', 'checkpoint',
                      'figures', 'notebook.ipynb', 'report.html'}
     m = json.loads((where/'metrics.json').read_text())
-    assert list(m['probes']['random']) == list(m['probes']['deepcluster']) == [
-        f'conv{i}' for i in range(1, 6)]
+    assert (list(m['probes']['random']) == list(m['probes']['deepcluster'])
+            == [f'conv{i}' for i in range(1, 6)])
     assert (all(0 <= v <= 100 for net in m['probes'].values() for v in net.values())
             and set(m['knn']) == {'random', 'random_calibrated', 'deepcluster'})
-    assert {p.name for p in (where/'figures').iterdir()} == {'curves.png', 'clusters_before.png',
-                                                             'clusters.png', 'neighbours_before.png',
-                                                             'neighbours.png', 'probes.png'}
+    assert ({p.name for p in (where/'figures').iterdir()}
+            == {'curves.png', 'clusters_before.png', 'clusters.png', 'neighbours_before.png',
+                'neighbours.png', 'probes.png'})
     html = (where/'report.html').read_text()
     assert (html.count('<img') == 6 and m['verdict']
             and all(line in html and line in out for line in m['verdict'])

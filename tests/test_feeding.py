@@ -38,8 +38,8 @@ class FakeGPU(TorchDispatchMode):
         with self.fake: out = op(*args, **kwargs)
         if op is torch.ops.aten.convolution.default: self.convolved.add(out.dtype)
         if op is torch.ops.aten._to_copy.default:
-            self.copies += given[0].device != out.device and not (kwargs.get('non_blocking')
-                                                                  and getattr(given[0], 'pinned', False))
+            self.copies += (given[0].device != out.device
+                            and not (kwargs.get('non_blocking') and getattr(given[0], 'pinned', False)))
         if op is torch.ops.aten.copy_.default:
             self.copies += (given[0].device != given[1].device
                             and not (args[2:3] == (True,) and getattr(given[1], 'pinned', False)))
@@ -208,8 +208,8 @@ def test_a_resident_run_is_the_same_run(monkeypatch, ragged): # the way of a GPU
     plain = fit(c, images, echo=None)
     monkeypatch.setattr(training, 'resident', lambda images, device: resident(images, device, room=10**6))
     for module in (training, features):
-        monkeypatch.setattr(module, 'fetch_ahead', lambda images, batches, device: (
-            (idx, pick_batch(images, idx)) for idx in batches))
+        monkeypatch.setattr(module, 'fetch_ahead', lambda images, batches, device:
+                            ((idx, pick_batch(images, idx)) for idx in batches))
     other = fit(c, images, echo=None)
     assert other.images is images
     if not ragged:

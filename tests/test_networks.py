@@ -142,5 +142,5 @@ def test_full_scale_presets(preset):
 
 def test_the_papers_values():
     given = yaml.safe_load((experiments_folder()/'presets'/'imagenet_alexnet.yaml').read_text())
-    assert (given['epochs'], given['batch_size'], given['lr'], given['weight_decay'],
-            given['momentum']) == (500, 256, .05, 1e-5, .9)
+    assert ((given['epochs'], given['batch_size'], given['lr'], given['weight_decay'], given['momentum'])
+            == (500, 256, .05, 1e-5, .9))

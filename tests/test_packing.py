@@ -242,8 +242,8 @@ def test_packed_is_a_data_set(tree, tmp_path):
         pack_folder(tree, tmp_path/f'{name}.safetensors', max_side=50, center=24, **FEW)
     some = load_images('packed', tmp_path, n_images=5, seed=1)
     assert some.paths == load_images('folder', tree, n_images=5, seed=1).paths == some.center.paths
-    assert len(load_images('packed', tmp_path,
-                           'test')) == len(load_images('packed', tmp_path/'val.safetensors')) == 12
+    assert (len(load_images('packed', tmp_path, 'test'))
+            == len(load_images('packed', tmp_path/'val.safetensors')) == 12)
     with pytest.raises(FileNotFoundError, match='make it with `python data_scripts/pack_images.py'):
         load_images('packed', tmp_path/'val.safetensors', 'test')
     pack_folder(image_files(tree)[0][1:], tmp_path/'few.safetensors', size=24, **FEW)

@@ -230,14 +230,15 @@ def test_the_notebook_takes_the_names_of_probe_config():
 
 def test_the_papers_values():
     c = ProbeConfig()
-    assert (c.epochs, c.batch_size, c.lr, c.momentum, c.weight_decay, c.ten_crops, c.count_padding,
-            c.schedule) == (90, 256, .01, .9, 1e-7, True, True, 'released')
+    assert ((c.epochs, c.batch_size, c.lr, c.momentum, c.weight_decay, c.ten_crops, c.count_padding,
+             c.schedule)
+            == (90, 256, .01, .9, 1e-7, True, True, 'released'))
     for preset in ('probe_imagenet', 'probe_places'):
         given = gather('probe', preset)[1]
-        assert {k: given[k] for k in ('epochs', 'batch_size', 'lr', 'momentum', 'weight_decay', 'ten_crops',
-                                      'count_padding')} == {k: getattr(c, k) for k in (
-                                          'epochs', 'batch_size', 'lr', 'momentum', 'weight_decay',
-                                          'ten_crops', 'count_padding')}
+        assert ({k: given[k] for k in ('epochs', 'batch_size', 'lr', 'momentum', 'weight_decay', 'ten_crops',
+                                       'count_padding')}
+                == {k: getattr(c, k) for k in ('epochs', 'batch_size', 'lr', 'momentum', 'weight_decay',
+                                               'ten_crops', 'count_padding')})
 
 TINY = dict(epochs=2, batch_size=16, lr=.1, supervised=1, min_scale=.5, dropout=0., n_images=40, n_test=20,
             layers='conv1 conv5')

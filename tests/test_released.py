@@ -157,8 +157,8 @@ def test_damaged_files_are_one_error(tmp_path):
     torch.save(dict(arch='alexnet', epoch=1, state_dict={'top_layer.bias': torch.zeros(3)}), small,
                _use_new_zipfile_serialization=False)
     good = small.read_bytes()
-    variants = [good[:g.randrange(len(good))] for _ in range(20)] + [b'', b'GIF89a', b'\x80\x02', bytes(1000),
-                                                                     b'PK\x03\x04' + bytes(100)]
+    variants = ([good[:g.randrange(len(good))] for _ in range(20)]
+                + [b'', b'GIF89a', b'\x80\x02', bytes(1000), b'PK\x03\x04' + bytes(100)])
     for _ in range(60):
         b = bytearray(good)
         for _ in range(g.randrange(1, 4)): b[g.randrange(len(b))] = g.randrange(256)

@@ -162,8 +162,8 @@ def test_ap_is_the_official_sum():
         positive, junk = set(names[:cut[0]]) | {'not in the ranking'}, set(names[cut[0]:cut[1]])
         ranked = [names[i] for i in g.permutation(n)]
         assert ranked_ap(ranked, positive, junk) == pytest.approx(official(ranked, positive, junk))
-        assert ranked_ap([r for r in ranked if r not in junk],
-                         positive) == pytest.approx(ranked_ap(ranked, positive, junk))
+        assert (ranked_ap([r for r in ranked if r not in junk], positive)
+                == pytest.approx(ranked_ap(ranked, positive, junk)))
 
 # --- files
 
@@ -180,8 +180,8 @@ def test_official_layout(tmp_path): # the publisher's files, written by hand
     assert (q.name, q.image, q.box, q.junk) == ('all_souls_1', 'all_souls_000013',
                                                 (136.5, 34.1, 648.5, 955.7), {'oxford_000317'})
     assert len(q.positive) == 3        # one that is not there counts as not found, as in the official program
-    assert ranked_ap(['all_souls_000013', 'all_souls_000026', 'oxford_000317'], q.positive,
-                     q.junk) == pytest.approx(2/3)
+    assert (ranked_ap(['all_souls_000013', 'all_souls_000026', 'oxford_000317'], q.positive, q.junk)
+            == pytest.approx(2/3))
     (tmp_path/'lab'/'all_souls_1_query.txt').write_text('oxc1_all_souls_000077 1 2 3 4\n')
     with pytest.raises(ValueError, match="queries: expected the image of 'all_souls_1'"):
         read_oxford(tmp_path)

@@ -33,8 +33,8 @@ def turn(tmp_path):
     fake.write_text(FAKE); fake.chmod(0o755)
     started = []
     def start(how, *args, script=RUN, **env):
-        env = dict(PATH=f"{tmp_path/'bin'}:/usr/bin:/bin", HOME=str(tmp_path), FAKE=how,
-                   OMP_NUM_THREADS='3') | env
+        env = dict(PATH=f"{tmp_path/'bin'}:/usr/bin:/bin", HOME=str(tmp_path),
+                   FAKE=how, OMP_NUM_THREADS='3') | env
         p = subprocess.Popen([script, tmp_path/'run', *(args or ('train', '--preset', 'digits'))], env=env,
                              cwd='/', text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                              start_new_session=True)

@@ -25,8 +25,8 @@ def train(top): return read_voc(top, 'train')
 def test_lists_and_annotations_say_the_same(top):
     for split, n in (('train', 20), ('val', 20), ('trainval', 40), ('test', 20)):
         names, classes, truth = voc_labels(top, split)
-        assert len(names) == n and truth.shape == (n, 5) and classes == ['cross', 'disc', 'ring', 'square',
-                                                                         'triangle']
+        assert (len(names) == n and truth.shape == (n, 5)
+                and classes == ['cross', 'disc', 'ring', 'square', 'triangle'])
         for name, row in zip(names, truth.tolist()):
             found = voc_objects(top/'Annotations'/f'{name}.xml')
             assert row == [max([1 - d for c,_,d in found if c == k], default=-1) for k in classes]
@@ -277,8 +277,8 @@ def test_command_and_again(tmp_path, capsys):
     del done['all/deepcluster']                               # as if it had been stopped before the last part
     (where/'runs.json').write_text(json.dumps(done))
     assert main(['run', 'voc', '--preset', 'voc_small', '--out', str(where), *TINY]) == 0
-    assert {k: v for k,v in json.loads((where/'metrics.json').read_text()).items() if k != 'seconds'} == {
-        k: v for k,v in m.items() if k != 'seconds'}
+    assert ({k: v for k,v in json.loads((where/'metrics.json').read_text()).items() if k != 'seconds'}
+            == {k: v for k,v in m.items() if k != 'seconds'})
 
 def test_missing_tree_is_one_line_and_leaves_nothing(tmp_path, capsys):
     assert main(['run', 'voc', '--preset', 'voc2007', '-p', f'root={tmp_path}',

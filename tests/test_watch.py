@@ -185,8 +185,8 @@ def test_every_number_becomes_one_event(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiments, 'event_writer',
                         lambda folder: events if folder == tmp_path/'tb'/'r' else 1/0)
     with working(made(tmp_path/'r')): watch(tmp_path/'r', every=.01, tensorboard=tmp_path/'tb')
-    assert events.closed and sorted(events.points) == sorted((name, v, e) for e in range(EPOCHS)
-                                                             for name,v in log_numbers(row(e)).items())
+    assert (events.closed and sorted(events.points)
+            == sorted((name, v, e) for e in range(EPOCHS) for name,v in log_numbers(row(e)).items()))
     assert ('seconds/training', 3.,
             0) in events.points and not any(name == 'nmi_prev' and e == 0 for name,_,e in events.points)
 
