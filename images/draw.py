@@ -1,5 +1,4 @@
-("The home page's two pictures, drawn from what stands on it: "
- "`python images/draw.py` after its table has changed.")
+"Chapter 15's picture of the ladder's second rung, from the table beside it: `python images/draw.py`."
 import json
 from pathlib import Path
 
@@ -17,26 +16,6 @@ def card(width, height, title, inside): # light on every page, so that it can be
                       f'<rect x=".5" y=".5" width="{width - 1}" height="{height - 1}" rx="8" fill="#ffffff" '
                       'stroke="#d1d5db"/>',
                       *inside, '</svg>', ''])
-
-def pipeline():
-    "Three rows of three; the lower two are the loop."
-    cols, rows, w, h = (14, 178, 342), (18, 112, 206), 124, 48
-    steps = [('images', 0, 0), ('crops', 1, 0), ('Sobel', 2, 0), ('network', 2, 1), ('features', 1, 1),
-             ('PCA, unit length', 0, 1), ('k-means', 0, 2), ('balanced sampling', 1, 2), ('training', 2, 2)]
-    out = ['<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" '
-           f'orient="auto"><path d="M0 0L8 4L0 8z" fill="{DARK}"/></marker></defs>']
-    for (_, c, r), (_, c2, r2) in zip(steps, steps[1:] + [steps[3]]):      # from side to side, or down, or up
-        dx, dy = (c2 > c) - (c2 < c), (r2 > r) - (r2 < r)
-        ends = [cols[c] + w/2 + dx*w/2, rows[r] + h/2 + dy*h/2, cols[c2] + w/2 - dx*(w/2 + 3),
-                rows[r2] + h/2 - dy*(h/2 + 3)]
-        out.append('<path d="M{:g} {:g}L{:g} {:g}" stroke="{}" stroke-width="1.6" fill="none" '
-                   'marker-end="url(#tip)"/>'.format(*ends, DARK))
-    for name, c, r in steps:
-        fill, line = ('#fde68a', '#b45309') if name == 'k-means' else ('#f3f4f6', '#6b7280')
-        out += [f'<rect x="{cols[c]}" y="{rows[r]}" width="{w}" height="{h}" rx="6" fill="{fill}" '
-                f'stroke="{line}"/>', text(cols[c] + w/2, rows[r] + h/2 + 5, name, 14)]
-    out.append(text(240, 187, 'once every epoch', 14, DARK, more=' font-style="italic"'))
-    return card(480, 272, 'DeepCluster: cluster the features, train on the cluster numbers, repeat', out)
 
 def table(markdown): # name → [(mean, standard deviation), …], and the columns
     rows = [[c.strip() for c in l.strip('|').split('|')] for l in markdown.splitlines() if l.startswith('|')]
@@ -72,10 +51,10 @@ def gains(markdown):
                 out)
 
 def pictures():
-    cells = json.loads((HERE.parent/'nbs'/'index.ipynb').read_text())['cells']
-    return {'pipeline.svg': pipeline(),
-            'gains.svg': gains('\n'.join(''.join(c['source'])
-                                         for c in cells if c['cell_type'] == 'markdown'))}
+    (page,) = (HERE.parent/'nbs').glob('[0-9]*_experiments.ipynb')
+    cells = json.loads(page.read_text())['cells']
+    markdown = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+    return {'gains.svg': gains(markdown)}
 
 if __name__ == '__main__':
     for name, svg in pictures().items(): (HERE/name).write_text(svg)
