@@ -20,7 +20,7 @@ def triangles(start:Tensor,  # (B,) first pixel of the window, may be fractional
               n_out:int,     # pixels wanted
               flip=None,     # (B,) bool, mirror these: their centres in reverse order
              )->tuple:       # (B, n_out) centres, (B, 1) reach to each side, in pixels
-    "Where the filter of each output pixel lies."
+    "Locate the triangle filter of each output pixel."
     step   = (length / n_out)[:, None]                                # input pixels an output pixel
     centre = start[:, None] + (torch.arange(n_out, device=start.device) + .5) * step
     if flip is not None: centre = torch.where(to_device(flip, start.device)[:, None], centre.flip(1), centre)
@@ -43,7 +43,7 @@ def resize_weights(start:Tensor, length:Tensor, # (B,) as for triangles
 
 # %% ../nbs/01_augment.ipynb #d6af4801
 def product_type(pixels:Tensor)->torch.dtype: # float16 for bytes on a GPU, else float32
-    "What crops are computed in."
+    "Choose the dtype in which crops are computed."
     return torch.float16 if pixels.is_cuda and pixels.dtype == torch.uint8 else torch.float32
 
 # %% ../nbs/01_augment.ipynb #865e7749
@@ -54,7 +54,7 @@ def crop_batch(images:Tensor, # (B, C, H, W)
                sizes=None,    # (B, 2) height and width, of images that stand in the corner of a larger frame
                dtype=None,    # of the products; as product_type says
               )->Tensor:      # (B, C, size, size) float32
-    "Crop, resize and flip: `Wy @ image @ Wx.T`."
+    "Crop, resize and flip a batch as two matrix products per channel, `Wy @ image @ Wx.T`."
     left, top, width, height = to_device(boxes.float(), images.device).unbind(1)
     h, w = images.shape[2:] if sizes is None else sizes.unbind(1)
     images, wy, wx = (t.to(dtype or product_type(images)) for t in (
@@ -65,7 +65,7 @@ def crop_batch(images:Tensor, # (B, C, H, W)
 # %% ../nbs/01_augment.ipynb #7cfef095
 def resize_taps(start:Tensor, length:Tensor, n_in, n_out:int, flip=None
                )->tuple: # (B, n_out, T) pixels, and (B, n_out, T) weights
-    "The rows of `resize_weights` without their zeros."
+    "Return the rows of `resize_weights` without their zeros."
     centre, reach = triangles(start, length, n_out, flip)
     # (T, B, n_out), as long rows are quick
     pixel = (centre - reach + .5).floor() + torch.arange(int((2*reach.max()).ceil()))[:, None, None]
@@ -79,7 +79,7 @@ def weigh_rows(x:Tensor,       # (B, H, n)
                pixels:Tensor,  # (B, n_out, T) rows to add
                weights:Tensor, # (B, n_out, T)
               )->Tensor:       # (B, n_out, n)
-    "Of each image some weighted sums of rows."
+    "Compute weighted sums of the rows of each image."
     at = pixels + torch.arange(0, len(x)*x.shape[1], x.shape[1], dtype=pixels.dtype)[:, None, None]
     return F.embedding_bag(at.flatten(0, 1), x.flatten(0, 1), per_sample_weights=weights.flatten(0, 1),
                            mode='sum').view(*pixels.shape[:2], -1)
@@ -87,7 +87,7 @@ def weigh_rows(x:Tensor,       # (B, H, n)
 def crop_taps(images,       # (B, C, H, W), or a list of (C, H, W), which go through one at a time
               boxes:Tensor, size:int, flip=None,
              )->Tensor:     # (B, C, size, size) float32
-    "What `crop_batch` does, without the zeros."
+    "Crop, resize and flip as `crop_batch` does, without multiplying by the filter's zeros."
     flips = None if flip is None else torch.cat([flip, torch.zeros_like(flip)])
     # columns, then rows
     taps = resize_taps(boxes[:, :2].T.flatten(), boxes[:, 2:].T.flatten(),
@@ -97,8 +97,10 @@ def crop_taps(images,       # (B, C, H, W), or a list of (C, H, W), which go thr
     return torch.cat([both_ways(im[None], *t)
                       for im,*t in zip(images, *(t.split(1) for t in (px, wx, py, wy)))])
 
-def both_ways(images:Tensor, px, wx, py, wy
-             )->Tensor: # (B, C, H, W), and its taps across and down → (B, C, size, size)
+def both_ways(images:Tensor, # (B, C, H, W)
+              px, wx, py, wy # pixels and weights of resize_taps, across and down
+             )->Tensor:      # (B, C, size, size)
+    "Resample a batch with its taps, first down the columns, then along the rows."
     B, C, H, W = images.shape
     x = weigh_rows(images.transpose(1, 2).flatten(2).float(), py, wy)                         # (B, size, C·W)
     # (B, size, C·size), columns first
@@ -114,7 +116,7 @@ def image_sizes(images)->Tensor: # (B, 2) height and width
 
 # %% ../nbs/01_augment.ipynb #0185a4bf
 def check_images(images, size):
-    "Bad input to any crop is an error with its name on it."
+    "Raise a ValueError for images or a size that no crop can work with."
     listed, flat = isinstance(images, list), isinstance(images, Ragged)
     if size < 1: raise ValueError(f"size: expected at least 1 pixel, got {size}")
     if any(im.ndim != 3 for im in images) if listed else not flat and images.ndim != 4:
@@ -122,7 +124,7 @@ def check_images(images, size):
                          f"got {tuple(images[0].shape) if listed else tuple(images.shape)}")
 
 def check_boxes(images, boxes, flip):
-    "And bad windows."
+    "Raise a ValueError for boxes or flips that don't fit the images."
     B = len(images)
     if boxes.shape != (B, 4):
         raise ValueError(f"boxes: expected ({B}, 4), left, top, width and height for each image, "
@@ -139,8 +141,8 @@ def check_boxes(images, boxes, flip):
 def cut_windows(images:list,  # (C, H, W) each
                 boxes:Tensor, # (B, 4) left, top, width, height in pixels
                 size:int,     # height and width wanted
-               ):             # (list of (C, h, w) views, (B, 4) the boxes within them)
-    "Of each image the pixels that the filter can ask for, and no others."
+               )->tuple:      # (list of (C, h, w) views, (B, 4) the boxes within them)
+    "Cut out of each image only the pixels that the filter can reach."
     start, end = windows(boxes, size, image_sizes(images))
     cuts = [im[:, y:y1, x:x1] for im,(x,y),(x1,y1) in zip(images, start.long().tolist(), end.long().tolist())]
     return cuts, torch.cat([boxes[:, :2] - start, boxes[:, 2:]], 1)
@@ -150,7 +152,7 @@ def crop_ragged(images,       # Ragged, or a list of (C, H, W)
                 size:int, flip=None,
                 room:int=2**24, # pixels in frames at a time
                )->Tensor:     # (B, C, size, size) float32
-    "Crops on a GPU: windows of about the same size together, each in the corner of a frame."
+    "Crop on a GPU: windows of similar size go together, each in the corner of a frame of one size."
     if isinstance(images, list): images = Ragged.of(images)
     parts = images.alike(boxes, size, room)
     crops = [crop_batch(frames, b, size, None if flip is None else flip.cpu()[i], wh,
@@ -160,10 +162,10 @@ def crop_ragged(images,       # Ragged, or a list of (C, H, W)
             if len(parts) > 1 else crops[0])
 
 # %% ../nbs/01_augment.ipynb #c3e41d05
-def plain_cut(images, boxes, size,
+def plain_cut(images, boxes, size, flip
               # (B, C, size, size) where all want the same window, of whole pixels, at its own size; else None
-              flip):
-    "What needs no resizing is cut out."
+             )->Tensor:
+    "Slice the crops out of the batch where nothing is resized or mirrored; else return None."
     if (isinstance(images, (list, Ragged)) or flip is not None or not len(boxes)
         or (boxes[:, 2:] != size).any() or (boxes != boxes[:1].floor()).any()):
         return None
@@ -172,7 +174,7 @@ def plain_cut(images, boxes, size,
 
 # %% ../nbs/01_augment.ipynb #a7425ae3
 def crop_inside(images, boxes:Tensor, size:int, flip=None)->Tensor: # as for resample
-    "`resample`, where the windows are known to lie inside the images."
+    "Do what `resample` does for windows that are known to lie inside the images."
     check_images(images, size)
     if (cut := plain_cut(images, boxes, size, flip)) is not None: return cut
     if isinstance(images, Ragged) or isinstance(images, list) and images and images[0].is_cuda:
@@ -193,7 +195,7 @@ def resample(images,           # (B, C, H, W) uint8 or float, a list of (C, H, W
 
 # %% ../nbs/01_augment.ipynb #af3a0624
 def check_ranges(sizes, scale, ratio):
-    "Bad input to `crop_boxes` is an error with its name on it."
+    "Raise a ValueError for sizes, scale or ratio that `crop_boxes` can't work with."
     if sizes.shape[1:] != (2,):
         raise ValueError(f"sizes: expected (B, 2), height and width, got {tuple(sizes.shape)}")
     if not 0 < scale[0] <= scale[1] <= 1:
@@ -203,7 +205,7 @@ def check_ranges(sizes, scale, ratio):
 # %% ../nbs/01_augment.ipynb #c7e02a9d
 def central_boxes(full:Tensor, # (B, 2) width and height
                   ratio)->Tensor: # (B, 4), as for crop_boxes
-    "The largest central crops in the ratio."
+    "Return the largest central boxes whose aspect ratio lies within the limits."
     most = torch.minimum(full, (full.flip(1) * torch.tensor([ratio[1], 1/ratio[0]])).round())
     return torch.cat([((full - most) / 2).floor(), most], 1)
 
@@ -214,7 +216,7 @@ def crop_boxes(sizes:Tensor,      # (B, 2) height and width of each image, pixel
                ratio=(3/4, 4/3),  # width to height
                tries:int=10,      # draws before the central fallback
               )->Tensor:          # (B, 4) left, top, width, height, whole pixels
-    "Random resized crops as torchvision draws them, for a whole batch."
+    "Draw the boxes of random resized crops as torchvision does, for a whole batch."
     check_ranges(sizes, scale, ratio)
     full, row, u = (sizes.flip(1).float(), torch.arange(len(sizes)),
                     torch.rand(4, len(sizes), tries, generator=generator))
@@ -243,8 +245,7 @@ def random_resized_crop(images,            # (B, C, H, W), or a list of (C, H, W
 def central_square(sizes:Tensor, # (B, 2) height and width
                    size:int,     # pixels wanted
                   )->Tensor:     # (B, 1) side in pixels
-    ("Resize 256, crop 224 takes 7/8 of the short side; "
-     "never fewer than `size` pixels, where there are as many.")
+    "Return 7/8 of the short side (resize 256, crop 224), but at least `size` where the image has it."
     short = sizes.amin(1, keepdim=True).float()
     return torch.minimum(short, (short * 7/8).clamp_min(size))
 

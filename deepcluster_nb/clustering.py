@@ -22,7 +22,7 @@ from .small_maps import TILES
 # %% ../nbs/05_clustering.ipynb #9825f77e
 @dataclass
 class Clustering:
-    "What every clustering algorithm returns."
+    "The result of every clustering algorithm."
     assign:Tensor     # (N,) cluster of each point, int64
     centroids:Tensor  # (k, D)
     # sum of squared distances: one an iteration, before its update; and that of assign at the end
@@ -36,7 +36,7 @@ class Clustering:
 
 # %% ../nbs/05_clustering.ipynb #6ce17e02
 def as_points(x, k:int)->Tensor: # (N, D) float32
-    "Points fit to be put into k clusters, or an error."
+    "Return points that can be put into k clusters; raise a ValueError for any others."
     x = torch.as_tensor(x)
     if x.ndim != 2: raise ValueError(f"x: expected (N, D) points, got {tuple(x.shape)}")
     if not 1 <= k <= len(x): raise ValueError(f"k: expected 1 to {len(x):,}, the number of points, got {k:,}")
@@ -48,7 +48,7 @@ def as_points(x, k:int)->Tensor: # (N, D) float32
 
 # %% ../nbs/05_clustering.ipynb #9dbc259f
 def starting_points(x:Tensor, k:int, seed:int=0, epoch:int=0)->Tensor: # (k, D)
-    "k of the points at random."
+    "Choose k of the points at random."
     return x[torch.randperm(len(x), generator=generator(seed, 'kmeans', epoch))[:k].to(x.device)]
 
 # %% ../nbs/05_clustering.ipynb #b5c030e7
@@ -69,15 +69,16 @@ def lloyd(x:Tensor,      # (N, D) points
     return Clustering(assign, centroids, objective)
 
 # %% ../nbs/05_clustering.ipynb #e2fc6c64
-def flip(i:Tensor)->Tensor: # bits of numbers ⇄ integers in the same order
+def flip(i:Tensor)->Tensor: # of the same type
+    "Map the bits of floating-point numbers to integers in the same order, and back."
     n = torch.iinfo(i.dtype)
     return i ^ ((i >> n.bits - 1) & n.max)
 
 def contenders(scores:Tensor,  # (T, k) bfloat16 or float32; k: a multiple of 64, or less than 128
                slack:Tensor,   # (T,)
                order=lambda i: i, # positive numbers need no flip
-              ):               # (rows, columns), unordered
-    "All scores that are within the slack of the largest in their row, and few others."
+              )->tuple:        # (rows, columns), unordered
+    "Find all scores within the slack of the largest in their row, and few others."
     bits = order(scores.view({2: torch.int16, 4: torch.int32}[scores.itemsize]))
     i = bits.view(len(bits), min(16, max(1, bits.shape[1] // 64)), -1)  # 64 side by side are quick to compare
     best = i.amax(1)
@@ -95,13 +96,13 @@ def contenders(scores:Tensor,  # (T, k) bfloat16 or float32; k: a multiple of 64
 
 # %% ../nbs/05_clustering.ipynb #3d5f0e88
 def rough_type(x:Tensor)->torch.dtype: # bfloat16 where the device has it
-    "What scores are computed in at first."
+    "Choose the dtype of the first, rough scores."
     return torch.bfloat16 if has_bfloat16(x.device) else torch.float32
 
 # %% ../nbs/05_clustering.ipynb #0e499596
 def rounding_losses(x:Tensor, low
                    )->Tensor: # (N, D) → (2, N) length of each point, and of what rounding takes from it
-    "How much of a point there is to lose, and how much is lost."
+    "Measure the length of each point, and of the part that rounding to `low` removes."
     return torch.cat([torch.stack([b, b - b.to(low)]).norm(dim=2) for b in x.split(8192)], 1)
 
 def nearest(x:Tensor,          # (N, D) float32
@@ -110,7 +111,7 @@ def nearest(x:Tensor,          # (N, D) float32
             low=None,          # dtype of the rough scores; rough_type
             losses=None,       # rounding_losses of the points, if they are known
            )->Tensor:          # (N,) index; the first of several that are equally near
-    "The nearest centroid of each point: rough scores, and exact ones where those leave a doubt."
+    "Find the nearest centroid of each point: rough scores first, exact ones where those leave a doubt."
     (k, d), low = centroids.shape, low or rough_type(x)
     c    = F.pad(centroids, (0, 0, 0, -k % 256))                            # to a width that suits processors
     # 80 bytes a score, should all be equal
@@ -145,7 +146,7 @@ def nearest(x:Tensor,          # (N, D) float32
 
 # %% ../nbs/05_clustering.ipynb #1ab4504a
 class Sums:
-    "The sum of each cluster's points, the same in any order."
+    "The sum of each cluster's points, bit for bit the same in any order."
     def __init__(self, x:Tensor, k:int): # (N, D) points, number of clusters
         self.x, self.assign, self.whole = x, None, x.new_zeros(k, x.shape[1], dtype=torch.float64)
         size = lambda n: math.ceil(math.log2(max(n, 1e-30)))
@@ -222,7 +223,7 @@ def torch_kmeans(x:Tensor,             # (N, D) float32
 
 # %% ../nbs/05_clustering.ipynb #ede54d0a
 def slow_faiss(share:float=.6)->str: # '' where faiss is fast enough
-    "What to do when faiss' matrix product runs at less than this share of torch's speed."
+    "Return advice where faiss' matrix product runs at less than this share of torch's speed."
     import faiss
     x = torch.randn(4096, 256, generator=generator(0))
     index = faiss.IndexFlatIP(256); index.add(x[:1024].numpy())
@@ -238,7 +239,7 @@ def slow_faiss(share:float=.6)->str: # '' where faiss is fast enough
 
 # %% ../nbs/05_clustering.ipynb #bb244fab
 def faiss_kmeans(x:Tensor, niter:int, init:Tensor, repair=None)->Clustering: # repair is not used
-    "The same through faiss: all points, flat index, no early stop, its own repair."
+    "Run k-means in faiss: all points, flat index, no early stop, faiss' own repair."
     import faiss
     xs, k = np.ascontiguousarray(x.cpu().numpy(), dtype=np.float32), len(init)
     if niter * xs.size * k > 1e11 and (note := slow_faiss()): warnings.warn(note)
@@ -266,7 +267,7 @@ def kmeans(x:Tensor,          # (N, D) points
            init:Tensor=None,  # (k, D) starting centroids instead
            repair:str='faiss',# the rule for empty clusters, or 'paper'
           )->Clustering:
-    "Cluster points, with no cluster left empty for long (paper, equation 2)."
+    "Cluster points with k-means; empty clusters are repaired after each iteration (paper, equation 2)."
     x = as_points(x, k)
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -281,8 +282,8 @@ def kmeans(x:Tensor,          # (N, D) points
     return BACKENDS[backend](x, niter, init, partial(REPAIRS[repair], g=generator(seed, 'repair', epoch)))
 
 # %% ../nbs/05_clustering.ipynb #ff591acd
-def entropy(counts:Tensor)->float: # of the shares that these counts are, in nats
-    "−Σ p log p."
+def entropy(counts:Tensor)->float: # in nats
+    "Return the entropy −Σ p log p of the shares that these counts are."
     p = counts[counts > 0].double() / counts.sum()
     return float(-(p * p.log()).sum())
 
@@ -304,7 +305,7 @@ def nmi(a:Tensor,  # (N,) cluster ids
 
 # %% ../nbs/05_clustering.ipynb #53e2c755
 def chance_nmi(a:Tensor, b:Tensor, seed:int=0)->float:
-    "What two unrelated partitions with these cluster sizes score: b is shuffled."
+    "Return the NMI that unrelated partitions with these cluster sizes score: b is shuffled."
     b = torch.as_tensor(b)
     return nmi(a, b[torch.randperm(len(b), generator=generator(seed, 'chance'))])
 

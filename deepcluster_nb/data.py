@@ -120,7 +120,7 @@ class PackedImages:
 
 # %% ../nbs/00_data.ipynb #c3788fc9
 def map_pixels(path)->Tensor: # (total,) uint8
-    "The `pixels` of a safetensors file, mapped: nothing is read yet."
+    "Memory-map the pixels of a safetensors file; nothing is read yet."
     private = dict(access=mmap.ACCESS_COPY)
     if sys.platform == 'linux':
         private = dict(flags=mmap.MAP_PRIVATE | getattr(mmap, 'MAP_NORESERVE', 0x4000),
@@ -132,7 +132,7 @@ def map_pixels(path)->Tensor: # (total,) uint8
                                 count=end - start)
 
 def center_path(path, size:int)->Path: # train.safetensors → train-center224.safetensors
-    "Where the exact central crops of a packed file lie: beside it."
+    "Return the path of the exact central crops of a packed file: beside it."
     return Path(path).with_name(f"{Path(path).stem}-center{size}.safetensors")
 
 # %% ../nbs/00_data.ipynb #54da5443
@@ -141,7 +141,7 @@ def show_images(images,         # (N, C, H, W) uint8 or floats in [0, 1], a list
                 cols:int=10,    # pictures in a row
                 size:float=1.,  # inches a picture
                ):               # → matplotlib figure
-    "A grid of pictures."
+    "Draw a grid of pictures."
     import matplotlib.pyplot as plt
     rows, cols = max(1, -(-len(images) // cols)), max(1, min(cols, len(images)))
     fig, axs = plt.subplots(rows, cols, figsize=(cols*size, rows*(size + (0 if titles is None else .25))),
@@ -160,7 +160,9 @@ def show_images(images,         # (N, C, H, W) uint8 or floats in [0, 1], a list
     return fig
 
 # %% ../nbs/00_data.ipynb #36391b6c
-def is_test(split:str)->bool: # 'train' or 'test'
+def is_test(split:str # 'train' or 'test'
+           )->bool:
+    "Return whether a split is the test split; raise a ValueError for an unknown one."
     if split not in ('train', 'test'): raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
     return split == 'test'
 
@@ -182,7 +184,7 @@ OUTLINES = dict(disc = lambda u, v: np.hypot(u, v) < .8,
 
 # %% ../nbs/00_data.ipynb #d08d0709
 def shapes(split:str, n:int=1200, size:int=32)->PackedImages: # (3 × size × size)
-    "Five outlines in random places, sizes, turns and colours: the truth is known, and it is not colour."
+    "Draw five outlines at random places, sizes, angles and colours; the class is the outline alone."
     g = np.random.default_rng(int(is_test(split)))
     # 4 × 4 points a pixel, from −1 to 1
     labels, at = np.arange(n) % len(OUTLINES), (np.arange(4*size) + .5) / (2*size) - 1
@@ -200,7 +202,7 @@ def shapes(split:str, n:int=1200, size:int=32)->PackedImages: # (3 × size × si
 EXTENSIONS = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm'}
 
 # %% ../nbs/00_data.ipynb #fba69fe6
-def image_files(folder): # (paths, labels or None, class names)
+def image_files(folder)->tuple: # (paths, labels or None, class names)
     ("The images of an ImageFolder tree in torchvision's order; "
      "no labels where some lie outside the class folders.")
     folder = Path(folder)
@@ -216,7 +218,7 @@ def image_files(folder): # (paths, labels or None, class names)
 
 # %% ../nbs/00_data.ipynb #88ce431a
 def decode(path)->Tensor: # (3, H, W) uint8
-    "One image file as RGB; a broken one is an error, never a grey patch."
+    "Decode one image file as RGB; a broken one is an error, never a grey patch."
     with Image.open(path) as im:
         if im.mode[0] in 'IF':
             raise ValueError(f"its pixels (mode {im.mode}) do not fit into 8 bits; convert it first")
@@ -250,7 +252,7 @@ def read_images(paths,        # image files, in the order wanted
 
 # %% ../nbs/00_data.ipynb #3805d332
 def sample_sizes(paths, n:int=500)->list: # [(width, height)]
-    "From the headers of up to n files, evenly spread; what can't be opened is passed over."
+    "Read the image sizes from the headers of up to n files, evenly spread; skip those that can't be opened."
     sizes = []
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', Image.DecompressionBombWarning)
@@ -259,7 +261,7 @@ def sample_sizes(paths, n:int=500)->list: # [(width, height)]
     return sizes
 
 def free_memory()->float: # bytes; infinite where the system does not say
-    "What is available now, and no more than the container may use."
+    "Return the memory that is available now, at most what the container may use."
     found = [float('inf')]
     with suppress(OSError):
         found += [1024*int(l.split()[1])
@@ -268,7 +270,7 @@ def free_memory()->float: # bytes; infinite where the system does not say
     return min(found)
 
 def check_memory(paths):
-    "Images that could never fit are refused before the first is decoded."
+    "Raise a ValueError for images that can't fit into memory, before the first is decoded."
     sizes, free = sample_sizes(paths, 200), free_memory()
     need = 2 * 3 * sum(w*h for w,h in sizes) / max(1, len(sizes)) * len(paths)
     if need > free:
@@ -278,8 +280,8 @@ def check_memory(paths):
                          "and load dataset 'packed'")
 
 # %% ../nbs/00_data.ipynb #f8f2b9ac
-def find_folder(name:str, root, split:str): # the folder of split's images, or None
-    "Where an ImageFolder tree keeps a split: `root/name/split`, `root/split`, or `root` itself for training."
+def find_folder(name:str, root, split:str)->Path: # the folder of split's images, or None
+    "Find the folder of a split: `root/name/split`, `root/split`, or `root` itself for training."
     subs, root = ('test', 'val') if is_test(split) else ('train',), Path(root)
     for top in (root/name, root):
         for sub in subs:
@@ -289,7 +291,7 @@ def find_folder(name:str, root, split:str): # the folder of split's images, or N
 
 # %% ../nbs/00_data.ipynb #9d25f9ac
 def torchvision_images(name:str, root, split:str, download:bool=False)->PackedImages:
-    "CIFAR-10, CIFAR-100 or STL-10 as torchvision downloads and checks them."
+    "Load CIFAR-10, CIFAR-100 or STL-10 as torchvision downloads and checks them."
     from torchvision import datasets
     if name == 'stl10':
         d = datasets.STL10(root, split, download=download)
@@ -341,7 +343,7 @@ def load_images(name:str,            # one of DATASETS
                 seed:int=0,          # of the subset
                 download:bool=False, # let torchvision fetch cifar10, cifar100 or stl10 into root
                )->PackedImages:      # in the data set's own order
-    "Any data set by its name."
+    "Load any data set by its name."
     if name not in DATASETS: raise ValueError(f"dataset: expected one of {', '.join(DATASETS)}, got {name!r}")
     if name in ('digits', 'shapes'):
         images = digits(split) if name == 'digits' else shapes(split, 300 if is_test(split) else 1200)

@@ -52,7 +52,7 @@ def per_image(work,          # called with a number of images
               least:int=2,   # smallest number
               clock=time.perf_counter,
              )->list:        # seconds an image, one number a repetition
-    "Time whole batches, or what they would take from smaller ones."
+    "Time whole batches, or extrapolate their time from smaller ones."
     times, n = sample(work, batch, seconds/2, least, clock)
     if n == batch: return sample(work, 16*batch, seconds/2, batch, clock)[0]
     half  = median(sample(work, n//2, seconds/4, n//2, clock)[0]) * (n//2)
@@ -63,7 +63,7 @@ def per_image(work,          # called with a number of images
 def kept_bytes(forward, # a batch → anything with a graph
                x:Tensor,# (B, …), B even
               )->float: # bytes an image
-    "What autograd keeps of the forward pass for the backward pass."
+    "Measure what autograd keeps of the forward pass for the backward pass."
     def kept(x):
         seen = {}
         def note(t): seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(); return t
@@ -79,7 +79,7 @@ IMAGENET = (1_281_167, 50_000, 1000)
 
 # %% ../nbs/19_estimate.ipynb #cf01e9a8
 def made_up(dataset:str, n:int=32)->PackedImages: # noise
-    "Images of the data set's usual size; photographs of two shapes where it has none of its own."
+    "Make noise images of the data set's usual size, or of two photographs' shapes where it has none."
     side, c = dict(cifar10=32, cifar100=32, stl10=96).get(dataset), 1 if dataset == 'packed' else 3
     shapes = [(c, side, side)]*n if side else [(c, 375, 500), (c, 500, 375)]*(n//2)
     pixels = torch.randint(0, 256, (sum(a*b*c for a,b,c in shapes),), generator=generator(0, 'noise'),
@@ -87,9 +87,8 @@ def made_up(dataset:str, n:int=32)->PackedImages: # noise
     return PackedImages(pixels, shapes, classes=range(SPLITS.get(dataset, IMAGENET)[2]))
 
 # %% ../nbs/19_estimate.ipynb #205f69c5
-def material(c:Config, n_images:int=0): # (images to measure with, facts)
-    ("What a run would work on: "
-     "how many images, of what size, with labels or without, and how long they take to load.")
+def material(c:Config, n_images:int=0)->tuple: # (images to measure with, facts)
+    "Find out what a run would work on: how many images, their size and labels, and their loading time."
     n, n_test, classes = SPLITS.get(c.dataset, IMAGENET)
     root, listing, tick = c.root or os.environ.get('DEEPCLUSTER_DATA', ''), 0., time.perf_counter
     here = Path(root).is_dir() and root and c.dataset not in ('digits', 'shapes', 'packed')
@@ -116,7 +115,7 @@ def material(c:Config, n_images:int=0): # (images to measure with, facts)
 
 # %% ../nbs/19_estimate.ipynb #bc5306f9
 def sample_clustering(c:Config, n:int, dim:int, seconds:float)->dict: # kind of work → samples
-    "PCA to `pca` dimensions and k-means, on random points."
+    "Time PCA to `pca` dimensions, k-means and the bookkeeping of a reassignment, on random points."
     g, d, D, less = generator(0, 'estimate'), min(c.pca, dim), min(dim, 2048), min(n, dim)
     x, rows = torch.randn(4096, D, generator=g).to(c.device), (max(D, 256), 4096)
     few, many = (sample(lambda _: PCA(d).fit(x[:r]), 1, seconds/8)[0] for r in rows)
@@ -140,8 +139,7 @@ def sample_clustering(c:Config, n:int, dim:int, seconds:float)->dict: # kind of 
 # %% ../nbs/19_estimate.ipynb #f65881f3
 def sample_training(net, images, c:Config, seconds:float
                    )->list: # seconds an image, in steps of the real batch size
-    ("Training steps on random labels, with a learning rate of next to nothing: "
-     "a step takes as long, and none diverges.")
+    "Time training steps on random labels, at a learning rate too small for any to diverge."
     g, B = generator(0, 'estimate'), c.batch_size
     rows, assign = torch.arange(16*B) % len(images), torch.randint(0, c.k, (len(images),), generator=g)
     still = replace(c, lr=1e-9)
@@ -151,7 +149,7 @@ def sample_training(net, images, c:Config, seconds:float
 
 # %% ../nbs/19_estimate.ipynb #7eaf0630
 def sample_probes(net, facts:dict, c:Config, seconds:float)->dict: # kind of work → samples
-    "A linear probe's pass over an image, and a pair of images in the nearest-neighbour test."
+    "Time a linear probe's pass over an image, and a pair of images in the nearest-neighbour test."
     g, width = generator(0, 'estimate'), max(1, sum(facts['probes'])//len(facts['probes']))
     x, y = torch.rand(1024, width, generator=g).half(), torch.arange(1024) % facts['classes']
     y[0] = facts['classes'] - 1                        # a probe has as many outputs as the largest label says
@@ -165,7 +163,7 @@ def sample_probes(net, facts:dict, c:Config, seconds:float)->dict: # kind of wor
 # %% ../nbs/19_estimate.ipynb #6f27bbfa
 def measure(c:Config, images, facts:dict, seconds:float, echo=None
            )->dict: # kind of work → seconds a unit, a number a repetition
-    "All samples; what else was seen on the way goes into `facts`."
+    "Take all samples; the other measurements go into `facts`."
     say = echo or (lambda line: None)
     net = network(c)
     check(c.pca <= net.dim, 'pca', c.pca, f"at most {net.dim}, the features' dimension")
@@ -209,7 +207,8 @@ def measure(c:Config, images, facts:dict, seconds:float, echo=None
     return out
 
 # %% ../nbs/19_estimate.ipynb #bff3578d
-def long(seconds:float)->str: # duration, with tenths below ten seconds and days above two
+def long(seconds:float)->str: # such as '8.2 s', '3 min 20 s', '2.5 days'
+    "Format a duration: tenths of a second below ten seconds, days from two days on."
     if seconds < 9.95: return f"{seconds:.1f} s"
     return duration(seconds) if seconds < 2*86400 else f"{seconds/86400:,.1f} days"
 
@@ -308,7 +307,7 @@ def estimate(config:Config,     # of the run
              seconds:float=90., # time to measure; large networks take what three repetitions need
              echo=None,         # called with a line for each thing measured
             )->Estimate:
-    "Measure on this machine, and scale up."
+    "Estimate a run's time, disk and memory from samples taken on this machine."
     c = resolve(config)
     check(n_images is None or n_images >= 2, 'n_images', n_images, 'at least 2 images')
     check(seconds > 0, 'seconds', seconds, 'a time above 0')

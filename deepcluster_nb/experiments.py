@@ -28,7 +28,7 @@ from .training import Config, check, clusters_csv, describe, free, predict, reso
 
 # %% ../nbs/15_experiments.ipynb #f10743b4
 def experiments_folder()->Path: # nbs/experiments of the clone
-    "The notebooks lie in the repository, so experiments run from a clone of it."
+    "Find nbs/experiments in the clone of the repository that experiments run from."
     import deepcluster_nb
     for top in (Path(deepcluster_nb.__file__).parent.parent, Path.cwd(), *Path.cwd().parents):
         if (top/'nbs'/'experiments'/'presets').is_dir(): return top/'nbs'/'experiments'
@@ -37,14 +37,14 @@ def experiments_folder()->Path: # nbs/experiments of the clone
 
 # %% ../nbs/15_experiments.ipynb #a49cf0d0
 def one_of(what:str, name:str, folder:Path, suffix:str)->Path:
-    "A notebook or preset by name; what there is instead, if there is none."
+    "Return the path of a notebook or preset; for an unknown name raise a ValueError that lists the known."
     known = sorted(p.stem for p in folder.glob(f'*{suffix}'))
     if name not in known: raise ValueError(f"{what}: expected one of {', '.join(known)}, got {name!r}")
     return folder/f'{name}{suffix}'
 
 # %% ../nbs/15_experiments.ipynb #18037772
 def parameters(notebook:Path)->dict: # name → default value
-    "What a notebook can be told, read from its tagged cell."
+    "Read a notebook's parameters and their defaults from its tagged cell."
     from ast import literal_eval
     from papermill import inspect_notebook
     return {name: literal_eval(p['default']) for name,p in inspect_notebook(str(notebook)).items()}
@@ -52,7 +52,7 @@ def parameters(notebook:Path)->dict: # name → default value
 # %% ../nbs/15_experiments.ipynb #195d60e5
 def gather(name:str, preset:str=None, params:dict=None
           )->tuple: # (notebook, parameters that differ from its defaults)
-    "Preset and single parameters, checked by name."
+    "Merge a preset and single parameters, and check their names."
     folder = experiments_folder()
     notebook = one_of('experiment', name, folder, '.ipynb')
     given = yaml.safe_load(one_of('preset', preset, folder/'presets', '.yaml').read_text()) if preset else {}
@@ -64,7 +64,7 @@ def gather(name:str, preset:str=None, params:dict=None
 
 # %% ../nbs/15_experiments.ipynb #8a7fa5ba
 def run_params(path)->dict: # of a run of train; what came into the kit later has its default
-    "What a run was told, or an error that says why the folder is none."
+    "Return the parameters of a run; where the folder holds none, raise an error that says why."
     file, there = Path(path)/'params.yaml', None
     if not file.is_file():
         raise FileNotFoundError(f"run: no run in {str(path)!r} (no params.yaml); "
@@ -75,12 +75,13 @@ def run_params(path)->dict: # of a run of train; what came into the kit later ha
         raise ValueError(f"run: {str(path)!r} is the folder of another experiment than train")
     return known | there
 
-def is_run(path)->bool: # whether run_params finds one
+def is_run(path)->bool:
+    "Return whether a folder holds a run of `train`."
     try: return bool(run_params(path))
     except (ValueError, FileNotFoundError): return False
 
 def find_runs(text:str)->list: # of folders
-    "Runs of `train`, finished or not, from paths and patterns with spaces between them."
+    "Find runs of `train`, finished or not, by paths and patterns with spaces between them."
     found = []
     for word in [text] if text and Path(text).is_dir() else text.split():
         # an error says what is wrong
@@ -91,7 +92,7 @@ def find_runs(text:str)->list: # of folders
 
 # %% ../nbs/15_experiments.ipynb #80515722
 def check_parameters(notebook:Path, given:dict, run_dir:Path):
-    "Impossible values, and a folder that holds another run, are found before anything is started or written."
+    "Raise an error for impossible values or another run's folder, before anything is started."
     values, (kind, checked) = ({**parameters(notebook), **given},
                                {'probe': (ProbeConfig, resolve_probe)}.get(notebook.stem, (Config, resolve)))
     config = kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
@@ -106,7 +107,7 @@ def check_parameters(notebook:Path, given:dict, run_dir:Path):
 
 # %% ../nbs/15_experiments.ipynb #5af89d8d
 def parse_pair(text:str)->tuple: # 'k=200' → ('k', 200)
-    "key=value with the value read as YAML, so that 1e-5 is a number too."
+    "Split key=value and read the value as YAML; 1e-5 is a number too."
     key, eq, value = text.partition('=')
     if not eq: raise ValueError(f"-p: expected key=value, got {text!r}")
     with suppress(ValueError):
@@ -146,7 +147,7 @@ PAGE = ('<style>body {max-width: 64rem; margin: auto !important; padding: 1rem} 
         '.jp-RenderedImage img {max-width: 100%; height: auto} summary {cursor: pointer}</style>')
 
 def write_report(notebook:Path, html:Path):
-    "The executed notebook as one HTML page, without its code; figures with their captions."
+    "Write the executed notebook as one HTML page, without its code, figures with their captions."
     import nbformat
     from nbconvert import HTMLExporter
     nb = nbformat.read(notebook, 4)
@@ -212,7 +213,7 @@ def run_experiment(name:str,            # a notebook in nbs/experiments, such as
 
 # %% ../nbs/15_experiments.ipynb #86d5c008
 def summary(run_dir:Path)->str: # the table that ends a run
-    "Random features, labels where they were used, DeepCluster, and what to make of it, from metrics.json."
+    "Format the accuracies in metrics.json as a table, with the verdict below it."
     m = json.loads((Path(run_dir)/'metrics.json').read_text())
     probes, knn = m.get('probes') or {}, m.get('knn')
     names = [n for n in ('random', 'supervised', 'deepcluster') if n in probes]
@@ -231,7 +232,7 @@ def summary(run_dir:Path)->str: # the table that ends a run
 # %% ../nbs/15_experiments.ipynb #2c9178dc
 @dataclass
 class Look:
-    "What a run folder says at this moment."
+    "The state of a run, as its folder shows it at one moment."
     path:Path
     params:dict
     log:list       # a dict an epoch
@@ -245,7 +246,7 @@ class Look:
 
 # %% ../nbs/15_experiments.ipynb #38a9bd1d
 def look_at(run_dir)->Look:
-    "How a run of `train` stands, from its files."
+    "Read the state of a run of `train` from its files."
     path, params = Path(run_dir), run_params(run_dir)
     def read(name):
         with suppress(OSError, ValueError): return (path/name).read_text()
@@ -289,7 +290,7 @@ def sparkline(values,        # numbers, None where there is none
               high:float,    # and its top
               width:int=24,  # characters; more values are averaged
              )->str:
-    "A curve as one line of text."
+    "Draw a curve as one line of text."
     n = max(1, -(-len(values) // width))
     bins = [[v for v in values[i:i+n] if v is not None] for i in range(0, len(values), n)]
     height = lambda v: min(7, max(0, int(8*(v - low) / ((high - low) or 1))))
@@ -297,7 +298,7 @@ def sparkline(values,        # numbers, None where there is none
 
 # %% ../nbs/15_experiments.ipynb #8e436195
 def dashboard(look:Look)->str: # lines for a terminal
-    "Where a run is, and a line for each curve of its log with what chance would give."
+    "Format a run's progress, and a line for each curve of its log with a value to compare it with."
     p, log, r = look.params, look.log, look.log[-1] if look.log else None
     lines = [f"{look.path} · {p['dataset']}, {p['arch']}, k = {p['k']}, "
              f"{p['epochs']} reassignments, seed {p['seed']}"]
@@ -329,8 +330,9 @@ def dashboard(look:Look)->str: # lines for a terminal
     return '\n'.join(lines)
 
 # %% ../nbs/15_experiments.ipynb #fe48662e
-def event_writer(folder): # → SummaryWriter
-    "Where TensorBoard's events go."
+def event_writer(folder # where they go
+                ):      # → SummaryWriter
+    "Open the writer of TensorBoard's events."
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -340,7 +342,7 @@ def event_writer(folder): # → SummaryWriter
 
 # %% ../nbs/15_experiments.ipynb #05a538b3
 def log_numbers(record:dict, above:str='')->dict: # 'loss', 'seconds/training', …
-    "Every number of a log line under one name."
+    "Flatten a log record: every number under one name."
     out = {}
     for name,v in record.items():
         if isinstance(v, dict): out |= log_numbers(v, f'{above}{name}/')
@@ -353,7 +355,7 @@ def watch(run_dir,
           once:bool=False,   # one look
           tensorboard='',    # folder for event files, none where empty
          )->int:             # 0: finished or still going; 1: ended before its end
-    "The dashboard until the run has ended; a line an epoch where the output is no terminal."
+    "Show the dashboard until the run has ended; where the output is no terminal, print a line an epoch."
     check(every > 0, 'every', every, 'seconds above 0')
     look, told, height, terminal = look_at(run_dir), 0, 0, sys.stdout.isatty()
     writer = event_writer(Path(tensorboard)/look.path.resolve().name) if tensorboard else None
@@ -384,7 +386,7 @@ def watch(run_dir,
 def watch_figure(run_dir,
                  every:float=5.,  # seconds between two looks
                 )->str:           # the state that it ended with
-    "Dashboard and curves in a notebook, until the run has ended."
+    "Show the dashboard and the curves in a notebook until the run has ended."
     import matplotlib.pyplot as plt
     from IPython.display import display
     check(every > 0, 'every', every, 'seconds above 0')
@@ -406,7 +408,8 @@ def watch_figure(run_dir,
     return look.state
 
 # %% ../nbs/15_experiments.ipynb #1a54164a
-def decoded(path): # (3, H, W) uint8, or a string that says why not
+def decoded(path)->torch.Tensor: # (3, H, W) uint8, or a string that says why not
+    "Decode an image file; where that fails, return the error's message instead of raising it."
     try: return decode(path)
     except Exception as e: return str(e) or type(e).__name__
 
@@ -417,7 +420,7 @@ def predict_folder(run_dir,                 # of a run of train
                    skip_broken:bool=False,  # leave out what can't be read, else that is an error
                    chunk:int=64,            # images decoded at once
                   )->tuple:                 # (rows: path and cluster, [path: why] of the images left out)
-    "The clusters of new images. The file is whole or absent."
+    "Predict the clusters of new images; the file of them is whole or absent."
     folder, out, rows, broken = Path(folder), Path(out), [], []
     if out.is_dir() or not out.parent.is_dir():
         raise FileNotFoundError(f"out: expected a file in an existing folder, got {str(out)!r}")
@@ -454,7 +457,7 @@ def predict_folder(run_dir,                 # of a run of train
 
 # %% ../nbs/15_experiments.ipynb #fc8a7945
 def listing(name:str='')->str: # of one experiment, or of all
-    "What `deepcluster-nb list` prints."
+    "Format what `deepcluster-nb list` prints: experiments, their parameters, and presets."
     from papermill import inspect_notebook
     folder = experiments_folder()
     lines = []
@@ -475,7 +478,7 @@ def forecast(preset:str=None,    # a file in nbs/experiments/presets
              n_images:int=None,  # images to scale to
              seconds:float=90.,  # time to measure
             ):                   # → Estimate
-    "What `deepcluster-nb estimate` prints."
+    "Estimate what a run takes, for `deepcluster-nb estimate`."
     from deepcluster_nb.estimate import estimate
     return estimate(Config(**gather('train', preset, params)[1]), n_images, seconds,
                     lambda line: print(line, file=sys.stderr, flush=True))
@@ -485,7 +488,7 @@ def main(argv=None
          # exit status: 0 done, 1 the run failed, 2 the input
          # was wrong, 130 or 143 stopped by Ctrl-C or SIGTERM
         )->int:
-    "The console script `deepcluster-nb`."
+    "Run the console script `deepcluster-nb`."
     parser = argparse.ArgumentParser('deepcluster-nb',
                                      description='Run DeepCluster experiments: '
                                                  'notebooks with parameters, through papermill.')

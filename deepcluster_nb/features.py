@@ -25,20 +25,20 @@ def has_bfloat16(device)->bool: # in hardware
 
 # %% ../nbs/04_features.ipynb #134efe1a
 def keep_memory():
-    ("Freed blocks of up to 1 GB stay with this process, for the next batch. "
-     "For glibc; elsewhere nothing happens.")
+    "Keep freed blocks of up to 1 GB in this process for the next batch (glibc only)."
     try: mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError): return
     mallopt(-3, 2**30)                  # M_MMAP_THRESHOLD: larger ones come from the system and go back to it
     mallopt(-1, 2**31 - 1)              # M_TRIM_THRESHOLD
 
 def return_memory():
-    "What lies freed goes back to the system: between two phases that need different amounts."
+    "Return freed memory to the system, between two phases with different needs (glibc only)."
     with suppress(AttributeError, OSError, TypeError): ctypes.CDLL(None).malloc_trim(0)
 
 # %% ../nbs/04_features.ipynb #83b976c3
-def fold_batchnorm(net): # in evaluation mode → a copy
-    "Batch norm becomes part of the layer before it, wherever the two follow each other."
+def fold_batchnorm(net          # in evaluation mode
+                  )->nn.Module: # a copy
+    "Fold batch norm into the layer before it, wherever one directly follows the other."
     net = copy.deepcopy(net)
     for seq in [m for m in net.modules() if isinstance(m, nn.Sequential)]:
         for (i,a),(j,b) in pairwise(list(seq.named_children())):
@@ -52,7 +52,7 @@ def fold_batchnorm(net): # in evaluation mode → a copy
 def autocast(precision:str,   # 'float32' or 'bfloat16'
              device,          # where the network is
             )->torch.autocast:
-    "bfloat16 where it is asked for; nothing for float32."
+    "Autocast to bfloat16 where that is asked for; do nothing for float32."
     if precision not in ('float32', 'bfloat16'):
         raise ValueError(f"precision: expected 'float32' or 'bfloat16', got {precision!r}")
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == 'bfloat16')
@@ -67,8 +67,7 @@ def feature_batches(net,                    # with an embed method: (B, 3, H, W)
                     precision:str='float32',# or 'bfloat16'
                     progress=None,          # called with (images done, N)
                    ):                       # iterator of (B, D), on the device, in the data set's order
-    ("What gets clustered: central crop, evaluation mode, "
-     "before the last ReLU (paper, 'Implementation details').")
+    "Yield the features to cluster: central crop, before the last ReLU (paper, 'Implementation details')."
     for name,n in (('images', len(images)), ('size', size), ('batch_size', batch_size)):
         if n < 1: raise ValueError(f"{name}: expected at least 1, got {n}")
     # exact central crops, packed beside the images
@@ -83,13 +82,13 @@ def feature_batches(net,                    # with an embed method: (B, 3, H, W)
 # %% ../nbs/04_features.ipynb #11f39144
 def compute_features(net, images, size, batch_size=512, device='cpu', precision='float32', progress=None
                     )->Tensor: # (N, D) float32 on the CPU; row i is image i
-    "All of `feature_batches` in one tensor, where that fits."
+    "Compute all of `feature_batches` in one tensor, where that fits."
     return torch.cat([f.float().cpu()
                       for f in feature_batches(net, images, size, batch_size, device, precision, progress)])
 
 # %% ../nbs/04_features.ipynb #1ed141f3
 def check_features(x:Tensor, width=None):
-    "One clear error for what is not (N, D) features, D being `width` where that is known."
+    "Raise a ValueError unless x holds (N, D) features; D is `width` where that is known."
     if x.ndim != 2 or width not in (None, x.shape[1]):
         raise ValueError(f"x: expected (N, {width or 'D'}) features, got {tuple(x.shape)}")
 
@@ -98,7 +97,7 @@ def few_directions(c:Tensor, dim:int
                    # (N, D) centred points, N < D → variances, ascending, and directions
                    # as columns, up to dim or D with zeros before them
                   )->tuple:
-    "What `eigh` says of the covariance, from the smaller matrix of the points' products."
+    "Find the covariance's eigenvalues and eigenvectors from the smaller Gram matrix of the points."
     variance, u = torch.linalg.eigh(c @ c.T / len(c))
     more = max(0, min(dim, c.shape[1]) - len(c))                   # directions that so few points don't have
     return F.pad(variance, (more, 0)), F.pad(F.normalize(c.T @ u, dim=0, eps=1e-300), (more, 0))

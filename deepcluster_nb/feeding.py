@@ -28,16 +28,16 @@ def windows(boxes:Tensor, # (B, 4) left, top, width, height in pixels
             size:int,     # height and width of the crops
             sizes:Tensor, # (B, 2) height and width of the images
            )->tuple:      # (B, 2) left and top, (B, 2) right and bottom, whole pixels
-    "The pixels that the crops' filter can ask for."
+    "Bound the pixels that the filter of each crop can reach."
     reach = (boxes[:, 2:] / size).clamp_min(1)
     return ((boxes[:, :2] - reach).floor().clamp_min(0),
             torch.minimum((boxes[:, :2] + boxes[:, 2:] + reach).ceil(), sizes.flip(1)))
 
 # %% ../nbs/17_feeding.ipynb #ce63ea08
-def to_device(x,
-              # a tensor, a Ragged, or a list of images of different sizes, which becomes one on a GPU
-              device):
-    "There, without waiting for what the device is doing."
+def to_device(x,      # a tensor, a Ragged, or a list of images of different sizes
+              device,
+             ):       # the same there; on a GPU a list becomes one Ragged
+    "Copy to a device without waiting for the work queued there."
     if torch.device(device).type == 'cpu': return x.to(device) if isinstance(x, Tensor) else x
     if isinstance(x, list): x = Ragged.of(x, pinned=True)
     if isinstance(x, Ragged): return Ragged(to_device(x.flat, device), x.starts, x.shapes, x.then)
@@ -46,7 +46,7 @@ def to_device(x,
 # %% ../nbs/17_feeding.ipynb #934aa7be
 def frame_size(start:Tensor, end:Tensor
               )->tuple: # of windows, (B, 2) each → height and width in which all have room
-    "In eights: that is how a GPU's fast products take their rows."
+    "Find the size of a frame with room for every window, in multiples of 8 for a GPU's fast products."
     w, h = (-(-(end - start).amax(0) // 8) * 8).int().tolist()
     return h, w
 
@@ -103,12 +103,12 @@ class Ragged:
 
 # %% ../nbs/17_feeding.ipynb #6a7a1382
 def free_there(device)->int: # bytes
-    "What a GPU has left; what PyTorch keeps for its next tensors is free too."
+    "Return the free memory of a GPU; what PyTorch keeps for its next tensors counts as free."
     return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
             - torch.cuda.memory_allocated(device))
 
 def fits(nbytes:float, device, room:int=None)->bool: # room: as for resident
-    "Whether images of so many bytes would be resident."
+    "Return whether images of so many bytes would be resident."
     if torch.device(device).type == 'cpu' and room is None: return False
     return nbytes <= (free_there(device) // 2 if room is None else room)
 
@@ -116,7 +116,7 @@ def resident(images:PackedImages,
              device,          # where the work is done
              room:int=None,   # bytes they may take there; half of what is free
             )->PackedImages:
-    "The same images in the memory of a GPU; as they are where they don't fit, and on a CPU."
+    "Copy images into a GPU's memory; return them unchanged where they don't fit, and on a CPU."
     parts = [p for p in (images, images.center) if p is not None]
     if not fits(sum(int(p.shapes.prod(1).sum()) for p in parts), device, room): return images
     def moved(p): # about 256 MB at a time
@@ -132,19 +132,20 @@ def resident(images:PackedImages,
     if center: there.center = center[0]
     return there
 
-def pick_batch(images:PackedImages, idx:Tensor): # (B, C, H, W), or Ragged
-    "A batch of resident images, where they are."
+def pick_batch(images:PackedImages, idx:Tensor)->Tensor: # (B, C, H, W), or Ragged
+    "Pick a batch of resident images, on the device where they are."
     if images.size is None: return Ragged(images.pixels, images.starts[idx], images.shapes[idx])
     return images.pixels.view(-1,
                               *images.size).index_select(0, to_device(images.rows(idx), images.pixels.device))
 
 # %% ../nbs/17_feeding.ipynb #2ced184d
 @cache
-def side_stream(device): # the same one every time: memory that was used in a stream stays with it
+def side_stream(device):
+    "Return the one side stream of a device: memory that was used in a stream stays with it."
     return torch.cuda.Stream(device)
 
-def pinned_batch(images:PackedImages, idx:Tensor): # (B, C, H, W), or Ragged
-    "A batch as a GPU can fetch it: read straight into pinned memory."
+def pinned_batch(images:PackedImages, idx:Tensor)->Tensor: # (B, C, H, W), or Ragged
+    "Read a batch straight into pinned memory, from which a GPU can copy it asynchronously."
     if images.size is None: return Ragged.of(images.batch(idx), pinned=True)
     return images.batch(idx, torch.empty(len(idx), *images.size, dtype=torch.uint8, pin_memory=True))
 
@@ -156,7 +157,7 @@ def fetch_ahead(images:PackedImages,  # what is read from
                # iterator of (B,) numbers and uint8 images on the device,
                # in order: (B, C, H, W), a list, or on a GPU Ragged
                ):
-    "Batches of images on the device, the next ones on their way."
+    "Yield batches of images on the device, while the next ones are fetched."
     if images.pixels.is_cuda: yield from ((idx, pick_batch(images, idx)) for idx in batches); return
     threads = threads or min(8, max(1, (os.cpu_count() or 2)//2))
     side = side_stream(torch.device(device)) if torch.device(device).type == 'cuda' else None
@@ -183,8 +184,9 @@ def fetch_ahead(images:PackedImages,  # what is read from
             for _,x in waiting: x.cancel()
 
 # %% ../nbs/17_feeding.ipynb #aa4b0d22
-def compiled(net): # → a function that does what net does
-    "The network through `torch.compile`; where that fails, a warning, and the network itself."
+def compiled(net
+            ): # → a function that does what net does
+    "Pass the network through `torch.compile`; where that fails, warn and use the network itself."
     fast, seen = None, set()
     def tried(x): # forwards and backwards, and nothing is changed by it
         before = [b.clone() for b in net.buffers()]
@@ -209,7 +211,8 @@ def compiled(net): # → a function that does what net does
     return forward
 
 # %% ../nbs/17_feeding.ipynb #3fc5c1fc
-def seconds(f, device)->float: # that f() takes, with all that the device does for it
+def seconds(f, device)->float:
+    "Time a call of f in seconds, with all that the device does for it."
     def now():
         if torch.device(device).type == 'cuda': torch.cuda.synchronize(device)
         return time.perf_counter()
@@ -217,7 +220,7 @@ def seconds(f, device)->float: # that f() takes, with all that the device does f
     return now() - start
 
 class Laps:
-    "How long each phase of some work takes, by the clock of the device that does it."
+    "A stopwatch for the phases of some work, by the clock of the device that does it."
     def __init__(self, device): self.device, self.marks = torch.device(device), []; self('')
     def __call__(self, phase:str): # the time since the last call was this phase's
         self.marks.append((phase, time.perf_counter() if self.device.type == 'cpu' else

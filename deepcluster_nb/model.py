@@ -20,7 +20,7 @@ from .sobel import Sobel, network_input
 
 # %% ../nbs/03_model.ipynb #0990b8a5
 def conv_stack(layers, planes:int)->nn.Sequential:
-    "Conv → batch norm → ReLU for each (width, kernel, stride, padding), and a pool as it stands."
+    "Stack conv → batch norm → ReLU for each (width, kernel, stride, padding); modules stay as they are."
     mods = []
     for l in layers:
         if isinstance(l, nn.Module): mods.append(l)
@@ -31,8 +31,8 @@ def conv_stack(layers, planes:int)->nn.Sequential:
     return nn.Sequential(*mods)
 
 # %% ../nbs/03_model.ipynb #c999fb81
-def alexnet(planes:int, dropout:float): # (features, classifier)
-    "The paper's AlexNet: LRN gone, batch norm added."
+def alexnet(planes:int, dropout:float)->tuple: # (features, classifier)
+    "Build the paper's AlexNet: batch norm instead of local response normalization."
     features = conv_stack([(96, 11, 4, 2), nn.MaxPool2d(3, 2), (256, 5, 1, 2), nn.MaxPool2d(3, 2),
                            (384, 3, 1, 1), (384, 3, 1, 1), (256, 3, 1, 1), nn.MaxPool2d(3, 2)], planes)
     classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(256*6*6, 4096), nn.ReLU(inplace=True),
@@ -40,8 +40,8 @@ def alexnet(planes:int, dropout:float): # (features, classifier)
     return features, classifier
 
 # %% ../nbs/03_model.ipynb #56181612
-def alexnet_small(planes:int, dropout:float): # (features, classifier)
-    "Five convolutions for 32 to 64 px; indices as in AlexNet."
+def alexnet_small(planes:int, dropout:float)->tuple: # (features, classifier)
+    "Build five convolutions for 32 to 64 px; indices as in AlexNet."
     features = conv_stack([(64, 3, 2, 1), nn.MaxPool2d(2), (192, 3, 1, 1), nn.MaxPool2d(2),
                            (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1), AdaptiveMaxPool2d(4)], planes)
     classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(256*4*4, 1024), nn.BatchNorm1d(1024),
@@ -50,8 +50,8 @@ def alexnet_small(planes:int, dropout:float): # (features, classifier)
     return features, classifier
 
 # %% ../nbs/03_model.ipynb #dcf26dbe
-def vgg16(planes:int, dropout:float): # (features, classifier)
-    "VGG's configuration D with batch norm (paper, section 4)."
+def vgg16(planes:int, dropout:float)->tuple: # (features, classifier)
+    "Build VGG's configuration D with batch norm (paper, section 4)."
     stages = (64, 2), (128, 2), (256, 3), (512, 3), (512, 3)
     features = conv_stack([l for width, n in stages for l in [(width, 3, 1, 1)]*n + [nn.MaxPool2d(2)]],
                           planes)
@@ -60,8 +60,8 @@ def vgg16(planes:int, dropout:float): # (features, classifier)
     return features, classifier
 
 # %% ../nbs/03_model.ipynb #937a537c
-def resnet(name:str, planes:int, dropout:float): # (features, classifier)
-    "torchvision's ResNet up to its average pool."
+def resnet(name:str, planes:int, dropout:float)->tuple: # (features, classifier)
+    "Build torchvision's ResNet up to its average pool."
     from torchvision import models
     net = getattr(models, name)()
     net.conv1 = nn.Conv2d(planes, 64, 7, 2, 3, bias=False)
@@ -76,7 +76,7 @@ SIZES = dict(alexnet=(223, 254), alexnet_small=(31, 134), vgg16=(224, 255), resn
 
 # %% ../nbs/03_model.ipynb #e67cb867
 class DeepClusterNet(nn.Module):
-    "sobel → features → classifier → top_layer; only the last is thrown away at a reassignment."
+    "sobel → features → classifier → top_layer; only top_layer is replaced at a reassignment."
     def __init__(self, features, classifier, k:int, sobel:bool=True, border:str='zeros', relu:bool=False):
         super().__init__()
         self.sobel, self.relu = Sobel(border) if sobel else None, relu
@@ -124,7 +124,7 @@ def convnet(arch:str,          # one of ARCHS
             border:str='zeros',# around the image, for Sobel; or 'replicate'
             relu:bool=False,   # cluster what the last ReLU lets through, not what enters it
            )->DeepClusterNet:
-    "A network with random weights: both the start of training and the baseline to beat."
+    "Build a network with random weights: both the start of training and the baseline to beat."
     if arch not in ARCHS: raise ValueError(f"arch: expected one of {', '.join(ARCHS)}, got {arch!r}")
     if k < 1: raise ValueError(f"k: expected at least 1 cluster, got {k}")
     with torch.random.fork_rng(devices=[]):
@@ -135,7 +135,7 @@ def convnet(arch:str,          # one of ARCHS
 # %% ../nbs/03_model.ipynb #9f89acf5
 def reset_top_layer(net:DeepClusterNet, g:torch.Generator,
                     k:int=None): # k: outputs, where not as many as before
-    "A fresh head, N(0, .01) and bias 0; the trunk is not touched."
+    "Draw a fresh head, N(0, .01) and bias 0; the trunk is not touched."
     w = net.top_layer.weight
     if k not in (None, len(w)):
         net.top_layer = nn.utils.skip_init(nn.Linear, net.dim, k, device=w.device)
@@ -148,7 +148,7 @@ def center_input(net:DeepClusterNet,
                  images,             # (B, 1 or 3, H, W) uint8, a list of (C, H, W), or Ragged
                  size:int,           # pixels of the central crop
                 )->Tensor:           # (B, 1 or 3, size, size), where the images are
-    "Central crops as this network takes them."
+    "Cut central crops and prepare them as this network's input."
     return network_input(images, lambda im: center_crop(im, size), net.sobel is not None)
 
 # %% ../nbs/03_model.ipynb #f5b56362

@@ -27,7 +27,7 @@ from .runs import amount
 
 # %% ../nbs/16_packing.ipynb #9890a124
 def grey_plane(im)->np.ndarray: # Pillow image, 'L' or 'RGB' → (H, W) float32, not rounded
-    "The one grey that the Sobel layer makes of an image."
+    "Compute the grey plane that the Sobel layer makes of an image."
     p = np.asarray(im)
     if p.ndim == 2: return p.astype(np.float32)
     # one by one: the same bits on any machine
@@ -38,7 +38,7 @@ def grey_plane(im)->np.ndarray: # Pillow image, 'L' or 'RGB' → (H, W) float32,
 # %% ../nbs/16_packing.ipynb #585436a8
 @dataclass(frozen=True)
 class Recipe:
-    "What becomes of an image file; at most one of the first three."
+    "How an image file is packed; at most one of max_side, short_side and size is given."
     max_side:int = None    # longest side at most this
     short_side:int = None  # shorter side at most this
     size:int = None        # the clustering's central crop, size × size, from the full resolution
@@ -68,9 +68,8 @@ class Recipe:
         return max(1, round(w * shrink)), max(1, round(h * shrink))
 
 # %% ../nbs/16_packing.ipynb #88fb9058
-def open_image(path, upright=False): # Pillow image, 'L' or 'RGB'
-    ("An image file, whole, or an error: "
-     "nothing is clipped, patched or enormous (Pillow's limit, 89 million pixels).")
+def open_image(path, upright=False)->Image.Image: # Pillow image, 'L' or 'RGB'
+    "Open an image file; broken, enormous (Pillow's limit) and deeper than 8-bit ones are errors."
     with warnings.catch_warnings():
         warnings.simplefilter('error', Image.DecompressionBombWarning)
         with Image.open(path) as im:
@@ -81,11 +80,13 @@ def open_image(path, upright=False): # Pillow image, 'L' or 'RGB'
             return im.copy() if im.mode == 'L' else im.convert('RGB')
 
 # %% ../nbs/16_packing.ipynb #b9fe0cff
-def to_bytes(x)->np.ndarray: # floats on the scale 0 to 255 → uint8
+def to_bytes(x             # floats on the scale 0 to 255
+            )->np.ndarray: # uint8
+    "Round to whole numbers and clip to the range of a byte."
     return np.rint(x).clip(0, 255).astype(np.uint8)
 
 def central(planes, size:int)->np.ndarray: # float32 planes (H, W) → (C, size, size) uint8
-    "The crop of `augment.center_crop`, by Pillow: the same bits on any number of threads."
+    "Cut the crop of `augment.center_crop` with Pillow: the same bits on any number of threads."
     h, w = planes[0].shape
     side = central_square(torch.tensor([[h, w]]), size).item()
     box = (w - side)/2, (h - side)/2, (w + side)/2, (h + side)/2
@@ -93,7 +94,7 @@ def central(planes, size:int)->np.ndarray: # float32 planes (H, W) → (C, size,
                               for p in planes]))
 
 def prepare_image(path, recipe:Recipe)->list: # [(C, H, W) uint8], and the central crop where it is wanted
-    "Decode a file once, make of it what the recipe says."
+    "Decode a file once, and convert it as the recipe says."
     im = open_image(path, recipe.upright)
     if not recipe.grey: im = im.convert('RGB')
     grey, wh = grey_plane(im) if recipe.grey else None, recipe.target(*im.size)
@@ -163,8 +164,7 @@ class PackedWriter:
 # %% ../nbs/16_packing.ipynb #9c1af8e3
 def pack_chunk(recipe:Recipe, files
               )->dict: # pixels (a block for each file to write), shapes, crcs, broken [(i, why)], cpu seconds
-    ("What a worker does with some files. "
-     "One of them is decoded a second time by Pillow alone, to compare the speed.")
+    "Prepare some files in a worker; time Pillow alone on one of them, to compare the speed."
     start, blocks, shapes, crcs, broken = time.thread_time(), [[], []], [], [], []
     for i,f in enumerate(files):
         try: ims = [np.ascontiguousarray(im) for im in prepare_image(f, recipe)]
@@ -178,22 +178,23 @@ def pack_chunk(recipe:Recipe, files
                 seconds=seconds, plain=plain)
 
 def decode_seconds(path)->float: # of CPU time
-    "Pillow's own decoding, as a DataLoader would begin."
+    "Time Pillow's own decoding, the first thing a DataLoader would do."
     start = time.thread_time()
     with Image.open(path) as im: im.convert('RGB')
     return time.thread_time() - start
 
 # %% ../nbs/16_packing.ipynb #a9f34f76
 def start_worker():
-    "One thread, no Ctrl-C, and no life after the parent's."
+    "Set up a worker process: one thread, Ctrl-C ignored, exit when the parent does."
     import signal
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 # %% ../nbs/16_packing.ipynb #f79fe770
-def in_order(fn, tasks, workers:int): # yields fn(*task)
-    "Results in the order of the tasks, from several processes; a few are under way at any time."
+def in_order(fn, tasks, workers:int
+            ): # yields fn(*task)
+    "Yield results in the order of the tasks, from several processes; a few are under way at any time."
     if workers <= 1: yield from (fn(*t) for t in tasks); return
     pool, waiting = ProcessPoolExecutor(workers, get_context('spawn'), start_worker), deque()
     try:
@@ -205,7 +206,7 @@ def in_order(fn, tasks, workers:int): # yields fn(*task)
 
 # %% ../nbs/16_packing.ipynb #1e0642f4
 class Journal:
-    "What has been done, a JSON line each; the first line is the job."
+    "A log of the work that is done, one JSON line a chunk; the first line is the job."
     def __init__(self, path, job:dict):
         self.path, self.pending = Path(path), []
         self.file = open(path, 'a+b')
@@ -235,26 +236,26 @@ class Journal:
 
 # %% ../nbs/16_packing.ipynb #cc81312f
 def lock(file, path): # until it is closed
-    "Two processes must not write the same file."
+    "Lock the file against a second process; raise a ValueError where another one holds it."
     try: import fcntl
     except ImportError: return                                            # Windows
     try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError: raise ValueError(f"out: another process is packing it ({path} is locked)") from None
 
 def check_same(job, was, what, advice):
-    "One clear error where two jobs differ."
+    "Raise a ValueError that lists the settings in which two jobs differ."
     differ = [f"{k}: {was.get(k)!r} there, {v!r} now" for k,v in job.items() if was.get(k) != v]
     if differ: raise ValueError(f"out: {what} has other settings or files ({'; '.join(differ)}); {advice}")
 
 # %% ../nbs/16_packing.ipynb #4ed4c7fa
 def estimate(paths, recipe:Recipe)->float: # bytes
-    "What a packed file (and its central crops) will take, from a sample of headers."
+    "Estimate the size of a packed file, and of its central crops, from a sample of headers."
     c = recipe.channels
     each = [c * math.prod(recipe.target(*wh)) for wh in sample_sizes(paths)]
     return len(paths) * (sum(each)/max(1, len(each)) + c * (recipe.center or 0)**2 + 40)
 
-def list_source(src): # (files, labels or None, class names, relative paths, hash of paths and sizes)
-    "An ImageFolder tree, or a list of files, in order."
+def list_source(src)->tuple: # (files, labels or None, class names, relative paths, hash of paths and sizes)
+    "List the images of an ImageFolder tree, or a list of files, in order."
     if isinstance(src, (str, Path)):
         if not Path(src).is_dir():
             raise FileNotFoundError(f"src: no folder {str(src)!r}; expected one with images, "
@@ -269,7 +270,8 @@ def list_source(src): # (files, labels or None, class names, relative paths, has
     text = json.dumps([classes, names, [file_size(f) for f in files]])
     return files, labels, classes, names, hashlib.sha256(text.encode()).hexdigest()[:16]
 
-def file_size(path): # bytes, None for what can't be looked at
+def file_size(path)->int: # bytes, None for what can't be looked at
+    "Return the size of a file."
     with suppress(OSError): return os.stat(path).st_size
 
 # %% ../nbs/16_packing.ipynb #bc6fe2e6
@@ -361,14 +363,15 @@ class Packing:
 
 # %% ../nbs/16_packing.ipynb #0aa9c906
 def check_space(out, need:float, begun:float=0)->str: # bytes → what was found
-    "An estimate that does not fit on the disk is refused before the first image."
+    "Raise a ValueError, before the first image, where the estimate does not fit on the disk."
     free = shutil.disk_usage(Path(out).parent).free
     if need - begun > free:
         raise ValueError(f"out: about {amount(need)} are needed, "
                          f"but {amount(free)} are free in {str(Path(out).absolute().parent)!r}")
     return f"about {amount(need)} of {amount(free)} that are free"
 
-def packing_of(path)->dict: # how a packed file was made; {} where it does not say
+def packing_of(path)->dict: # recipe and source; {} where the file does not say
+    "Read how a packed file was made."
     try:
         with safe_open(path, 'np') as f: return json.loads((f.metadata() or {}).get('packing', '{}'))
     except SafetensorError: return {}

@@ -16,7 +16,7 @@ def neighbour_graph(x:Tensor,          # (N, D) points
                     neighbours:int=5,  # of each point
                     sigma:float=.2,    # of the weights exp(−‖xᵢ − xⱼ‖²/σ²)
                    )->tuple: # (N, N) sparse symmetric W, (N, neighbours) their numbers, nearest first
-    "Each point's nearest ones, and W + Wᵀ."
+    "Find the nearest neighbours of each point, and the symmetric graph W + Wᵀ of their weights."
     import faiss
     from scipy.sparse import csr_matrix
     n, xs = len(x), np.ascontiguousarray(x.cpu().numpy(), dtype=np.float32)
@@ -35,7 +35,7 @@ def power_iteration(w,                 # (N, N) sparse
                     alpha:float=.001,  # share that flows along the edges
                     steps:int=200,
                    )->np.ndarray:      # (N,) sums to 1
-    "v ← (α W v + (1 − α)/n), scaled to sum 1: as the released code computes it."
+    "Iterate v ← (α W v + (1 − α)/n), scaled to sum 1, as the released code does."
     n = w.shape[0]
     v = np.full(n, 1/n)
     for _ in range(steps):
@@ -45,7 +45,7 @@ def power_iteration(w,                 # (N, N) sparse
 
 # %% ../nbs/14_pic.ipynb #3e704ba4
 def deviations(w, alpha:float=.001, steps:int=200)->np.ndarray: # (N,) power_iteration's v, but for a constant
-    "What distinguishes the points in v, to full precision."
+    "Compute what distinguishes the points in v, without losing it to rounding."
     n = w.shape[0]
     e, b, degree = np.zeros(n), 1/n, w @ np.ones(n)
     for _ in range(steps):
@@ -56,7 +56,7 @@ def deviations(w, alpha:float=.001, steps:int=200)->np.ndarray: # (N,) power_ite
 
 # %% ../nbs/14_pic.ipynb #edd66988
 def climb(w, v:np.ndarray)->np.ndarray: # (N,) the summit that each point reaches
-    "From each point along the largest w_ij (v_j − v_i) > 0, again and again."
+    "Follow the largest w_ij (v_j − v_i) > 0 from each point until there is none."
     n = w.shape[0]
     rows = np.repeat(np.arange(n), np.diff(w.indptr))
     gain = w.data * (v[w.indices] - v[rows])
@@ -70,7 +70,7 @@ def climb(w, v:np.ndarray)->np.ndarray: # (N,) the summit that each point reache
 
 # %% ../nbs/14_pic.ipynb #6a36136b
 def join_singletons(assign:np.ndarray, near:np.ndarray)->np.ndarray: # (N,) cluster ids from 0, without gaps
-    "Points that are alone go to the cluster of their nearest neighbour that is not."
+    "Move points that are alone into the cluster of their nearest neighbour that is not."
     alone = np.bincount(assign)[assign] == 1
     company = ~alone[near]                                              # (N, neighbours)
     moves = alone & company.any(1)

@@ -28,8 +28,9 @@ from .training import check
 # %% ../nbs/10_pictures.ipynb #f86e568b
 STYLE = 'deepcluster_nb.deepcluster'   # for plt.style.use
 
-def styled(draw): # a function that returns a matplotlib figure → the same in the kit's style
-    "Afterwards pyplot's settings are as before, and a drawing that failed leaves no half figure."
+def styled(draw # a function that returns a matplotlib figure
+          ):    # the same in the kit's style
+    "Make a function draw in the kit's style, restore pyplot's settings, and close figures after an error."
     @wraps(draw)
     def inner(*args, **kwargs):
         import matplotlib, matplotlib.pyplot as plt
@@ -45,7 +46,8 @@ def styled(draw): # a function that returns a matplotlib figure → the same in 
     return inner
 
 # %% ../nbs/10_pictures.ipynb #c3ce319a
-def few_colours(png:bytes, n:int=256)->bytes: # PNG → PNG with a palette
+def few_colours(png:bytes, n:int=256)->bytes: # PNG with a palette
+    "Reduce a PNG to n colours, without dithering."
     from PIL import Image as Picture
     out = io.BytesIO()
     (Picture.open(io.BytesIO(png)).convert('RGB').quantize(n, dither=Picture.Dither.NONE)
@@ -53,7 +55,7 @@ def few_colours(png:bytes, n:int=256)->bytes: # PNG → PNG with a palette
     return out.getvalue()
 
 def use_style(dpi:int=72): # of figures as they are shown; they have twice that
-    "The kit's style for a whole notebook, figures crisp and small."
+    "Set the kit's style for a whole notebook, with figures that are crisp and small."
     import matplotlib.pyplot as plt
     plt.style.use(STYLE)
     plt.rcParams['figure.dpi'] = dpi
@@ -71,7 +73,7 @@ def mosaic(tiles,          # (n, C, h, w) in [0, 1], or a list of (C, h, w) with
            cols:int,       # tiles in a row
            pad:int=1,      # pixels between them
           )->np.ndarray:   # (H, W, 4), transparent between the tiles
-    "Tiles side by side in one image."
+    "Put tiles side by side in one image."
     c, h, w = next(t.shape for t in tiles if t is not None)
     rows = -(-len(tiles) // cols)
     out = torch.zeros(4, rows*(h + pad) - pad, cols*(w + pad) - pad)
@@ -83,9 +85,12 @@ def mosaic(tiles,          # (n, C, h, w) in [0, 1], or a list of (C, h, w) with
 
 # %% ../nbs/10_pictures.ipynb #6fcd4204
 @styled
-def show_tiles(tiles, cols:int, size:float=.6, rows=None,
-               pad:int=1): # inches a tile; a text for each row → matplotlib figure
-    "A mosaic with a line of text beside each row."
+def show_tiles(tiles, cols:int,
+               size:float=.6, # inches a tile
+               rows=None,     # a text for each row
+               pad:int=1,     # pixels between the tiles
+              ):              # → matplotlib figure
+    "Draw a mosaic with a line of text beside each row."
     import matplotlib.pyplot as plt
     n, (h, w) = -(-len(tiles) // cols), next(t.shape[1:] for t in tiles if t is not None)
     # inches for the texts
@@ -98,14 +103,14 @@ def show_tiles(tiles, cols:int, size:float=.6, rows=None,
 
 # %% ../nbs/10_pictures.ipynb #d2e8803f
 def first_filters(net)->Tensor: # (C, planes, h, w), on the CPU
-    "The weights of the first convolution."
+    "Return the weights of the first convolution."
     return next(m for m in net.features.modules() if isinstance(m, nn.Conv2d)).weight.detach().float().cpu()
 
 # %% ../nbs/10_pictures.ipynb #50c333d8
 def on_grey(filters:Tensor, # (C, 2, h, w) on the two gradients
             sobel,          # a Sobel
            )->Tensor:       # (C, 1, h + 2, w + 2) on the grey image
-    "Sobel and a filter behind it as one filter: exact away from the border."
+    "Merge Sobel and the filters behind it into filters on the grey image, exact away from the border."
     return F.conv_transpose2d(filters, sobel[1].weight.detach().cpu())
 
 # %% ../nbs/10_pictures.ipynb #c4981923
@@ -126,19 +131,20 @@ def filter_grid(net,              # a DeepClusterNet
                 cols:int=16,      # filters in a row
                 size:float=.45,   # inches a filter
                ):                 # → matplotlib figure
-    "The filters of the first layer (paper, 'Visualizations')."
+    "Draw the filters of the first layer (paper, 'Visualizations')."
     check(cols >= 1, 'cols', cols, 'at least 1')
     return show_tiles(filter_tiles(net, view), cols, size, pad=2)
 
 # %% ../nbs/10_pictures.ipynb #552f512f
 def layer_names(net)->list: # 'conv1', 'conv2', …
+    "Name the convolutional layers of a network; the stages of a ResNet count as layers."
     return [f'conv{i+1}' for i in range(sum(isinstance(m, (nn.ReLU, nn.Sequential)) for m in net.features))]
 
 def responses(net,        # a DeepClusterNet
               x:Tensor,   # (B, 3, H, W) normalised
               layer:str,  # 'conv1' …
              )->Tensor:   # (B, C, h, w), before the ReLU; of a ResNet's stage after it
-    "What a layer answers, with nothing computed behind it."
+    "Compute a layer's responses, and nothing behind it."
     check(layer in layer_names(net), 'layer', layer, 'one of ' + ', '.join(layer_names(net)))
     if net.sobel is not None: x = net.sobel(x)
     left = int(layer[4:])
@@ -149,7 +155,7 @@ def responses(net,        # a DeepClusterNet
 
 @torch.no_grad()
 def check_channels(net, layer:str, channels, size:int)->list: # of channel numbers
-    "Found out on one empty image, before any work."
+    "Check the layer and its channels on one empty image, before any work."
     net.eval()
     n, channels = responses(net, torch.zeros(1, 3, size, size, device=net.top_layer.weight.device),
                             layer).shape[1], torch.as_tensor(channels).flatten().tolist()
@@ -161,7 +167,7 @@ def check_channels(net, layer:str, channels, size:int)->list: # of channel numbe
 def gaussian_blur(x:Tensor,     # (B, C, H, W)
                   sigma:float,  # pixels; 0 changes nothing
                  )->Tensor:
-    "Separable, with mirrored borders."
+    "Blur with a separable Gaussian and mirrored borders."
     if sigma <= 0: return x
     r, c = max(1, round(3*sigma)), x.shape[1]
     k = torch.exp(-torch.arange(-r, r + 1., device=x.device)**2 / (2*sigma**2)); k /= k.sum()
@@ -186,7 +192,7 @@ def gradient_ascent(net,               # a DeepClusterNet
                     unit:bool=True,    # divide each gradient by its root mean square
                     seed:int=0,        # of the noise to start from, and the jitter
                    )->Tensor:          # (n, 1 or 3, size, size), normalised as the network's input
-    "Images that a channel answers to more than the others of its layer do (paper, 'Visualizations')."
+    "Find images that raise one channel above the others of its layer (paper, 'Visualizations')."
     how = ASCENT.get(layer, ASCENT['deeper']) | {
         k: v for k,v in dict(steps=steps, jitter=jitter, blur=blur).items() if v is not None}
     for name,v in dict(how, lr=lr, decay=decay).items(): check(v >= 0, name, v, 'at least 0')
@@ -207,11 +213,12 @@ def gradient_ascent(net,               # a DeepClusterNet
 
 # %% ../nbs/10_pictures.ipynb #5718cd3b
 def as_picture(x:Tensor)->Tensor: # (n, C, H, W) → in [0, 1]
-    "Each image around mid-grey, three standard deviations each way."
+    "Map each image's mean to mid-grey, and three standard deviations from it to black and white."
     return .5 + (x - x.mean((1, 2, 3), keepdim=True)) / (6*x.std((1, 2, 3), keepdim=True).clamp_min(1e-12))
 
 # %% ../nbs/10_pictures.ipynb #17322239
-def check_images(images): # anything else is an error
+def check_images(images):
+    "Raise a ValueError for anything but PackedImages."
     check(isinstance(images, PackedImages), 'images', type(images).__name__, 'PackedImages')
 
 # %% ../nbs/10_pictures.ipynb #a43a7100
@@ -219,7 +226,7 @@ def crops(images:PackedImages, # of any sizes
           idx,                 # (n,) image numbers
           size:int=0,          # pixels; 0: as they are, or 96 where sizes differ or are larger
          )->Tensor:            # (n, 3, size, size) in [0, 1]
-    "Central squares of some images, ready for a mosaic."
+    "Cut central squares of some images, ready for a mosaic."
     check_images(images)
     idx = torch.as_tensor(idx).flatten()
     small = images.size and max(images.size) <= 96
@@ -228,7 +235,7 @@ def crops(images:PackedImages, # of any sizes
 
 @torch.inference_mode()
 def excitement(net, images:PackedImages, layer:str, size:int, batch_size:int=256)->Tensor: # (N, C)
-    "The mean of each map after the ReLU, for every image."
+    "Return the mean of each map after the ReLU, for every image."
     net.eval()
     device = net.top_layer.weight.device
     views = (center_input(net, to_device(images.batch(b), device), size)
@@ -244,7 +251,7 @@ def top_images(net,                  # a DeepClusterNet
                wanted:Tensor=None,   # (n, C, size, size) of gradient_ascent, shown on the left
                cols:int=3,           # channels in a row
               ):                     # → matplotlib figure
-    "The nine images that excite a channel most (paper, 'Visualizations')."
+    "Draw the nine images that excite each channel most (paper, 'Visualizations')."
     import matplotlib.pyplot as plt
     check(len(images) >= 9, 'images', len(images), 'at least nine')
     channels = check_channels(net, layer, channels, size)
@@ -267,8 +274,9 @@ def top_images(net,                  # a DeepClusterNet
 def purity(assign:Tensor, # (N,) cluster of each image
            labels:Tensor, # (N,) class of each image
            k:int,         # clusters
-          ): # (share of the commonest class in each cluster (k,), NaN where empty; that class (k,))
-    "How much of a cluster is of one kind."
+          # (share of the commonest class in each cluster (k,), NaN where empty; that class (k,))
+          )->tuple:
+    "Find the most frequent class of each cluster, and its share."
     assign, labels = torch.as_tensor(assign).long(), torch.as_tensor(labels).long()
     check(assign.shape == labels.shape and assign.ndim == 1 and len(assign), 'labels', tuple(labels.shape),
           f"one for each image, {tuple(assign.shape)}")
@@ -287,7 +295,7 @@ def cluster_montage(images:PackedImages,
                     seed:int=0,        # of both draws
                     inches:float=.7,   # of a picture
                    ):                  # → matplotlib figure
-    "A cluster a row; its size, and where there are labels its purity."
+    "Draw a row of images for each cluster, with its size and, where there are labels, its purity."
     check_images(images)
     assign = torch.as_tensor(assign).long()
     check(assign.shape == (len(images),), 'assign', tuple(assign.shape),
@@ -321,7 +329,7 @@ def cluster_montage(images:PackedImages,
 # %% ../nbs/10_pictures.ipynb #18220e67
 def nearest_rows(feats:Tensor, queries:Tensor, n:int, but=None
                 )->Tensor: # (Q, n); but (Q,): a row that does not count
-    "Row numbers of the nearest features by cosine, nearest first."
+    "Return the row numbers of the nearest features by cosine, nearest first."
     s = l2_normalize(queries.float()) @ l2_normalize(feats.float()).T
     if but is not None: s[torch.arange(len(s)), but] = -2
     return s.topk(n).indices
@@ -336,7 +344,7 @@ def nearest_images(feats:Tensor,        # (N, D)
                    queries=None,        # (features, images) that rows are of, where those are not the same
                    inches:float=.7,     # of a picture
                   ):                    # → matplotlib figure
-    "An image a row, then its neighbours by cosine; framed by label where there are labels."
+    "Draw an image a row, then its neighbours by cosine; framed by label where there are labels."
     import matplotlib.pyplot as plt
     qf, qi = queries or (feats, images)
     check_images(images); check_images(qi)
@@ -368,7 +376,7 @@ def nearest_images(feats:Tensor,        # (N, D)
 @styled
 def training_curves(run, # a run folder's path, a Run, or its log: a dict an epoch
                    ):    # → matplotlib figure
-    "The log of a run as one picture, with what chance would give and what is normal."
+    "Draw the log of a run as one picture, with what chance would give and what is normal."
     if isinstance(run, (str, Path)):
         file = Path(run)/'log.jsonl'
         if not file.is_file():
@@ -382,7 +390,7 @@ def lloyd_steps(x:Tensor,            # (N, D)
                 niter:int,           # iterations
                 repair=repair_empty, # what to do about empty clusters
                )->list:              # (what happened, assign, centroids) after every move
-    "k-means, move by move."
+    "Record every move of k-means."
     steps = [('start: each point to its nearest centroid', nearest(x, init), init.clone())]
     note = lambda what, assign, c: steps.append((what, assign, c.clone()))
     def watch(c, sizes):
@@ -400,7 +408,7 @@ def animate(frames,             # matplotlib figures, drawn one by one
             last:float=3.,      # the last one
             dpi:int=110,
            )->bytes:            # an animated PNG: a picture to every browser, with alt text
-    "Figures → film."
+    "Turn figures into an animation."
     from PIL import Image as Picture
     shots = []
     for fig in frames:
@@ -416,7 +424,7 @@ def animate(frames,             # matplotlib figures, drawn one by one
 # %% ../nbs/10_pictures.ipynb #8e6e3765
 def lloyd_animation(x:Tensor, init:Tensor, niter:int=4, repair=repair_empty
                    )->bytes: # (N, 2) points, (k, 2) centroids → animated PNG
-    "Points, centroids and every move they make."
+    "Animate k-means in the plane: points, centroids and every move they make."
     import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -453,7 +461,7 @@ def umap_plot(feats:dict,          # name → (N, D): a panel each
               neighbors:int=15,    # UMAP's
               seed:int=0,
              ):                    # → matplotlib figure
-    "Features of the same images in two dimensions, side by side."
+    "Draw UMAP embeddings of one or several networks' features of the same images, side by side."
     import matplotlib.pyplot as plt
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
     check_images(images)

@@ -32,7 +32,7 @@ def conv_activations(net,       # a DeepClusterNet
                      each=None, # called with (name, activations) at once: what it returns is kept instead
                      avgpool:bool=False, # a ResNet's average pool too
                     )->dict:    # 'conv1' … → (B, C, h, w), after the ReLU
-    "What each convolution, or stage of a ResNet, shows to the next."
+    "Compute the activations of each convolution, or stage of a ResNet."
     if net.sobel is not None: x = net.sobel(x)
     acts, n = {}, 0
     for m in net.features:
@@ -88,7 +88,8 @@ def probe_features(net, images:PackedImages, size:int, batch_size:int=256, devic
     return {name: torch.cat(v) for name,v in out.items()}
 
 # %% ../nbs/09_probes.ipynb #70a531a5
-def check_labels(labels): # (N,) tensor; None is an error
+def check_labels(labels)->Tensor: # (N,)
+    "Return labels as a tensor; raise a ValueError where there are none."
     if labels is None:
         raise ValueError("labels: a probe needs them and this data set has none; clustering works without")
     return torch.as_tensor(labels)
@@ -101,7 +102,7 @@ def linear_probe(train_x:Tensor, train_y:Tensor, # (N, D) frozen features and th
                  batch_size:int=128, lr:float=5., weight_decay:float=1e-5, seed:int=0,
                  device='cpu',                   # where it is trained; the features may lie elsewhere
                 )->dict: # accuracies in per cent: 'last' epoch, and 'best' as the released code reports it
-    "Multinomial logistic regression on standardised features: SGD, momentum .9, cosine learning rate."
+    "Fit multinomial logistic regression on standardised features: SGD, momentum .9, cosine schedule."
     train_y, test_y = check_labels(train_y), check_labels(test_y)
     (n, d), classes = train_x.shape, int(train_y.max()) + 1
     train_y, test_y = train_y.to(device), test_y.to(device)
@@ -139,7 +140,7 @@ def knn_accuracy(train_x:Tensor, train_y:Tensor, # (N, D) features and their (N,
                  k:int=200,       # neighbours
                  T:float=.1,      # temperature: a neighbour at cosine s votes with weight exp(s / T)
                 )->float:         # per cent
-    "Weighted k nearest neighbours by cosine."
+    "Classify by a weighted vote of the k nearest neighbours by cosine."
     train_y, test_y = check_labels(train_y).cpu(), check_labels(test_y).cpu()
     if not 1 <= k <= len(train_x):
         raise ValueError(f"k: expected 1 to {len(train_x):,} neighbours, "
@@ -170,7 +171,7 @@ def cluster_measures(f:Tensor,      # (N, D) clustered features
                      pca:int=256,   # dimensions kept
                      seed:int=0,
                     )->dict:        # k, accuracy and accuracy_chance in per cent, nmi, nmi_chance, ami
-    "k-means with a cluster a class, held against the labels."
+    "Run k-means with as many clusters as classes, and compare it with the labels."
     y = check_labels(labels).long()
     # N points span at most N dimensions: the same points, turned into those
     if len(f) < f.shape[1]: f = torch.linalg.qr(f.T).R.T
@@ -197,7 +198,7 @@ def probe_crop(images,     # (B, C, H, W), or a list of (C, H, W)
 
 # %% ../nbs/09_probes.ipynb #878aa2d3
 def probe_lr(lr:float, weight_decay:float, t:int)->float: # t: steps done
-    "The released code's law, lr / √(1 + lr · wd · t)."
+    "Return the released code's learning rate, lr / √(1 + lr · wd · t)."
     return lr / math.sqrt(1 + lr*weight_decay*t)
 
 # %% ../nbs/09_probes.ipynb #25a55481
@@ -240,7 +241,7 @@ class ProbeConfig:
 
 # %% ../nbs/09_probes.ipynb #ac72827c
 def resolve_probe(config:ProbeConfig)->ProbeConfig: # a checked copy, with 'auto' replaced
-    "Every impossible value is an error here, before any work starts."
+    "Raise an error for every impossible value, before any work starts."
     for f in fields(config):
         v = getattr(config, f.name)
         check(type(v) is f.type or (f.type is float and type(v) is int), f.name, v,
@@ -263,12 +264,13 @@ def resolve_probe(config:ProbeConfig)->ProbeConfig: # a checked copy, with 'auto
         check(Path(config.weights).is_file(), 'sha256', config.sha256, "none, for weights is not a file")
     return replace(config, device=c.device, precision=c.precision)
 
-def usual_size(arch:str)->int: # pixels that the architecture was made for
+def usual_size(arch:str)->int: # pixels
+    "Return the image size that the architecture was made for."
     return 32 if arch == 'alexnet_small' else 224
 
 # %% ../nbs/09_probes.ipynb #2bbc58b6
 class Heads(nn.Module):
-    "A linear classifier on every layer; side by side, so nothing passes from one to another."
+    "Independent linear classifiers, one on each layer."
     def __init__(self, feats:dict,     # name → (B, D) pooled activations: their widths count
                  channels:dict,        # name → channels, for the norm
                  classes:int, norm:bool=False, seed:int=0):
@@ -288,7 +290,7 @@ class Heads(nn.Module):
 
 # %% ../nbs/09_probes.ipynb #1e7bb687
 def pooled(net, x:Tensor, config:ProbeConfig)->dict: # name → (B, D) float32
-    "What the probes see: one forward pass, each layer pooled at once."
+    "Compute what the probes see: one forward pass, each layer pooled at once."
     wanted = config.layers.replace(',', ' ').split()
     each = (lambda name, a: pool_activation(name, a.float(), count_padding=config.count_padding) if not wanted
                             or name in wanted else None)
@@ -301,7 +303,7 @@ def pooled(net, x:Tensor, config:ProbeConfig)->dict: # name → (B, D) float32
 @torch.no_grad()
 def probe_accuracies(net, heads:Heads, images:PackedImages, config:ProbeConfig
                     )->dict: # name → center, and ten where asked: per cent
-    "Central crop, and the mean of the softmaxes of ten crops; the fifth of those is the central one."
+    "Test on the central crop, and on ten crops by their mean softmax; the fifth of those is central."
     heads.eval()
     right, ten, device = {}, config.ten_crops, config.device
     for idx in torch.arange(len(images)).split(max(1, config.batch_size // (5 if ten else 1))):
@@ -315,7 +317,9 @@ def probe_accuracies(net, heads:Heads, images:PackedImages, config:ProbeConfig
     return {n: {crop: 100*int(count)/len(images) for crop,count in r.items()} for n,r in right.items()}
 
 # %% ../nbs/09_probes.ipynb #ddb406e4
-def last_and_best(tests:list)->dict: # of probe_accuracies' results, in order → name → crop → last, best
+def last_and_best(tests:list # of probe_accuracies' results, in order
+                 )->dict:    # name → crop → last, best
+    "Collect the last and the best accuracy of each probe."
     return {n: {crop: dict(last=r, best=max(t[n][crop] for t in tests)) for crop,r in tests[-1][n].items()}
             for n in tests[-1]}
 
@@ -367,7 +371,7 @@ def supervised(train:PackedImages, # with labels
                # at the start; larger than DeepCluster's, for these epochs are repeated
                lr:float=.05, weight_decay:float=1e-4,
               ):                   # → DeepClusterNet in evaluation mode
-    "The same network trained on the labels: `train_epoch` with the true partition."
+    "Train the same network on the labels: `train_epoch` with the true partition."
     y, classes = check_labels(train.labels), max(int(train.labels.max()) + 1, len(train.classes))
     c = Config(arch=config.arch, sobel=config.sobel, size=config.size, k=classes,
                batch_size=min(config.batch_size, 128), dropout=config.dropout, min_scale=config.min_scale,
@@ -392,7 +396,7 @@ def measure(net,                # any DeepClusterNet
             config:ProbeConfig, # resolved, with a size
             folder=None, after=None, # as of train_probes
            )->dict:             # probes, knn (temperature → per cent), clusters
-    "Linear probes, neighbours and clusters."
+    "Measure linear probes, neighbours and clusters."
     c, how = config, dict(device=config.device, precision=config.precision)
     if c.device == 'cpu': keep_memory()
     if c.protocol == 'paper': probes = train_probes(net, train, test, c, folder, after)
@@ -411,7 +415,7 @@ def measure(net,                # any DeepClusterNet
 def evaluate(net, train:PackedImages, test:PackedImages, size:int, device='cpu', precision='float32',
              seed:int=0
             )->dict: # probes, knn
-    "Linear probes on every convolution and neighbours on the clustered features, in per cent."
+    "Measure linear probes on every convolution and neighbours on the clustered features, in per cent."
     check_labels(train.labels); check_labels(test.labels)
     how = dict(device=device, precision=precision)
     a, b = (probe_features(net, im, size, **how) for im in (train, test))
@@ -424,9 +428,9 @@ def evaluate(net, train:PackedImages, test:PackedImages, size:int, device='cpu',
 MOST_PROBED = 50_000   # training images of the probes
 
 def held_out(config, train:PackedImages,
-             # (train, test) for the probes, or None where there are no labels; most 0: all
-             most:int=MOST_PROBED):
-    "The data set's own test split; for an own folder without one, a fifth of the training images."
+             most:int=MOST_PROBED, # training images at most; 0: all
+            )->tuple:              # (train, test), or None where there are no labels
+    "Choose images for the probes: the data set's test split; from a folder without one, a fifth held out."
     if train.labels is None: return None
     if most and len(train) > most: train = train.subset(pick(len(train), most, config.seed))
     try: test = load_images(config.dataset, config.root or None, 'test', config.n_test, config.seed)

@@ -20,7 +20,7 @@ from .training import load_run
 
 # %% ../nbs/13_released.ipynb #96172de7
 def file_sha256(path)->str:
-    "SHA-256 of a file, read in pieces."
+    "Compute the SHA-256 of a file, read in pieces."
     h = hashlib.sha256()
     with open(path, 'rb') as f:
         while piece := f.read(2**20): h.update(piece)
@@ -31,7 +31,7 @@ def check_sha256(path,         # the file
                  record,       # text file with the checksum of its first use; there or not
                  sha256=None,  # the checksum that it should have, where that is known
                 )->str:        # the checksum that it has
-    "An error where a file is not the one that was pinned, or not the one of last time."
+    "Raise a ValueError where a file has not the given checksum, or not that of its first use."
     if sha256 is not None and not re.fullmatch('[0-9a-fA-F]{64}', str(sha256)):
         raise ValueError(f"sha256: expected 64 hexadecimal digits, got {sha256!r}")
     found, noted = file_sha256(path), Path(record).read_text().split()[:1] if Path(record).exists() else []
@@ -44,7 +44,7 @@ def check_sha256(path,         # the file
 
 # %% ../nbs/13_released.ipynb #5376bb4c
 def read_tensors(path)->dict: # what the file holds, on the CPU
-    "A PyTorch file, as tensors and plain values. Code in it is an error and is not run."
+    "Read tensors and plain values from a PyTorch file; code in it is an error and is not run."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')     # what PyTorch thinks of an odd pickle before it refuses it
@@ -62,7 +62,7 @@ def read_tensors(path)->dict: # what the file holds, on the CPU
 def released_state(saved,  # of read_tensors
                    path,   # for the errors
                   )->dict: # arch, k, sobel, epoch, and state: name → float32 tensor under our names
-    "The authors' layout, checked to the last name and shape."
+    "Translate the authors' layout into ours, checked to the last name and shape."
     wrong = lambda text: ValueError(f"path: {str(path)!r} {text}")
     if not isinstance(saved, dict) or not {'arch', 'state_dict'} <= saved.keys():
         raise wrong(
@@ -98,13 +98,13 @@ def released_state(saved,  # of read_tensors
 
 # %% ../nbs/13_released.ipynb #034735eb
 def tensors_sha256(tensors:dict)->str: # name → tensor
-    "One checksum of names and numbers."
+    "Compute the SHA-256 of the tensors' names and numbers."
     h = hashlib.sha256()
     for n in sorted(tensors): h.update(n.encode()); h.update(tensors[n].numpy().tobytes())
     return h.hexdigest()
 
 def save_converted(out:Path, found:dict, sha256:str):
-    "What `released_state` found, as safetensors: whole or absent."
+    "Save the result of `released_state` as safetensors; the file is whole or absent."
     tensors = {n: t.contiguous() for n,t in found['state'].items()}
     about = ({k: v for k,v in found.items() if k != 'state'}
              | dict(sha256=sha256, tensors=tensors_sha256(tensors)))
@@ -115,7 +115,7 @@ def save_converted(out:Path, found:dict, sha256:str):
     finally: tmp.unlink(missing_ok=True)
 
 def read_converted(path)->dict: # as released_state, and sha256 of the original
-    "The inverse; an error for any other file, and for a damaged one."
+    "Read a file of `save_converted`; raise a ValueError for any other file, and for a damaged one."
     try:
         with safe_open(path, 'pt') as f:  # not mapped: nobody can change it later
             about, state = (json.loads((f.metadata() or {})['released']),
@@ -131,7 +131,7 @@ def load_released(path,         # the authors' file, or one that this function c
                   sha256=None,  # checksum that the authors' file must have; else that of the first use counts
                   to=None,      # where the converted file goes; beside the original where not given
                  )->DeepClusterNet: # in evaluation mode, on the CPU
-    "The released AlexNet or VGG-16: read as tensors only, checked, kept as safetensors."
+    "Load the released AlexNet or VGG-16: read as tensors only, checked, kept as safetensors."
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path: no file {str(path)!r}; the authors' are at "
@@ -162,8 +162,9 @@ def load_released(path,         # the authors' file, or one that this function c
     return net.eval()
 
 # %% ../nbs/13_released.ipynb #934d2ca5
-def open_run(path): # → Run
-    "A run of `train` from its folder; another experiment's folder is an error."
+def open_run(path
+            ): # → Run
+    "Open a run of `train` from its folder; another experiment's folder is an error."
     try:
         return load_run(path)
     except TypeError as e:
@@ -172,8 +173,8 @@ def open_run(path): # → Run
 
 def load_weights(path,         # a run folder, or a file for load_released
                  sha256=None,  # of the authors' file
-                ):             # (network in evaluation mode, pixels that it was trained on, arch)
-    "A network to evaluate: our own, or the authors'."
+                )->tuple:      # (network in evaluation mode, pixels that it was trained on, arch)
+    "Load a network to evaluate: our own, or the authors'."
     if not Path(path).is_dir():
         net = load_released(path, sha256)
         return net, 224, 'vgg16' if len(net.features) > 20 else 'alexnet'
@@ -184,8 +185,8 @@ def load_weights(path,         # a run folder, or a file for load_released
     return run.net.eval(), run.config.size, run.config.arch
 
 # %% ../nbs/13_released.ipynb #9550bf0f
-def random_twin(net, seed:int=0): # → DeepClusterNet in evaluation mode
-    "A copy with weights that the network could have begun with."
+def random_twin(net, seed:int=0)->DeepClusterNet: # in evaluation mode
+    "Copy a network with fresh random weights, drawn as for the start of training."
     net = copy.deepcopy(net)
     for m in net.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm): m.reset_parameters()

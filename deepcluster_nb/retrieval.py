@@ -23,7 +23,7 @@ from .features import PCA, autocast, l2_normalize
 def rmac_regions(h:int, w:int,   # of the map
                  levels:int=3,
                 )->Tensor:       # (R, 4) left, top, width, height
-    "Squares of `levels` sizes, spread evenly (Tolias, Sicre and Jégou, section 3.2)."
+    "List squares of `levels` sizes, spread evenly (Tolias, Sicre and Jégou, section 3.2)."
     if min(h, w, levels) < 1:
         raise ValueError("levels: expected at least 1, and a map of at least 1 × 1, "
                          f"got {levels} and {h} × {w}")
@@ -44,7 +44,7 @@ def rmac_regions(h:int, w:int,   # of the map
 def rmac(a:Tensor,       # (C, h, w) activations
          levels:int=3,
         )->Tensor:       # (R, C) rows of length 1
-    "The maximum of each channel in each region."
+    "Take the maximum of each channel in each region."
     return l2_normalize(torch.stack([a[:, y:y+h, x:x+w].amax((1, 2))
                                      for x,y,w,h in rmac_regions(*a.shape[1:], levels).tolist()]))
 
@@ -72,7 +72,7 @@ def region_vectors(net, im:Tensor,     # a DeepClusterNet; (3, H, W) uint8
                    sides=(1024,),      # pixels of the larger side, one or several scales
                    levels:int=3, box=None, device='cpu', precision='float32',
                   )->list:             # for each of sides (R, C), rows of length 1
-    "Maxima over regions of the last maps, without the network's last pool."
+    "Compute the regional maxima of the last maps, without the network's last pool."
     net.eval()
     out = []
     for side in sides:
@@ -87,7 +87,7 @@ def learn_whitening(net, paths,      # a DeepClusterNet; image files of the othe
                     progress=None,   # called with (images done, N)
                     **how,           # of region_vectors
                    )->PCA:
-    "PCA of all regions of all images."
+    "Fit PCA to all regions of all images."
     if not len(paths): raise ValueError("paths: whitening needs images, got none")
     pca = PCA(dim)
     for i,path in enumerate(paths):
@@ -106,7 +106,7 @@ def descriptors(net, paths, pca:PCA,  # a DeepClusterNet; image files
                 progress=None,        # called with (images done, N)
                 **how,                # of region_vectors
                )->Tensor:             # (N, D), rows of length 1
-    "One vector an image."
+    "Compute one vector for each image."
     out = []
     for i,(path,box) in enumerate(zip(paths, boxes or [None]*len(paths))):
         out.append(aggregate(region_vectors(net, decode(path), box=box, **how), pca))
@@ -118,7 +118,7 @@ def ranked_ap(ranked,    # names, the most similar first
               positive,  # set of names to be found
               junk=(),   # names that are passed over
              )->float:   # 0 to 1
-    "The trapezoids of the Oxford buildings' program `compute_ap`."
+    "Compute average precision with the trapezoids of the Oxford buildings' program `compute_ap`."
     if not positive: raise ValueError("positive: expected at least one name to be found, got none")
     hit = np.array([name in positive for name in ranked if name not in junk], bool)
     p = hit.cumsum() / np.arange(1, len(hit) + 1)
@@ -127,7 +127,7 @@ def ranked_ap(ranked,    # names, the most similar first
 # %% ../nbs/12_retrieval.ipynb #a70cd87e
 @dataclass
 class Query:
-    "A box in an image, and what should be found."
+    "A box in an image, and the names of the images that should be found."
     name:str
     image:str       # the image it is cut from
     box:tuple       # left, top, right, bottom in pixels; None: all of it
@@ -145,7 +145,8 @@ PLACES = ("put the images into ROOT/jpg and the ground truth's *_query.txt, *_go
           "the ground truth is at https://www.robots.ox.ac.uk/~vgg/data/oxbuildings/ and …/parisbuildings/, "
           "whose terms say how to get the images")
 
-def known(query:Query, images:dict)->Query: # the same, if its image is there
+def known(query:Query, images:dict)->Query: # the same
+    "Raise a ValueError for a query whose image is not there, or with nothing to be found."
     if query.image not in images:
         raise ValueError(f"queries: expected the image of {query.name!r} among the {len(images):,} images, "
                          f"got {query.image!r}")
@@ -156,7 +157,7 @@ def known(query:Query, images:dict)->Query: # the same, if its image is there
 # %% ../nbs/12_retrieval.ipynb #e45955c5
 def read_oxford(root,     # holds jpg/ and lab/
                )->tuple:  # ({name: path}, [Query])
-    "Oxford5k or Paris6k as their publisher writes them."
+    "Read Oxford5k or Paris6k as their publisher lays them out."
     root = Path(root)
     lab, jpg = (root/sub if (root/sub).is_dir() else root for sub in ('lab', 'jpg'))
     files = sorted(lab.glob('*_query.txt'))
@@ -178,7 +179,7 @@ def read_oxford(root,     # holds jpg/ and lab/
 def read_queries(folder,  # of images, as deep as you like
                  file,    # CSV: query, box, positive, junk
                 )->tuple: # ({name: path}, [Query])
-    "A folder of your own, with its list of queries."
+    "Read a folder of your own images, with its list of queries."
     folder, file = Path(folder), Path(file)
     if not folder.is_dir():
         raise FileNotFoundError(f"root: no folder {str(folder)!r}; expected one with images")
@@ -207,7 +208,7 @@ def read_queries(folder,  # of images, as deep as you like
 
 # %% ../nbs/12_retrieval.ipynb #bb153a98
 def paint(pixels:np.ndarray, outlines)->np.ndarray: # (H, W, 3); (name, x, y, radius, added brightness) each
-    "Outlines onto a photograph."
+    "Draw outlines onto a photograph."
     h, w, _ = pixels.shape
     for name, x, y, r, ink in outlines:
         pixels = np.where(OUTLINES[name]((np.arange(w) - x) / r, (np.arange(h)[:, None] - y) / r)[..., None],
@@ -256,7 +257,7 @@ def made_city(folder,          # gets jpg and lab
 def search(net, images:dict, queries:list, pca:PCA, # {name: path}; [Query]
            progress=None, **how,                    # of region_vectors
           )->list:                                  # for each query the names, the most similar first
-    "Describe everything, compare, rank."
+    "Rank all images for each query by the similarity of their descriptors."
     x = descriptors(net, list(images.values()), pca, progress=progress, **how)
     q = descriptors(net, [images[k.image] for k in queries], pca, [k.box for k in queries], **how)
     names = list(images)
@@ -264,6 +265,6 @@ def search(net, images:dict, queries:list, pca:PCA, # {name: path}; [Query]
             for row in (q @ x.T).argsort(dim=1, descending=True, stable=True).tolist()]
 
 def retrieval_map(rankings:list, queries:list)->tuple: # (mAP, AP of each query by name), in per cent
-    "Mean average precision over the queries."
+    "Compute mean average precision over the queries."
     aps = {q.name: 100 * ranked_ap(r, q.positive, q.junk) for r,q in zip(rankings, queries)}
     return float(np.mean(list(aps.values()))), aps

@@ -39,7 +39,7 @@ def write_atomic(path,           # file to make or to replace
 def checksum(data:bytes,   # the tensors file
              record:dict,  # what the JSON file says
             )->str:
-    "SHA-256 of both parts of a checkpoint."
+    "Compute the SHA-256 of both parts of a checkpoint."
     h = hashlib.sha256(data)
     h.update(json.dumps(record).encode())
     return h.hexdigest()
@@ -51,8 +51,7 @@ def save_checkpoint(folder,        # made where it is missing
                     state:dict,    # whatever JSON can hold
                     step:int=0,    # steps done in the epoch after those
                    ):
-    ("Tensors, then the JSON file that makes them count; "
-     "then all but this checkpoint and the one before is removed.")
+    "Write tensors, then the JSON file that makes them valid; keep this checkpoint and the one before."
     for name,n,most in (('epoch', epoch, 99_999), ('step', step, 9_999_999)):
         if not 0 <= n <= most: raise ValueError(f"{name}: expected 0 to {most:,}, got {n}")
     wrong = [k for k,v in tensors.items() if not isinstance(v, torch.Tensor)]
@@ -72,8 +71,8 @@ def save_checkpoint(folder,        # made where it is missing
         if p.name not in new and p.name[:13] != last: p.unlink()
 
 # %% ../nbs/07_runs.ipynb #99465c36
-def load_checkpoint(folder): # (epoch, step, tensors, state) of the newest whole one, or None
-    "What doesn't match its checksum is passed over with a warning. Nothing is ever unpickled."
+def load_checkpoint(folder)->tuple: # (epoch, step, tensors, state) of the newest whole one, or None
+    "Load the newest checkpoint that matches its checksum, warn of damaged ones, and unpickle nothing."
     damaged = []
     for path in sorted(Path(folder).glob('*.json'), reverse=True):
         try:
@@ -165,6 +164,7 @@ def signals_to(handler): # called with (number, frame)
 
 @contextmanager
 def signals_noted(): # → a list, empty until SIGTERM or Ctrl-C comes
+    "Inside this block, note SIGTERM and Ctrl-C instead of ending; a second Ctrl-C interrupts at once."
     came = []
     def note(number, frame):
         if 'SIGINT' in came and number == signal.SIGINT: raise KeyboardInterrupt
@@ -173,7 +173,7 @@ def signals_noted(): # → a list, empty until SIGTERM or Ctrl-C comes
 
 # %% ../nbs/07_runs.ipynb #75cc029d
 def held_by(path)->str: # 'process 123 on host since …', or '' where nobody works in that run folder
-    "Who holds a run folder."
+    "Say which process holds a run folder."
     room = Path(path)/'checkpoint'
     if not (room/'lock').exists(): return ''
     try:
@@ -182,7 +182,7 @@ def held_by(path)->str: # 'process 123 on host since …', or '' where nobody wo
 
 # %% ../nbs/07_runs.ipynb #cd948793
 def amount(n:float)->str: # bytes, as 12 kB, 3.4 GB
-    "Three digits and a unit."
+    "Format bytes with three digits and a unit."
     unit = min(4, int(math.log10(max(n, 1)) // 3))
     return f"{float(f'{n / 1000**unit:.3g}'):,g} {['bytes', 'kB', 'MB', 'GB', 'TB'][unit]}"
 
@@ -251,19 +251,23 @@ class Guard:
 
 # %% ../nbs/07_runs.ipynb #cae1de3c
 def duration(seconds)->str: # such as '1 h 05 min', '3 min 20 s', '8 s'
+    "Format a duration by its two largest units."
     s = int(round(seconds))
     if s >= 3600: return f"{s//3600} h {s%3600//60:02d} min"
     return f"{s//60} min {s%60:02d} s" if s >= 60 else f"{s} s"
 
 # %% ../nbs/07_runs.ipynb #0201434a
-def progress_line(p:dict)->str: # what Progress shows and keeps in progress.json
+def progress_line(p:dict # as Progress keeps it in progress.json
+                 )->str:
+    "Format a run's progress as one line: a bar, the epoch, the phase and the time left."
     done = int(20 * p['fraction'])
     left = 'estimating' if p['seconds_left'] is None else duration(p['seconds_left'])
     return (f"{'█'*done}{'░'*(20-done)} epoch {p['epoch']+1}/{p['epochs']} · {p['phase']} "
             f"{p['done']:,}/{p['total']:,} · time left: {left}")
 
 # %% ../nbs/07_runs.ipynb #38159263
-def in_notebook(): # a Jupyter kernel, which papermill uses too
+def in_notebook()->bool:
+    "Return whether this runs in a Jupyter kernel, which papermill uses too."
     try: return get_ipython().__class__.__name__ == 'ZMQInteractiveShell'
     except NameError: return False
 
@@ -318,7 +322,7 @@ class Progress:
 
 # %% ../nbs/07_runs.ipynb #f499f5b4
 def training_curves(log:list): # dicts, one an epoch, as in log.jsonl → matplotlib figure
-    "The log as one picture, with what chance would give and what is normal."
+    "Draw the log as one picture, with what chance would give and what is normal."
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
     keys = ('epoch', 'loss', 'ln_k', 'nmi_prev', 'ami_prev', 'nmi_prev_chance', 'nmi_labels', 'ami_labels',

@@ -15,7 +15,7 @@ def cluster_counts(assign:Tensor, # (N,) cluster of each image
                    n:int=1,       # images wanted
                    k:int=None,    # clusters; the largest id + 1 where not given
                   )->Tensor:      # (k,) images in each cluster
-    "How large the clusters are; what is wrong with the arguments is found here."
+    "Count the images in each cluster; raise a ValueError for bad arguments."
     if assign.ndim != 1 or len(assign) == 0 or assign.is_floating_point():
         raise ValueError("assign: expected a whole number for each of N ≥ 1 images, "
                          f"got {assign.dtype} of shape {tuple(assign.shape)}")
@@ -31,7 +31,7 @@ def balanced_draws(assign:Tensor,  # (N,) cluster of each image
                    n:int,          # images wanted
                    g:torch.Generator,
                   )->list:         # for each non-empty cluster, ⌊n / clusters⌋ + 1 image numbers
-    "The same number of images from each cluster; with replacement where it has no more than that."
+    "Draw the same number of images from each cluster, with replacement where it has no more than that."
     sizes = cluster_counts(assign, n).tolist()
     members = [m for m in assign.argsort(stable=True).split(sizes) if len(m)]
     s = n // len(members) + 1
@@ -44,7 +44,7 @@ def uniform_sample(assign:Tensor, # (N,) cluster of each image
                    seed:int=0,    # of the run
                    epoch:int=0,   # each epoch draws anew
                   )->Tensor:      # (n,) image numbers in training order
-    "One epoch of images, uniform over clusters (paper, 'Avoiding trivial solutions')."
+    "Draw one epoch of images, uniform over clusters (paper, 'Avoiding trivial solutions')."
     g = generator(seed, 'sample', epoch)
     idx = torch.cat(balanced_draws(assign, n, g))
     return idx[torch.randperm(len(idx), generator=g)[:n]]
@@ -54,7 +54,7 @@ def released_sample(assign:Tensor, # (N,) cluster of each image
                     n:int,         # images in the epoch
                     seed:int=0, epoch:int=0,
                    )->Tensor:      # (n,) image numbers in training order
-    "What the released code samples: its draws are image numbers, its data set is stored in cluster order."
+    "Sample as the released code does: image numbers index a data set stored in cluster order."
     in_cluster_order = assign.argsort(stable=True)
     return in_cluster_order[uniform_sample(assign, n, seed, epoch)]
 
@@ -63,7 +63,7 @@ def shuffled_sample(assign:Tensor, # (N,) cluster of each image; only N matters
                     n:int,         # images in the epoch
                     seed:int=0, epoch:int=0,
                    )->Tensor:      # (n,) image numbers in training order
-    "Every image equally often, for use with `loss_weights`."
+    "Draw every image equally often, for use with `loss_weights`."
     cluster_counts(assign, n)
     g = generator(seed, 'sample', epoch)
     rounds = [torch.randperm(len(assign), generator=g) for _ in range(-(-n // len(assign)))]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 # %% ../nbs/18_small_maps.ipynb #5d2ae4aa
 def patches(x:Tensor,  # (B, C, H, W)
            )->Tensor:  # (B·H·W, 9·C): row by row of the patch, all channels of a pixel together
-    "What a 3×3 kernel sees at every position, zeros beyond the border."
+    "Return the 3×3 patch around every position, with zeros beyond the border."
     x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))                        # (B, H + 2, W + 2, C)
     return x.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3).reshape(-1, 9*x.shape[3])
 
@@ -39,7 +39,7 @@ PATCHED = dict(kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1
                padding_mode='zeros')
 
 class Conv2d(nn.Conv2d):
-    "A convolution with the faster of two equal gradients."
+    "A convolution that computes its gradient in the faster of two equivalent ways."
     def pays(self, x:Tensor)->bool: # whether the product will be the faster one
         if (not TILES or x.device.type != 'cpu' or x.dtype == torch.float64 or x.ndim != 4
             or max(x.shape[2:]) > 6):
@@ -54,7 +54,7 @@ class Conv2d(nn.Conv2d):
 
 # %% ../nbs/18_small_maps.ipynb #393dea29
 class AdaptiveMaxPool2d(nn.AdaptiveMaxPool2d):
-    "The pool; a map that has the size already stays as it is."
+    "An adaptive max pool that passes on a map of the right size as it is."
     def forward(self, x:Tensor)->Tensor: # (B, C, H, W) → (B, C, size, size)
         return (x if x.shape[2:] == (self.output_size, self.output_size) and not self.return_indices
                 else super().forward(x))

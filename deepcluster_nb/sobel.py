@@ -13,14 +13,15 @@ from .feeding import Ragged, to_device
 # %% ../nbs/02_sobel.ipynb #048b37c8
 MEAN, STD = (.485, .456, .406), (.229, .224, .225)   # of ImageNet's RGB values in [0, 1]
 
-def check_planes(x): # (B, 1 or 3, H, W); anything else is an error
+def check_planes(x):
+    "Raise a ValueError for anything but (B, 1 or 3, H, W)."
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise ValueError(f"x: expected (B, 1 or 3, H, W), got {tuple(x.shape)}")
 
 # %% ../nbs/02_sobel.ipynb #028cf863
 def normalize(x:Tensor,  # (B, 1 or 3, H, W) on the scale 0 to 255
              )->Tensor:  # (B, 3, H, W)
-    "ImageNet's mean and standard deviation, whatever the data set, as the released code does."
+    "Apply ImageNet's mean and standard deviation, whatever the data set, as the released code does."
     check_planes(x)
     mean, std = (to_device(torch.tensor(v), x.device)[:, None, None] for v in (MEAN, STD))
     return (x/255 - mean) / std
@@ -44,11 +45,9 @@ GREY  = tuple(1/s / sum(1/s for s in STD) for s in STD)                 # the sh
 SCALE = sum(1/s for s in STD) / 3 / 255
 SHIFT = sum(m/s for m,s in zip(MEAN, STD)) / 3
 
-def to_grey(
-    # (B, 3, H, W), a list of (3, H, W), or Ragged → one plane each,
-    # float32, on the same scale; what has one plane stays as it is
-    x):
-    "What Sobel makes of an image, before mean and standard deviation."
+def to_grey(x # (B, 3, H, W), a list of (3, H, W), or Ragged; what has one plane stays as it is
+           ): # one plane each, float32, on the same scale
+    "Compute the grey plane that Sobel makes of an image, before mean and standard deviation."
     if isinstance(x, list): return [to_grey(im[None])[0] for im in x]
     if isinstance(x, Ragged): return x.each(to_grey)
     check_planes(x)
@@ -60,6 +59,6 @@ def network_input(images,     # (B, 1 or 3, H, W) uint8, a list of (C, H, W), or
                   crop,       # of such images, → (B, C, size, size)
                   sobel:bool, # is that the network's first layer?
                  )->Tensor:   # (B, 3, size, size) normalised; with sobel (B, 1, size, size), already grey
-    "What a network gets to see."
+    "Crop and normalize images into a network's input."
     if not sobel: return normalize(crop(images))
     return (crop(to_grey(images)) * SCALE).sub_(SHIFT)

@@ -73,7 +73,8 @@ class Config:
     threads:int = 0
 
 # %% ../nbs/08_training.ipynb #262112f1
-def check(ok, name, value, expected): # one clear error for a value that can't be
+def check(ok, name, value, expected):
+    "Raise a ValueError that names the argument, what was expected and what it got, unless it is ok."
     if not ok: raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 # %% ../nbs/08_training.ipynb #813e1910
@@ -82,7 +83,7 @@ CLUSTERERS = dict(kmeans=lambda x, c, epoch: kmeans(x, c.k, 20, c.seed, epoch, c
 
 # %% ../nbs/08_training.ipynb #69fd5bc9
 def resolve(config:Config)->Config: # a checked copy, with 'auto' replaced
-    "Every impossible value is an error here, before any work starts."
+    "Raise an error for every impossible value, before any work starts."
     for f in fields(config):
         v = getattr(config, f.name)
         number = f.type is float and isinstance(v, int) and not isinstance(v, bool)
@@ -124,13 +125,14 @@ def resolve(config:Config)->Config: # a checked copy, with 'auto' replaced
 
 # %% ../nbs/08_training.ipynb #9df46c32
 def network(config)->DeepClusterNet: # on its device, with random weights
-    "The network that a configuration names."
+    "Build the network that a configuration names."
     c = config
     return convnet(c.arch, c.k, c.sobel, c.dropout, c.seed, c.border,
                    c.relu).to(c.device, memory_format=torch.channels_last)
 
 # %% ../nbs/08_training.ipynb #6888486d
-def cluster(net, images, config, epoch:int, progress=None, folder=None): # (Clustering, PCA, seconds a phase)
+def cluster(net, images, config, epoch:int, progress=None, folder=None
+           )->tuple: # (Clustering, PCA, seconds a phase)
     "One reassignment: features → PCA → unit length → clusters."
     pca, laps = PCA(config.pca), Laps(config.device)
     with closing(HalfFeatures(len(images), folder)) as feats:
@@ -147,13 +149,16 @@ def cluster(net, images, config, epoch:int, progress=None, folder=None): # (Clus
     return clustering, pca, laps.seconds()
 
 # %% ../nbs/08_training.ipynb #4ba28677
-def trunk_parameters(net)->list: # everything that learns, but for the head
+def trunk_parameters(net)->list:
+    "List the parameters that are trained, without the head's."
     return [p for name,p in net.named_parameters() if p.requires_grad and not name.startswith('top_layer')]
 
-def sgd(params, config, momentum:float=0.)->torch.optim.SGD: # the paper's optimiser
+def sgd(params, config, momentum:float=0.)->torch.optim.SGD:
+    "Create the paper's optimizer with the learning rate and weight decay of the configuration."
     return torch.optim.SGD(params, config.lr, momentum, weight_decay=config.weight_decay, fused=True)
 
 def optimizers(net, config)->tuple: # (trunk's, head's)
+    "Create the optimizers of the trunk and of the head."
     return (sgd(trunk_parameters(net), config, config.momentum),
             sgd(net.top_layer.parameters(), config, config.head_momentum))
 
@@ -167,9 +172,8 @@ def not_finite(loss, params)->Tensor: # 0-d, 1 or 0, on the device
 
 # %% ../nbs/08_training.ipynb #dfbeea50
 def steps(idx:Tensor, batch_size:int
-          # of (B,) image numbers; a last image alone joins the
-          # batch before, for batch norm has no variance of one
-         )->list:
+         )->list: # of (B,) image numbers
+    "Split into batches; a last image alone joins the one before, for batch norm has no variance of one."
     batches = list(idx.split(batch_size))
     return [*batches[:-2], torch.cat(batches[-2:])] if len(batches) > 1 and len(batches[-1]) == 1 else batches
 
@@ -217,8 +221,7 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int,
 
 # %% ../nbs/08_training.ipynb #7d08fbbd
 def centroid_head(net, clustering, pca):
-    ("A head that answers with the nearest centroid, as far as a linear layer after the ReLU can; "
-     "its rows are as long as a fresh head's.")
+    "Set the head to answer with the nearest centroid, as far as a linear layer can, at a fresh head's scale."
     axes, seen, c = (t.float().cpu() for t in (pca.axes, pca.mean, clustering.centroids))
     squares = axes.pow(2).sum(0)                            # 1 / variance of each direction, 0 for a dead one
     w, length = c @ axes.T, (squares > 0).sum().sqrt()      # of whitened features, about
@@ -233,7 +236,7 @@ def centroid_head(net, clustering, pca):
 
 # %% ../nbs/08_training.ipynb #a5f6b026
 def new_head(net, opts, clustering, pca, config, epoch:int)->tuple: # (trunk's, head's) optimiser
-    "The head for new clusters, and its optimiser."
+    "Set up the head for new clusters, and its optimizer."
     if config.head == 'kept' and epoch: return opts
     reset_top_layer(net, generator(config.seed, 'top_layer', epoch), len(clustering.centroids))
     # batch norm has statistics
@@ -242,7 +245,7 @@ def new_head(net, opts, clustering, pca, config, epoch:int)->tuple: # (trunk's, 
 
 # %% ../nbs/08_training.ipynb #f5387962
 def agreement(clustering, prev, labels)->dict:
-    "How the new clusters relate to the last ones, and to labels that training never sees."
+    "Compare the new clusters with the last ones, and with labels that training never sees."
     a, out = clustering.assign, {}
     out['nmi_prev']        = None if prev is None else nmi(a, prev)
     out['nmi_prev_chance'] = None if prev is None else chance_nmi(a, prev)
@@ -256,7 +259,8 @@ def agreement(clustering, prev, labels)->dict:
     return out
 
 # %% ../nbs/08_training.ipynb #ea335c40
-def describe(r:dict, epochs:int)->str: # one line of the log for people
+def describe(r:dict, epochs:int)->str:
+    "Format a record of the log as one line for people."
     seconds = sum(r['seconds'].values())
     prev = ('' if r['nmi_prev'] is None else
             f" · NMI with the last {r['nmi_prev']:.2f} (chance {r['nmi_prev_chance']:.2f})")
@@ -265,30 +269,32 @@ def describe(r:dict, epochs:int)->str: # one line of the log for people
             f"{r['n_empty']} empty · {seconds:.1f} s")
 
 # %% ../nbs/08_training.ipynb #8b807a1b
-def momenta(opts)->dict: # name → (optimiser, parameter)
+def momenta(opts)->dict: # name → (optimizer, parameter)
+    "Name the momentum of every parameter, as checkpoints do."
     return {f'{name}.{i}': (o, p) for name,o in zip(('momentum', 'head_momentum'), opts)
             for i,p in enumerate(o.param_groups[0]['params'])}
 
 def learnt(net, opts)->dict: # name → tensor, on the CPU
-    "Weights and momentum."
+    "Collect weights and momentum."
     momentum = {name: m for name,(o,p) in momenta(opts).items()
                 if (m := o.state[p].get('momentum_buffer')) is not None}
     return {k: v.cpu() for k,v in ({f'net.{k}': v for k,v in net.state_dict().items()} | momentum).items()}
 
 def put_back(net, opts, tensors:dict):
-    "The inverse of `learnt`, in place."
+    "Put the tensors of `learnt` back, in place."
     net.load_state_dict({k[4:]: v for k,v in tensors.items() if k.startswith('net.')})
     for name,(o,p) in momenta(opts).items():
         # in p's memory layout
         if name in tensors: o.state[p]['momentum_buffer'] = torch.empty_like(p).copy_(tensors[name])
 
-def snapshot(net, opts, clustering, pca)->dict: # name → tensor: all that a run is, but for its configuration
+def snapshot(net, opts, clustering, pca)->dict: # name → tensor
+    "Collect all tensors of a run: weights, momentum, assignments, centroids and PCA."
     return learnt(net, opts) | dict(assign=clustering.assign.cpu(), centroids=clustering.centroids.cpu(),
                                     pca_mean=pca.mean.cpu(), pca_axes=pca.axes.cpu())
 
 # %% ../nbs/08_training.ipynb #ee605631
 def restore(net, config, tensors:dict)->tuple: # (trunk's, head's) optimiser
-    "Weights and momentum of a `snapshot`, put back."
+    "Put the weights and momentum of a `snapshot` back."
     reset_top_layer(net, generator(config.seed), len(tensors['net.top_layer.bias']))
     opts = optimizers(net, config)
     put_back(net, opts, tensors)
@@ -296,7 +302,7 @@ def restore(net, config, tensors:dict)->tuple: # (trunk's, head's) optimiser
 
 # %% ../nbs/08_training.ipynb #2746aed7
 def saved_clusters(tensors:dict, config)->tuple: # (Clustering, PCA)
-    "The other half of `snapshot`'s inverse."
+    "Read the clustering and the PCA of a `snapshot`."
     pca = PCA(config.pca)
     pca.mean, pca.axes = tensors['pca_mean'], tensors['pca_axes']
     return Clustering(tensors['assign'], tensors['centroids'], []), pca
@@ -306,17 +312,17 @@ def saved_clusters(tensors:dict, config)->tuple: # (Clustering, PCA)
 FREE = 'run_dir', 'root', 'checkpoint_minutes', 'threads'
 
 def free(run_dir, params:dict)->tuple: # names
-    ("What may differ from the parameters in a run folder: "
-     "`FREE`, and a default that had no name yet when the run began.")
+    "Name what may differ when a run continues: `FREE`, and newer parameters that have their default."
     file = Path(run_dir)/'params.yaml'
     there = yaml.safe_load(file.read_text()) if file.is_file() else params
     return *FREE, *[f.name for f in fields(Config) if f.name not in there and params.get(f.name) == f.default]
 
 def resume(folder, net, config,
+           n:int     # images
            # (epochs done, steps done in the next, their total loss,
-           # clustering, pca, record, optimisers), or None
-           n:int):
-    "Where the newest checkpoint in the folder leaves off."
+           # clustering, pca, record, optimizers), or None
+          )->tuple:
+    "Continue from the newest checkpoint in the folder."
     saved = load_checkpoint(folder.path/'checkpoint')
     if saved is None: return
     epoch, step, t, state = saved
@@ -335,11 +341,13 @@ def resume(folder, net, config,
 
 # %% ../nbs/08_training.ipynb #d422529e
 def as_npy(assign)->bytes: # int32, as numpy.load reads it
+    "Serialize assignments as a .npy file."
     out = io.BytesIO()
     np.save(out, assign.numpy().astype(np.int32))
     return out.getvalue()
 
 def clusters_csv(paths, assign)->str: # path,cluster
+    "Format the cluster of each path as CSV."
     out = io.StringIO()
     csv.writer(out, lineterminator='\n').writerows([('path', 'cluster'), *zip(paths, assign.tolist())])
     return out.getvalue()
@@ -347,7 +355,7 @@ def clusters_csv(paths, assign)->str: # path,cluster
 # %% ../nbs/08_training.ipynb #5775163c
 @dataclass
 class Run:
-    "What `fit` returns."
+    "The result of `fit`."
     net:DeepClusterNet
     images:PackedImages
     clustering:Clustering  # of the final network
@@ -356,8 +364,8 @@ class Run:
     config:Config          # checked, 'auto' replaced
 
 # %% ../nbs/08_training.ipynb #a967a8b5
-def prepare(config:Config, images=None): # (checked config, images)
-    "Everything that can be wrong with the input is found here; then threads and memory are set up."
+def prepare(config:Config, images=None)->tuple: # (checked config, images)
+    "Check the configuration and the images, then set up threads and memory."
     c = resolve(config)
     if images is None: images = load_images(c.dataset, c.root or None, 'train', c.n_images, c.seed)
     check(c.k <= len(images) or c.clusterer != 'kmeans', 'k', c.k,
@@ -370,7 +378,7 @@ def prepare(config:Config, images=None): # (checked config, images)
 
 # %% ../nbs/08_training.ipynb #1bd20205
 def space(net, config, n:int)->tuple: # bytes of a checkpoint, and of the rest of the run folder
-    "What a run of n images will take on the disk."
+    "Estimate the disk space that a run of n images takes."
     learnt = trunk_parameters(net) + [p for p in net.top_layer.parameters() if config.head_momentum]
     weights = sum(t.numel() * t.element_size()
                   for t in net.state_dict().values()) + 4*sum(p.numel() for p in learnt)
@@ -443,14 +451,14 @@ def fit(config:Config,  # what to do
 
 # %% ../nbs/08_training.ipynb #a3688431
 def predict(run:Run, images:PackedImages)->Tensor: # (N,) cluster of each image
-    "Clusters for new images: the run's network, PCA and centroids."
+    "Assign new images to clusters with the run's network, PCA and centroids."
     batches = feature_batches(run.net, images, run.config.size, 512, run.config.device, run.config.precision)
     return torch.cat([nearest(l2_normalize(run.pca.transform(f)).cpu(), run.clustering.centroids)
                       for f in batches])
 
 # %% ../nbs/08_training.ipynb #40c7948c
 def load_run(run_dir)->Run:
-    "A run from its folder, for `predict` and for a look inside."
+    "Load a run from its folder, for `predict` and for a look inside."
     params = Path(run_dir)/'params.yaml'
     if not params.exists(): raise FileNotFoundError(f"run_dir: no run in {str(run_dir)!r} (no params.yaml)")
     c, saved = (resolve(Config(**yaml.safe_load(params.read_text()))),

@@ -64,7 +64,7 @@ def made_voc(folder,        # gets VOCdevkit/VOC2007
 
 # %% ../nbs/11_voc.ipynb #085bbb58
 def voc_folder(root)->Path: # the folder that holds JPEGImages
-    "`root` itself, or VOCdevkit/VOC2007 in it."
+    "Find the folder of VOC2007: `root` itself, or VOCdevkit/VOC2007 in it."
     for top in (Path(root)/sub for sub in ('', 'VOC2007', 'VOCdevkit/VOC2007', 'voc2007/VOCdevkit/VOC2007')):
         if (top/'ImageSets'/'Main').is_dir(): return top
     raise FileNotFoundError(f"root: no VOCdevkit/VOC2007 with ImageSets/Main in {str(root)!r}; fetch it with "
@@ -72,8 +72,8 @@ def voc_folder(root)->Path: # the folder that holds JPEGImages
                             "root='data/voc2007'")
 
 # %% ../nbs/11_voc.ipynb #4048c8a1
-def voc_labels(top:Path, split:str): # (names, classes, (N, C) of −1 absent, 0 difficult, 1 present)
-    "What ImageSets/Main says of a split; an incomplete file is an error."
+def voc_labels(top:Path, split:str)->tuple: # (names, classes, (N, C) of −1 absent, 0 difficult, 1 present)
+    "Read a split's labels from ImageSets/Main; an incomplete file is an error."
     main = Path(top)/'ImageSets'/'Main'
     files = sorted(main.glob(f'*_{split}.txt'))
     if split not in ('train', 'val', 'trainval', 'test') or not files or not (main/f'{split}.txt').is_file():
@@ -94,7 +94,7 @@ def read_voc(root,           # holds VOCdevkit/VOC2007
              n_images:int=0, # a random subset of this size, 0 for all
              seed:int=0,     # of the subset
             )->PackedImages: # labels (N, C): −1 absent, 0 difficult, 1 present
-    "VOC2007 as its publisher lays it out."
+    "Read VOC2007 as its publisher lays it out."
     top = voc_folder(root)
     names, classes, truth = voc_labels(top, split)
     rows = pick(len(names), n_images, seed)
@@ -104,7 +104,7 @@ def read_voc(root,           # holds VOCdevkit/VOC2007
 
 # %% ../nbs/11_voc.ipynb #a685377d
 def voc_objects(path)->list: # of (class, (left, top, right, bottom) from 1, difficult)
-    "The boxes in a file of Annotations."
+    "Read the boxes in a file of Annotations."
     box = lambda o: tuple(int(float(o.find(f'bndbox/{k}').text)) for k in ('xmin', 'ymin', 'xmax', 'ymax'))
     return [(o.find('name').text, box(o), int(o.findtext('difficult', '0')))
             for o in ET.parse(path).getroot().iter('object')]
@@ -113,7 +113,7 @@ def voc_objects(path)->list: # of (class, (left, top, right, bottom) from 1, dif
 def precision_recall(scores:Tensor, # (N,), higher is surer
                      truth:Tensor,  # (N,): −1 absent, 0 difficult, 1 present
                     )->tuple:       # (precision, recall) at every distinct score, the highest first
-    "Difficult ones do not exist here."
+    "Compute precision and recall; difficult images are left out."
     scores, truth = torch.as_tensor(scores), torch.as_tensor(truth)
     if scores.shape != truth.shape or scores.ndim != 1:
         raise ValueError(f"scores: expected one for each of {tuple(truth.shape)} truths, "
@@ -136,7 +136,7 @@ RULES = 'step', 'interpolated', '11-point'
 def average_precision(scores:Tensor, truth:Tensor, # (N,) as in precision_recall
                       rule:str='step',             # one of RULES
                      )->float:                     # 0 to 1; NaN where nothing is present
-    "The area under precision over recall, by one of three rules."
+    "Compute the area under precision over recall, by one of three rules."
     if rule not in RULES: raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
     p, r = precision_recall(scores, truth)
     if not (torch.as_tensor(truth) == 1).any(): return math.nan
@@ -147,7 +147,7 @@ def average_precision(scores:Tensor, truth:Tensor, # (N,) as in precision_recall
 # %% ../nbs/11_voc.ipynb #616bc6e6
 def mean_ap(scores:Tensor, truth:Tensor, # (N, C): a column for each class
             rule:str='step')->tuple:     # (mAP, a list of every class's AP), in per cent
-    "Over the classes that are present at all."
+    "Average the AP over the classes that are present at all."
     aps = [100 * average_precision(s, y, rule)
            for s,y in zip(torch.as_tensor(scores).T, torch.as_tensor(truth).T)]
     return float(np.mean([a for a in aps if not math.isnan(a)] or [math.nan])), aps
@@ -155,16 +155,18 @@ def mean_ap(scores:Tensor, truth:Tensor, # (N, C): a column for each class
 # %% ../nbs/11_voc.ipynb #5e074b9e
 COSTS = *(.5**n for n in range(19, 3, -1)), 1., 10., 100.      # MMSelfSup's
 
-def svm(cost:float, seed:int=0): # scikit-learn's classifier
+def svm(cost:float, seed:int=0
+       ): # scikit-learn's classifier
+    "Create a linear SVM after MMSelfSup's protocol: positives count twice, 2,000 iterations at most."
     from sklearn.svm import LinearSVC
     return LinearSVC(C=cost, class_weight={1: 2, -1: 1}, dual=True, max_iter=2000, random_state=seed)
 
-def unit_rows(x:Tensor)->np.ndarray: # (N, D) float64, rows of length 1
+def unit_rows(x:Tensor)->np.ndarray: # (N, D) float64
+    "Scale each row to length 1, for scikit-learn."
     return l2_normalize(x.float()).double().numpy()
 
 def span(x:np.ndarray)->np.ndarray: # (D, min(N, D)), orthonormal
-    ("A basis of the rows. An SVM's weights are a sum of its rows, so within it nothing is lost, "
-     "and few rows are quickly done.")
+    "Return an orthonormal basis of the rows, in which an SVM on few rows loses nothing and is fast."
     return np.linalg.qr(x.T)[0]
 
 # %% ../nbs/11_voc.ipynb #b44f3641
@@ -175,7 +177,7 @@ def linear_svm(train_x:Tensor, train_y:Tensor, # (N, D) frozen features and thei
                jobs=None,                      # processes that scikit-learn may use
                progress=None,                  # called with (classes done, C)
               )->tuple:                        # ((M, C) scores, cost of each class)
-    "One SVM a class; its cost by cross-validated average precision."
+    "Train one SVM a class; its cost is chosen by cross-validated average precision."
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.model_selection import GridSearchCV
     few = [c for c,y in enumerate(train_y.T) if min((y == 1).sum(), (y == -1).sum()) < folds]
@@ -198,7 +200,7 @@ def linear_svm(train_x:Tensor, train_y:Tensor, # (N, D) frozen features and thei
 
 # %% ../nbs/11_voc.ipynb #98d3c462
 def shot_rows(y:Tensor, k:int, negatives:int, g)->Tensor: # (k + up to k·negatives,) rows of y
-    "k positives and `negatives` times as many negatives, as far as there are."
+    "Draw k positives and `negatives` times as many negatives, as far as there are."
     positive, negative = [v[torch.randperm(len(v), generator=g)]
                           for v in ((y == 1).nonzero()[:, 0], (y == -1).nonzero()[:, 0])]
     if not 1 <= k <= len(positive):
@@ -212,7 +214,7 @@ def low_shot(train_x:Tensor, train_y:Tensor, test_x:Tensor, test_y:Tensor, # fea
              costs=COSTS, rule:str='interpolated', seed:int=0,
              progress=None,                       # called with (samples done, samples in all)
             )->dict: # k → mAP: mean, std, best (chosen on the test images), and the cost
-    "Linear SVMs from k positive images a class."
+    "Train linear SVMs on k positive images a class."
     from sklearn.exceptions import ConvergenceWarning
     x, z, n = unit_rows(train_x), unit_rows(test_x), train_y.shape[1]
     fewest = int((train_y == 1).sum(0).min())
@@ -249,7 +251,7 @@ def low_shot(train_x:Tensor, train_y:Tensor, test_x:Tensor, test_y:Tensor, # fea
 def voc_loss(logits:Tensor, # (B, C)
              truth:Tensor,  # (B, C): −1, 0, 1
             )->Tensor:      # 0-d
-    "Binary cross-entropy, a question for each class; difficult ones do not count."
+    "Compute binary cross-entropy, one decision for each class; difficult ones do not count."
     per = F.binary_cross_entropy_with_logits(logits, (truth > 0).float(), reduction='none')
     return per.masked_fill(truth == 0, 0.).sum() / len(logits)
 
@@ -259,7 +261,7 @@ RECIPES = {'fc6-8': (.003, 5_000), 'all': (.001, 20_000)}
 STEPS, SCALE = 80_000, (.1, .5)                              # SCALE: share of a photograph that a crop covers
 
 def learning_rate(what:str, step:int, n:int=STEPS)->float:
-    "Halved every 5,000 (fc6-8) or 20,000 steps (all); a shorter training has shorter stairs."
+    "Return the rate, halved every 5,000 (fc6-8) or 20,000 (all) of 80,000 steps; n scales that."
     lr, stair = RECIPES[what]
     return lr * .5**(step * STEPS // (n * stair))
 
@@ -271,7 +273,7 @@ def transfer_net(net,                    # a DeepClusterNet
                  train_bn:bool=False,    # fc6-8 also learns batch norm's scale and shift
                  dropout:float=.5, seed:int=0,
                 ):                       # a copy; the network itself is not touched
-    "New linear layers N(0, .01) with bias .1; only what `what` names can learn."
+    "Give a copy new linear layers N(0, .01) with bias .1; only what `what` names can learn."
     if what not in RECIPES: raise ValueError(f"what: expected one of {', '.join(RECIPES)}, got {what!r}")
     net, g = copy.deepcopy(net), generator(seed, 'transfer')
     net.top_layer = nn.Linear(net.dim, n_classes, device='meta').to_empty(device=net.top_layer.weight.device)
@@ -296,7 +298,7 @@ def finetune(net, images:PackedImages, # from transfer_net; labels (N, C) of −
              after=None,             # called with (steps done, n, function that returns the state as tensors)
              start=(0, None),        # steps done and their state, to go on from
             ):                       # the same net, trained
-    "Classification as in the released code: SGD with momentum .9, batch norm in evaluation mode."
+    "Train classification as the released code does: SGD, momentum .9, batch norm in evaluation mode."
     learning = [p for p in net.parameters() if p.requires_grad]
     opt = torch.optim.SGD(learning, 1., .9, weight_decay=weight_decay)
     if start[1]: put_back(net, (opt,), start[1])
@@ -327,7 +329,7 @@ def finetune(net, images:PackedImages, # from transfer_net; labels (N, C) of −
 def crop_scores(net, images:PackedImages, size:int=224, crops:int=10, batch_size:int=64, device='cpu',
                 precision='float32', seed:int=0, progress=None
                )->Tensor: # (N, C); progress is called with (images done, N)
-    "The sum of the scores of ten random crops."
+    "Sum the scores of random crops of each image."
     net.eval()
     out = []
     for idx in torch.arange(len(images)).split(batch_size):
