@@ -54,6 +54,17 @@ def rows(images, config): # (chapter, title, eight pictures or numbers of cluste
     others = torch.stack([lot[(last[lot] == last[j]) & (lot != j)][:3] for j in i])
     for title, shown in zip(('its cluster', '', ''), others.T): yield 10, title, list(images.batch(shown))
 
+def luminance(color): # WCAG 2's relative luminance of an (R, G, B) in 0 … 1
+    linear = [v/12.92 if v <= .04045 else ((v + .055)/1.055)**2.4 for v in color]
+    return sum(w*v for w,v in zip((.2126, .7152, .0722), linear))
+
+def contrast(a, b): # WCAG 2's ratio, 1 to 21; small text needs 4.5
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + .05) / (low + .05)
+
+def readable(ground): # the text color that stands out more from it, at least 4.5 : 1 on any color
+    return max(((0, 0, 0), (1, 1, 1)), key=lambda text: contrast(text, ground))
+
 def draw(rows, path):
     colors, newest = plt.get_cmap('Paired').colors, rows[-1][0]
     fig, axs = plt.subplots(len(rows), len(SHOWN) + 1, figsize=(7.2, .68*len(rows)),
@@ -71,7 +82,8 @@ def draw(rows, path):
                 ax.imshow((t.permute(1, 2, 0) if t.ndim == 3 else t).numpy(), cmap='gray', vmin=0, vmax=1)
             else:
                 if isinstance(t, int): ax.set_facecolor(colors[t % len(colors)])
-                ax.text(.5, .5, t, ha='center', va='center', fontsize=12, transform=ax.transAxes)
+                ax.text(.5, .5, t, ha='center', va='center', fontsize=12, transform=ax.transAxes,
+                        color=readable(ax.get_facecolor()[:3]))
             for s in ax.spines.values(): s.set(visible=chapter == newest, color='#0072B2', lw=1.5)
     fig.savefig(picture := io.BytesIO(), dpi=100, facecolor='white')
     plt.close(fig)
