@@ -11,7 +11,7 @@ import ast, re
 from pathlib import Path
 
 # %% ../nbs/24_book.ipynb #a92a39f6
-LONG = 30  # lines of source that stay unfolded
+LONG = 26  # lines of source that stay unfolded
 
 def document(cell)->str: # Markdown, empty for other cells
     "The heading, signature and docstring that nbdev has put into a cell of its own."
@@ -39,13 +39,14 @@ def each_definition_once(cells:list)->list:
     "Leave out the signature where the source says the same."
     from execnb.nbio import mk_cell
     docs = {documented(d): d for c in cells if (d := document(c))}
-    exported = {id(c): [n for n in defined(c.source) if n in docs] for c in cells if 'exports' in c.get('directives_', {})}
+    exported = {id(c): [n for n in defined(c.source) if n in docs]
+                for c in cells if 'exports' in c.get('directives_', {})}
     on_the_page, out = {n for names in exported.values() for n in names}, []
     for cell in cells:
         names, text = exported.get(id(cell), []), document(cell)
         if text and documented(text) in on_the_page: continue
         if text: cell = mk_cell(text, 'markdown')
-        elif names and (len(cell.source.splitlines()) <= LONG or re.search('^class ', cell.source, re.M)):
+        elif names and (len(cell.source.splitlines()) <= LONG or cell.source.startswith('@dataclass')):
             out.append(mk_cell(heading([docs[n] for n in names]), 'markdown'))
         elif names:
             out += [mk_cell(docs[n], 'markdown') for n in names]
@@ -61,7 +62,8 @@ def pieces(cell)->list: # [(kind, cell)]; kind: text, heading or question
     "A Markdown cell, cut before its headings of the second level and its questions."
     from execnb.nbio import mk_cell
     if cell.cell_type != 'markdown': return [('text', cell)]
-    cut = [q for part in re.split(r'^(?=## )', cell.source, flags=re.M) for q in QUESTION.split(part) if q.strip()]
+    parts = re.split(r'^(?=## )', cell.source, flags=re.M)
+    cut = [q for part in parts for q in QUESTION.split(part) if q.strip()]
     kinds = ['heading' if q.startswith('## ') else 'question' if QUESTION.match(q) else 'text' for q in cut]
     return [(kind, mk_cell(q.strip(), 'markdown')) for kind, q in zip(kinds, cut)]
 
@@ -125,12 +127,14 @@ def pin_notebooks(folder,      # with notebooks, also in folders below
                   commit:str,  # 40 hexadecimal digits
                  )->list:      # paths of those that were changed
     "Let the first cell of every notebook install the kit of one commit instead of the newest."
-    if not re.fullmatch('[0-9a-f]{40}', commit): raise ValueError(f"commit: expected 40 hexadecimal digits, got {commit!r}")
+    if not re.fullmatch('[0-9a-f]{40}', commit):
+        raise ValueError(f"commit: expected 40 hexadecimal digits, got {commit!r}")
     changed = []
     for path in sorted(Path(folder).rglob('*.ipynb')):
         text = path.read_text(encoding='utf-8')
         if NEWEST not in text: continue
         path.write_text(text.replace(NEWEST, f'deepcluster-nb@{commit}'), encoding='utf-8')
         changed.append(path)
-    if not changed: raise ValueError(f"folder: expected notebooks that install {NEWEST}, found none in {str(folder)!r}")
+    if not changed:
+        raise ValueError(f"folder: expected notebooks that install {NEWEST}, found none in {str(folder)!r}")
     return changed

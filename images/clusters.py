@@ -39,8 +39,8 @@ def save(fig, path):
 def rows(fig, found, folder, cols, n, rect):
     "A cluster a line, n images of each; rect: left, bottom, width and height as shares of the figure."
     left, bottom, width, height = rect
-    grid = fig.add_gridspec(len(found)//cols, cols, left=left, bottom=bottom, right=left + width, top=bottom + height,
-                            wspace=.25, hspace=.1)
+    grid = fig.add_gridspec(len(found)//cols, cols, left=left, bottom=bottom, right=left + width,
+                            top=bottom + height, wspace=.25, hspace=.1)
     for i, (name, share, paths) in enumerate(found):
         ax = fig.add_subplot(grid[i % (len(found)//cols), i // (len(found)//cols)])
         ax.imshow(row_of(folder, paths[:n]), interpolation='antialiased')

@@ -1,6 +1,6 @@
-"""The pages as a reader sees them, without Quarto: `python tests/pages.py` converts what nbdev has processed (_proc) with pandoc
-under the site's own styles and layout, opens each page in a browser, and counts its length, wrapped lines, low contrasts and
-overflow. An approximation of the real site: Bootstrap's theme is left out but for its text size and colors.
+"""The pages as a reader sees them, without Quarto: `python tests/pages.py` converts what nbdev has processed
+(_proc) with pandoc under the site's own styles and layout, opens each page in a browser, and counts its
+length, wrapped lines, low contrasts and overflow. Of Quarto's theme only sizes and colors are there.
 Needs pandoc (pip install pypandoc_binary), the package playwright and some Chromium; see `make browser`."""
 import argparse, base64, html, json, re, shutil, subprocess, sys
 from pathlib import Path
@@ -10,37 +10,56 @@ from browser import browser
 ROOT = Path(__file__).parent.parent
 GRID = {'sidebar-width': '250px', 'body-width': '800px', 'margin-width': '250px'}     # Quarto's own
 
-# what Quarto and its themes set and the site's styles build upon: sizes, the grid at the widths we look at, colors of text
+# what Quarto and its themes set, and the site's styles build upon
 BASE = '''
 :root { font-size: 17px; }
-body { margin: 0; font: 1rem/1.5 "Source Sans Pro", "Segoe UI", "DejaVu Sans", sans-serif; background: #fff; color: #373a3c; }
+body { margin: 0; font: 1rem/1.5 "Source Sans Pro", "Segoe UI", "DejaVu Sans", sans-serif; }
+body { background: #fff; color: #373a3c; }
 body.quarto-dark { background: #222; color: #fff; }
-a { color: #2780e3; } body.quarto-dark a { color: #00bc8c; }
-h1, h2, h3 { line-height: 1.2; font-weight: 400; } h2 { margin-top: 2rem; border-bottom: 1px solid #dee2e6; }
-#content { display: grid; }
+a { color: #2780e3; }
+body.quarto-dark a { color: #00bc8c; }
+h1, h2, h3 { line-height: 1.2; font-weight: 400; }
+h2 { margin-top: 2rem; border-bottom: 1px solid #dee2e6; }
+#quarto-content { display: grid; padding: 0 1.5rem; }
 #sidebar, #margin { font-size: .875rem; padding: 1rem; overflow: hidden; }
 main { min-width: 0; padding: 1rem 1.5rem 3rem; }
-pre, code { font-family: SFMono-Regular, Menlo, Monaco, Consolas, "Liberation Mono", "DejaVu Sans Mono", monospace; }
-code { font-size: .875em; white-space: pre; } p code, li code, td code { white-space: pre-wrap; } pre { margin: 0 0 1rem; }
-div.sourceCode { background: #f1f3f5; margin: 0 0 1em; border-radius: .25rem; } body.quarto-dark div.sourceCode { background: #343a40; }
-div.sourceCode > pre { padding: .4em; margin: 0; } pre > code { display: block; }
-pre > code.sourceCode { white-space: pre-wrap; } pre > code.sourceCode > span { display: inline-block; line-height: 1.25; }
+pre, code { font-family: SFMono-Regular, Menlo, Consolas, "Liberation Mono", "DejaVu Sans Mono", monospace; }
+code { font-size: .875em; white-space: pre; }
+p code, li code, td code { white-space: pre-wrap; }
+pre { margin: 0 0 1rem; }
+div.sourceCode { background: #f1f3f5; margin: 0 0 1em; border-radius: .25rem; }
+body.quarto-dark div.sourceCode { background: #343a40; }
+div.sourceCode > pre { padding: .4em; margin: 0; }
+pre > code { display: block; }
+pre > code.sourceCode { white-space: pre-wrap; }
+pre > code.sourceCode > span { display: inline-block; line-height: 1.25; }
 pre > code.sourceCode > span:empty { height: 1.2em; }
-.cell-output pre { padding: .4em; overflow-x: auto; } .cell-output-display { overflow-x: auto; }
-figure { margin: 0 0 1rem; } figcaption { font-size: .9rem; color: #868e96; } img { max-width: 100%; }
-table { border-collapse: collapse; width: 100%; } th, td { padding: .5rem; border-bottom: 1px solid #dee2e6; vertical-align: top; text-align: left; }
-details.callout { border: 1px solid #dee2e6; border-left: 5px solid #198754; padding: .4em .8em; margin: 1rem 0; }
+.cell-output pre { padding: .4em; overflow-x: auto; }
+.cell-output-display { overflow-x: auto; }
+figure { margin: 0 0 1rem; }
+figcaption { font-size: .9rem; color: #868e96; }
+img { max-width: 100%; }
+table { border-collapse: collapse; width: 100%; }
+th, td { padding: .5rem; border-bottom: 1px solid #dee2e6; vertical-align: top; text-align: left; }
+details.callout { border: 1px solid #dee2e6; border-left: 5px solid #198754; padding: .4em .8em; }
+details.callout { margin: 1rem 0; }
 math[display="block"] { overflow-x: auto; max-width: 100%; }
-@media (max-width: 991px) { #sidebar, #margin { display: none; } #content { grid-template-columns: 100%; } main { padding: 1rem .8rem; } }
+@media (max-width: 991px) { #sidebar, #margin { display: none; }
+#quarto-content { grid-template-columns: 100%; padding: 0; }
+main { padding: 1rem .8rem; } }
 '''
 
 MEASURE = '''() => {
-  const lines = [...document.querySelectorAll('pre > code.sourceCode > span')].filter(s => s.textContent.trim());
-  const wrapped = lines.filter(s => s.getBoundingClientRect().height > 1.6 * parseFloat(getComputedStyle(s).lineHeight));
+  const all = selector => [...document.querySelectorAll(selector)];
+  const visible = e => e.textContent.trim() && e.getClientRects().length;
+  const lines = all('pre > code.sourceCode > span').filter(visible);
+  const height = s => s.getBoundingClientRect().height / parseFloat(getComputedStyle(s).lineHeight);
+  const wrapped = lines.filter(s => height(s) > 1.6);
   const rgb = c => c.match(/[\\d.]+/g).map(Number);
   const light = c => { const [r, g, b] = c.map(v => (v /= 255) <= .03928 ? v/12.92 : ((v + .055)/1.055)**2.4);
                        return .2126*r + .7152*g + .0722*b; };
-  const over = (top, below) => [0, 1, 2].map(i => top[3] === undefined ? top[i] : top[i]*top[3] + below[i]*(1 - top[3]));
+  const mix = (a, top, below) => a*top + (1 - a)*below;
+  const over = (top, below) => [0, 1, 2].map(i => mix(top[3] ?? 1, top[i], below[i]));
   const ground = e => { const c = rgb(getComputedStyle(e).backgroundColor);
     return c[3] === 0 ? (e.parentElement ? ground(e.parentElement) : [255, 255, 255])
                       : over(c, e.parentElement ? ground(e.parentElement) : [255, 255, 255]); };
@@ -49,16 +68,22 @@ MEASURE = '''() => {
   let least = 21;
   while (walk.nextNode()) {
     const e = walk.currentNode.parentElement;
-    if (!walk.currentNode.textContent.trim() || e.closest('svg, script, style') || !e.getClientRects().length) continue;
-    const b = ground(e), [x, y] = [light(over(rgb(getComputedStyle(e).color), b)), light(b)].sort((p, q) => q - p);
+    const seen = e.getClientRects().length && !e.closest('svg, script, style');
+    if (!seen || !walk.currentNode.textContent.trim()) continue;
+    const below = ground(e), text = over(rgb(getComputedStyle(e).color), below);
+    const [x, y] = [light(text), light(below)].sort((p, q) => q - p);
     const ratio = (x + .05)/(y + .05);
     least = Math.min(least, ratio);
-    if (ratio < 4.5) { const k = e.tagName + '.' + e.className; low[k] = Math.min(low[k] || 21, Math.round(100*ratio)/100); }
+    const name = e.tagName + '.' + e.className;
+    if (ratio < 4.5) low[name] = Math.min(low[name] || 21, Math.round(100*ratio)/100);
   }
-  const wide = [...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1
-    && ![...(function*(n) { while (n = n.parentElement) yield n })(e)].some(n => /auto|scroll|hidden/.test(getComputedStyle(n).overflowX)));
-  return {height: document.documentElement.scrollHeight, lines: lines.length, wrapped: wrapped.length, least: Math.round(100*least)/100,
-          low, wide: [...new Set(wide.map(e => e.tagName + '.' + e.className))]};
+  const clips = e => /auto|scroll|hidden/.test(getComputedStyle(e).overflowX);
+  const scrolls = e => e && (clips(e) || scrolls(e.parentElement));
+  const outside = e => e.getBoundingClientRect().right > innerWidth + 1;
+  const wide = all('main *').filter(e => outside(e) && !scrolls(e.parentElement));
+  return {height: document.documentElement.scrollHeight, lines: lines.length, wrapped: wrapped.length,
+          least: Math.round(100*least)/100, low,
+          wide: [...new Set(wide.map(e => e.tagName + '.' + e.className))]};
 }'''
 
 def source(cell): return ''.join(cell['source'])
@@ -96,7 +121,8 @@ def markdown(nb, folder):
             code = '\n'.join(l for l in lines if not l.startswith('#|')).strip('\n')
             parts.append('::: {.cell}')
             folded = options.get('code-fold') is True
-            if folded: parts.append(f"```{{=html}}\n<details><summary>{options.get('code-summary', 'Code')}</summary>\n```")
+            summary = options.get('code-summary', 'Code')
+            if folded: parts.append(f'```{{=html}}\n<details><summary>{summary}</summary>\n```')
             if options.get('echo', True) and code: parts.append(f'````{{.python .cell-code}}\n{code}\n````')
             if folded: parts.append('```{=html}\n</details>\n```')
             for i, o in enumerate(c.get('outputs', [])):
@@ -107,9 +133,10 @@ def markdown(nb, folder):
     return front, '\n\n'.join(parts)
 
 def layout(quarto):
-    px = {k: int(re.match(r'\d+', v)[0]) for k, v in (GRID | quarto['format']['html'].get('grid', {})).items()}
-    side, body, margin = (px[f'{k}-width'] for k in ('sidebar', 'body', 'margin'))
-    return f'#content {{ grid-template-columns: {side}px minmax(500px, {body}px) {margin}px; justify-content: center; }}'
+    grid = GRID | quarto['format']['html'].get('grid', {})
+    side, body, margin = (grid[f'{k}-width'] for k in ('sidebar', 'body', 'margin'))
+    columns = f'{side} minmax(500px, {body}) {margin}'
+    return f'#quarto-content {{ grid-template-columns: {columns}; justify-content: center; }}'
 
 def write_pages(root, out, names):
     "HTML of the processed pages, with the styles of the site; → paths."
@@ -126,13 +153,15 @@ def write_pages(root, out, names):
         folder.mkdir(parents=True, exist_ok=True)
         if (proc/'images').is_dir(): shutil.copytree(proc/'images', folder/'images', dirs_exist_ok=True)
         front, text = markdown(json.loads(path.read_text()), folder)
-        body = subprocess.run([pandoc, '-f', 'markdown', '-t', 'html5', '--mathml', '--wrap=preserve'], input=text, text=True,
-                              capture_output=True, check=True).stdout
+        command = [pandoc, '-f', 'markdown', '-t', 'html5', '--mathml', '--wrap=preserve']
+        body = subprocess.run(command, input=text, text=True, capture_output=True, check=True).stdout
         title = html.escape(front.get('title', path.stem))
         (folder/'index.html').write_text(
-            f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
-            f'<style>{styles}</style><body class="quarto-light"><div id="content"><nav id="sidebar"></nav><main class="content">'
-            f'<h1>{title}</h1><p class="lead">{html.escape(front.get("description", ""))}</p>{body}</main><nav id="margin"></nav></div>')
+            '<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+            f'<title>{title}</title><style>{styles}</style><body class="quarto-light"><div id="quarto-content">'
+            f'<nav id="sidebar"></nav><main class="content"><h1>{title}</h1>'
+            f'<p class="lead">{html.escape(front.get("description", ""))}</p>{body}</main>'
+            '<nav id="margin"></nav></div>')
         made.append(folder/'index.html')
     return made
 
@@ -140,11 +169,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('pages', nargs='*', help='stems of notebooks; all where none is given')
     parser.add_argument('--root', type=Path, default=ROOT, help='the checkout whose _proc is shown')
-    parser.add_argument('--out', type=Path, default=ROOT/'runs'/'pages', help='folder for pages and screenshots')
+    parser.add_argument('--out', type=Path, default=ROOT/'runs'/'pages', help='for pages and screenshots')
     parser.add_argument('--widths', type=int, nargs='+', default=[1400, 390], help='of the window, in pixels')
     parser.add_argument('--shots', action='store_true', help='a screenshot of each page')
     a = parser.parse_args()
-    if not (a.root/'_proc').is_dir(): sys.exit(f'pages: no {a.root}/_proc: run nbdev_proc_nbs (or make docs) first')
+    if not (a.root/'_proc').is_dir(): sys.exit(f'pages: no {a.root}/_proc: run make docs first')
     pages = write_pages(a.root, a.out, a.pages)
     print('page'.ljust(20), 'width', 'mode ', 'height', ' lines', 'wrapped', 'lowest contrast', sep='  ')
     with browser() as b:
@@ -155,9 +184,10 @@ def main():
                     page.goto(path.resolve().as_uri())
                     if mode == 'dark': page.evaluate("document.body.className = 'quarto-dark'")
                     m = page.evaluate(MEASURE)
-                    print(path.parent.name.ljust(20), f'{width:5}', mode.ljust(5), f"{m['height']:6}", f"{m['lines']:6}",
+                    name = path.parent.name
+                    print(name.ljust(20), f'{width:5}', mode.ljust(5), f"{m['height']:6}", f"{m['lines']:6}",
                           f"{m['wrapped']:7}", f"{m['least']:5}", m['low'] or '', m['wide'] or '', sep='  ')
-                    if a.shots: page.screenshot(path=a.out/f'{path.parent.name}_{width}_{mode}.png', full_page=True)
+                    if a.shots: page.screenshot(path=a.out/f'{name}_{width}_{mode}.png', full_page=True)
                     page.close()
 
 if __name__ == '__main__': main()

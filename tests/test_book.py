@@ -1,10 +1,10 @@
-"""What Quarto, a browser or a newcomer would stumble over, found without them: options that stop the build, boxes that don't close,
-links inside code, pale text, numbers out of order. The numbers behind the headings are those of the list that this file came from."""
+"""What Quarto, a browser or a newcomer would stumble over, found without them: options that stop the build,
+boxes that don't close, links inside code, pale text, chapters out of order, notebooks without the kit."""
 import json, re
 from pathlib import Path
 import pytest, yaml
-from test_site import (QUARTO, ROOT, SITE, STORED, Page, built, code, md, option, outputs, processed,  # noqa: F401 (fixtures)
-                       result, sidebar, source)
+from test_site import built, processed  # noqa: F401 (fixtures)
+from test_site import QUARTO, ROOT, SITE, STORED, Page, code, md, option, outputs, script, sidebar, source
 
 each = pytest.mark.parametrize("name", STORED)
 
@@ -12,9 +12,8 @@ each = pytest.mark.parametrize("name", STORED)
 
 # options of a cell that this book uses, and what Quarto's schema takes for them
 OPTIONS = {'code-fold': (True, False, 'show'), 'code-summary': str, 'echo': (True, False, 'fenced'),
-           'output': (True, False, 'asis'), 'eval': (True, False), 'include': (True, False), 'warning': (True, False),
-           'label': str, 'fig-cap': str, 'fig-alt': str, 'fig-width': (int, float), 'fig-height': (int, float), 'lightbox': bool,
-           'column': str, 'tbl-cap': str, 'classes': str}
+           'output': (True, False, 'asis'), 'eval': (True, False), 'include': (True, False),
+           'label': str, 'fig-cap': str, 'fig-alt': str}
 
 def bad_options(cell):
     "What is wrong with the option lines of a processed code cell."
@@ -25,10 +24,10 @@ def bad_options(cell):
     found = [f'{k}: twice' for k in dict.fromkeys(names) if names.count(k) > 1]
     for k, v in pairs:
         allowed = OPTIONS.get(k, ())
-        types = allowed if isinstance(allowed, type) or allowed and all(isinstance(a, type) for a in allowed) else None
-        ok = isinstance(v, types) if types else any(v is a or isinstance(v, str) and v == a for a in allowed)
+        ok = isinstance(v, str) if allowed is str else any(type(v) is type(a) and v == a for a in allowed)
         if not ok: found.append(f'{k}: {v!r}')
-    if {'fig-cap', 'fig-alt'} & {*names} and not outputs(cell, 'image/'): found.append('a caption without a figure')
+    if {'fig-cap', 'fig-alt'} & {*names} and not outputs(cell, 'image/'):
+        found.append('a caption without a figure')
     return found
 
 FENCE = re.compile(r'^( {0,3})(`{3,}|~{3,})(.*)$')
@@ -71,29 +70,38 @@ def unbalanced(page):
 
 @each
 def test_options_are_what_quarto_takes(processed, name):
-    assert {c['id']: b for c in processed[name].cells if c['cell_type'] == 'code' and (b := bad_options(c))} == {}
+    code_cells = [c for c in processed[name].cells if c['cell_type'] == 'code']
+    assert {c['id']: bad for c in code_cells if (bad := bad_options(c))} == {}
 @each
 def test_divs_and_fences_close(processed, name): assert unbalanced(processed[name]) == []
 
 PICTURE = dict(output_type='display_data', data={'image/png': ''})
 @pytest.mark.parametrize('cell, bad', [
-    (code('#| code-fold: show\n#| code-summary: "Exported source"\n#| code-fold: true\nx'), ['code-fold: twice']),   # what stopped the build
-    (code('#| code-fold: true\n#| echo: false\nx'), []), (code('#| code-fold: yess\nx'), ["code-fold: 'yess'"]),
-    (code('#| code-fold: 1\nx'), ['code-fold: 1']), (code('#| fig-cap: "A bird"\nx'), ['a caption without a figure']),
-    (code('#| fig-cap: "A bird"\nx', PICTURE), []), (code('#| fig-cap: A bird: on a wire\nx', PICTURE), ["no YAML: ['fig-cap: A bird: on a wire']"]),
-    (code('#| fig-cap: 3\nx', PICTURE), ['fig-cap: 3']), (code('#| fig-capt: "A bird"\nx'), ["fig-capt: 'A bird'"])])
+    # what stopped the build
+    (code('#| code-fold: show\n#| code-summary: "Source"\n#| code-fold: true\nx'), ['code-fold: twice']),
+    (code('#| code-fold: true\n#| echo: false\nx'), []),
+    (code('#| code-fold: yess\nx'), ["code-fold: 'yess'"]),
+    (code('#| code-fold: 1\nx'), ['code-fold: 1']),
+    (code('#| fig-cap: "A bird"\nx', PICTURE), []),
+    (code('#| fig-cap: "A bird"\nx'), ['a caption without a figure']),
+    (code('#| fig-cap: A bird: on a wire\nx', PICTURE), ["no YAML: ['fig-cap: A bird: on a wire']"]),
+    (code('#| fig-cap: 3\nx', PICTURE), ['fig-cap: 3']),
+    (code('#| fig-capt: "A bird"\nx'), ["fig-capt: 'A bird'"])])
 def test_bad_options_are_found(cell, bad): assert bad_options(cell) == bad
 
 @pytest.mark.parametrize('texts, n', [
-    (['::: {.callout-tip}', 'x', ':::'], 0), (['::: {.callout-tip}'], 1), ([':::'], 1), (['```python\nx\n```'], 0), (['```python\nx'], 1),
-    (['````\n```\n````'], 0), (['```\n:::\n```'], 0), (['::: a\n\n:::: b\n::::\n:::'], 0), (['::: a', '```\n', ':::'], 2)])
-def test_what_stays_open_is_found(texts, n): assert len(unbalanced(Page('a.ipynb', [md(t) for t in texts]))) == n
+    (['::: {.callout-tip}', 'x', ':::'], 0), (['::: a'], 1), ([':::'], 1), (['::: a', '```\n', ':::'], 1),
+    (['```python\nx\n```'], 0), (['```python\nx'], 1), (['````\n```\n````'], 0), (['```\n:::\n```'], 0),
+    (['::: a\n\n:::: b\n::::\n:::'], 0)])
+def test_what_stays_open_is_found(texts, n):
+    assert len(unbalanced(Page('a.ipynb', [md(t) for t in texts]))) == n
 
 def test_the_book_is_built_for_every_pull_request():
     flow = yaml.safe_load((ROOT/'.github'/'workflows'/'docs.yml').read_text())
-    assert 'pull_request' in flow[True] and flow[True]['push'] == dict(branches=['main'])      # YAML reads "on" as true
-    assert 'make docs' in '\n'.join(s.get('run', '') for s in flow['jobs']['build']['steps']) and 'if' not in flow['jobs']['build']
-    for job in ('colab', 'deploy'): assert flow['jobs'][job]['if'] == "github.ref == 'refs/heads/main'"
+    on, jobs = flow[True], flow['jobs']                       # YAML reads "on" as true
+    assert 'pull_request' in on and on['push'] == dict(branches=['main'])
+    assert 'if' not in jobs['build'] and any('make docs' in s.get('run', '') for s in jobs['build']['steps'])
+    for name in ('colab', 'deploy'): assert jobs[name]['if'] == "github.ref == 'refs/heads/main'"
 
 # ---------------------------------------------------------------- 2: solutions
 
@@ -122,8 +130,10 @@ def test_solutions_are_closed(processed):
     assert boxes == asked >= 55
 
 @pytest.mark.parametrize('cells, n', [
-    ([md('**Predict.** x?'), md('BOX'), code('1'), md(':::'), md('## Remember'), code('2')], 0), ([md('**Predict.** x?'), code('1')], 1),
-    ([md('**Predict.** x?'), md('BOX'), code('1'), md(':::'), md('It is 1.')], 1), ([md('Text.\n\n**Break.** x?')], 1)])
+    ([md('**Predict.** x?'), md('BOX'), code('1'), md(':::'), md('## Remember'), code('2')], 0),
+    ([md('**Predict.** x?'), code('1')], 1),
+    ([md('**Predict.** x?'), md('BOX'), code('1'), md(':::'), md('It is 1.')], 1),
+    ([md('Text.\n\n**Break.** x?')], 1)])
 def test_open_answers_are_found(cells, n):
     from deepcluster_nb.book import BOX
     for c in cells: c['source'] = c['source'].replace('BOX', BOX)
@@ -133,14 +143,16 @@ def test_open_answers_are_found(cells, n):
 
 def addresses_in_code(page):
     "Listings that hold an address of the site: links that nbdev has made inside code."
-    shown = [c for t in markdowns(page) for _, c in listings(t)[0]]
-    return [c[:80] for c in [*shown, *(source(c) for c in page.cells if c['cell_type'] == 'code')] if SITE in c]
+    shown = [text for t in markdowns(page) for _, text in listings(t)[0]]
+    shown += [source(c) for c in page.cells if c['cell_type'] == 'code']
+    return [text[:80] for text in shown if SITE in text]
 
 @each
 def test_no_links_inside_code(processed, name): assert addresses_in_code(processed[name]) == []
 
 def test_links_inside_code_are_found():
-    assert len(addresses_in_code(Page('a.ipynb', [md(f'```python\nx  # [`f`]({SITE}a.html#f)\n```'), md(f'[f]({SITE}a.html)')]))) == 1
+    cells = [md(f'```python\nx  # [`f`]({SITE}a.html#f)\n```'), md(f'[f]({SITE}a.html)')]
+    assert len(addresses_in_code(Page('a.ipynb', cells))) == 1
 
 # ---------------------------------------------------------------- 4: code fits
 
@@ -148,10 +160,11 @@ CSS = (ROOT/'nbs'/'styles.css').read_text()
 
 def test_code_of_110_columns_fits_into_the_page_at_1400_pixels():
     grid = {k: int(v.removesuffix('px')) for k, v in QUARTO['format']['html']['grid'].items()}
-    rem, gutter = 17, 1.5                             # Quarto's text, and the space beside each column
+    rem, gutter = 17, 1.5*17                          # Quarto's text, and the space beside each column
     size = float(re.search(r'div\.sourceCode code, [^{]*\{ font-size: ([.\d]+)rem', CSS)[1])
-    body = min(1400 - grid['sidebar-width'] - grid['margin-width'] - 4*gutter*rem, grid['body-width'] - 2*gutter*rem)
-    assert .75 <= size <= .8 and 110 * .602*size*rem + 2*.4*size*rem <= body      # letters of .602 em (Menlo); Quarto's padding
+    room = 1400 - grid['sidebar-width'] - grid['margin-width'] - 4*gutter
+    letter, padding = .602*size*rem, .4*size*rem      # of Menlo, a wide one; of Quarto's blocks of code
+    assert .75 <= size <= .8 and 110*letter + 2*padding <= min(room, grid['body-width'] - 2*gutter)
 
 def test_code_goes_on_indented_and_scrolls_on_a_phone():
     assert 'pre > code.sourceCode > span { padding-left: 4ch; text-indent: -4ch; }' in CSS
@@ -163,7 +176,8 @@ def test_code_goes_on_indented_and_scrolls_on_a_phone():
 def luminance(color):
     "Relative luminance, as the W3C's guidelines define it."
     parts = [int(color[i:i + 2], 16)/255 for i in (1, 3, 5)]
-    return sum(w*(v/12.92 if v <= .03928 else ((v + .055)/1.055)**2.4) for w, v in zip((.2126, .7152, .0722), parts))
+    linear = [v/12.92 if v <= .03928 else ((v + .055)/1.055)**2.4 for v in parts]
+    return sum(weight*v for weight, v in zip((.2126, .7152, .0722), linear))
 
 def contrast(a, b):
     low, high = sorted((luminance(a), luminance(b)))
@@ -171,8 +185,9 @@ def contrast(a, b):
 
 def colors(css):
     "The custom properties of the light page and of the dark one."
-    return [dict(re.findall(r'--([a-z]+): (#[0-9a-f]{6})', re.search(rf'^{start} \{{(.*?)^\}}', css, re.S | re.M)[1]))
-            for start in ('body', r'body\.quarto-dark')]
+    parts = [re.search(rf'^{start} \{{(.*?)^\}}', css, re.S | re.M)[1]
+             for start in ('body', r'body\.quarto-dark')]
+    return [dict(re.findall(r'--([a-z]+): (#[0-9a-f]{6})', part)) for part in parts]
 
 def pairs(css):
     "(text, ground) as the two parts of the style sheet say: rules on the page, rules on a block of code."
@@ -180,74 +195,94 @@ def pairs(css):
         part = re.search(rf'/\* on --{ground} \*/(.*?)/\*', css, re.S)[1]
         yield from ((text, ground) for text in re.findall(r'(?<![-\w])color: var\(--(\w+)\)', part))
 
-def pale(css): return [(mode[t], mode[g]) for mode in colors(css) for t, g in pairs(css) if contrast(mode[t], mode[g]) < 4.5]
+def pale(css):
+    return [(m[t], m[g]) for m in colors(css) for t, g in pairs(css) if contrast(m[t], m[g]) < 4.5]
 
 def test_contrast_is_computed_right():
     assert round(contrast('#000000', '#ffffff'), 3) == 21 and round(contrast('#777777', '#ffffff'), 2) == 4.48
 
 def test_text_and_code_stand_out_in_light_and_dark():
     assert len(set(pairs(CSS))) >= 12 and pale(CSS) == []
-    assert pale(CSS.replace('--comment: #57606a', '--comment: #8b949e'))               # what a pale comment would give
+    assert pale(CSS.replace('--comment: #57606a', '--comment: #8b949e'))     # what a pale comment would give
     used = {t for t, _ in pairs(CSS)} | {'page', 'block'}
-    assert all(set(mode) == used for mode in colors(CSS))                              # every color is used, and none is missing
-    assert not re.search(r'(?<![-\w])color: #', CSS)                                   # no text's color escapes this test
-    linked = [re.findall(r'--bs-link-color-rgb: (\d+), (\d+), (\d+)', CSS)[i] for i in (0, 1)]
-    assert ['#' + ''.join(f'{int(v):02x}' for v in rgb) for rgb in linked] == [mode['link'] for mode in colors(CSS)]
+    assert all(set(mode) == used for mode in colors(CSS))         # each is used, and none is missing
+    assert not re.search(r'(?<![-\w])color: #', CSS)              # no color of a text escapes this test
+    bootstrap = re.findall(r'--bs-link-color-rgb: (\d+), (\d+), (\d+)', CSS)
+    as_hex = ['#' + ''.join(f'{int(v):02x}' for v in rgb) for rgb in bootstrap]
+    assert as_hex == [mode['link'] for mode in colors(CSS)]
     bar = QUARTO['website']['navbar']
     assert contrast(bar['foreground'], bar['background']) >= 4.5
 
 def svg_texts(svg):
     "(text, its color, the color below it) of a drawing made of rectangles and words."
     num = lambda tag, k: float(re.search(rf'\b{k}="([-.\d]+)"', tag)[1])
-    rects = [(*(num(t, k) for k in ('x', 'y', 'width', 'height')), re.search('fill="(#[0-9a-f]{6})"', t)[1]) for t in re.findall('<rect [^>]*>', svg)]
+    fill = lambda tag: re.search('fill="(#[0-9a-f]{6})"', tag)[1]
+    rects = [(*(num(t, k) for k in ('x', 'y', 'width', 'height')), fill(t))
+             for t in re.findall('<rect [^>]*>', svg)]
     for tag, words in re.findall('(<text [^>]*>)([^<]*)', svg):
         x, y = num(tag, 'x'), num(tag, 'y')
-        below = [fill for rx, ry, w, h, fill in rects if rx <= x <= rx + w and ry <= y <= ry + h]
-        yield words, re.search('fill="(#[0-9a-f]{6})"', tag)[1], below[-1]
+        below = [ground for rx, ry, w, h, ground in rects if rx <= x <= rx + w and ry <= y <= ry + h]
+        yield words, fill(tag), below[-1]
 
 @pytest.mark.parametrize('path', sorted((ROOT/'nbs'/'images').glob('*.svg')), ids=lambda p: p.stem)
 def test_drawings_can_be_read(path):
-    texts = list(svg_texts(path.read_text()))
-    assert len(texts) >= 3 and [(w, c, b) for w, c, b in texts if contrast(c, b) < 4.5] == []
-    width = float(re.search(r'viewBox="0 0 ([.\d]+)', path.read_text())[1])
-    assert min(float(s) for s in re.findall(r'<text [^>]*font-size="([.\d]+)"', path.read_text())) * 362/width >= 9     # on a phone of 390 pixels
+    svg = path.read_text()
+    texts = list(svg_texts(svg))
+    assert len(texts) >= 3 and [t for t in texts if contrast(*t[1:]) < 4.5] == []
+    width = float(re.search(r'viewBox="0 0 ([.\d]+)', svg)[1])
+    smallest = min(map(float, re.findall(r'<text [^>]*font-size="([.\d]+)"', svg)))
+    assert smallest * 362/width >= 9                          # pixels on a phone of 390
 
-def test_no_mermaid(processed): assert [n for n, p in processed.items() for t in markdowns(p) if '{mermaid}' in t] == []
+def test_no_mermaid(processed):
+    assert [n for n, p in processed.items() for t in markdowns(p) if '{mermaid}' in t] == []
 
 def test_diagrams_are_what_the_script_draws():
-    from test_site import script
+    shown = '\n'.join(t for p in STORED.values() for t in markdowns(p))
     for name, svg in script('diagrams').pictures().items():
         assert (ROOT/'nbs'/'images'/name).read_text() == svg, 'run python images/diagrams.py'
-        assert [n for n, p in STORED.items() for t in markdowns(p) if f'images/{name}' in t], f'{name}: on no page'
+        assert f'images/{name}' in shown, f'{name}: on no page'
 
 # ---------------------------------------------------------------- 6: each definition once
 
-def definitions(page): # headings with the signature or the source of something exported
-    return [n for t in markdowns(page) for h in re.findall(r'^### ([^{\n]+?)(?: \{#\S+\})?$', prose(t), re.M) if '[source](' in t for n in h.split(', ')]
+def definitions(page): # names in the headings of what is exported, and whether a signature stands below
+    for t in markdowns(page):
+        if not t.startswith('[source]('): continue
+        for h in re.findall(r'^### ([^{\n]+?)(?: \{#\S+\})?$', prose(t), re.M):
+            yield from ((n, '```python' in t) for n in h.split(', '))
+
+def twice_defined(page):
+    "Definitions with two headings, or with an open source below their signature."
+    found = list(definitions(page))
+    names = [n for n, _ in found]
+    open_sources = [c for c in page.cells if c['cell_type'] == 'code' and option(c, 'code-fold') is not True]
+    shown = {n for c in open_sources for n in re.findall(r'^(?:def|class) (\w+)', source(c), re.M)}
+    twice = [n for n in dict.fromkeys(names) if names.count(n) > 1]
+    return twice + [n for n, signed in found if signed and n in shown]
 
 def test_each_definition_stands_once(processed):
-    from deepcluster_nb._modidx import d
-    names = [n for p in processed.values() for n in definitions(p)]
-    assert len(names) > 200 and sorted({n for n in names if names.count(n) > 1}) == []
-    for name, page in processed.items():
-        shown = '\n'.join(source(c) for c in page.cells if c['cell_type'] == 'code')
-        for t in markdowns(page):
-            for signature in re.findall(r'^```python\n(?:def|class) (\w+)', t, re.M) if '[source](' in t else []:
-                here = re.search(rf'^(?:#\|.*\n)*(?:@.*\n)*(?:.*\n)*?(?:def|class) {signature}\b', shown, re.M)
-                folded = [c for c in page.cells if c['cell_type'] == 'code' and re.search(rf'^(?:def|class) {signature}\b', source(c), re.M)]
-                assert not here or any(option(c, 'code-fold') is True for c in folded), (name, signature)
+    assert {name: t for name, page in processed.items() if (t := twice_defined(page))} == {}
+    assert sum(len(list(definitions(p))) for p in processed.values()) > 300
+
+LINKED = '[source](https://x){style="float:right"}\n\n### f'
+@pytest.mark.parametrize('cells, n', [
+    ([md(LINKED), code('def f(x): return x')], 0),
+    ([md(LINKED + '\n\n```python\ndef f(x)\n```'), code('def f(x): return x')], 1),
+    ([md(LINKED + '\n\n```python\ndef f(x)\n```'), code('#| code-fold: true\ndef f(x): return x')], 0),
+    ([md(LINKED), md(LINKED)], 1)])
+def test_definitions_twice_are_found(cells, n): assert len(twice_defined(Page('a.ipynb', cells))) == n
 
 def test_definitions_say_what_they_do(processed):
     for name, page in processed.items():
-        for t in markdowns(page): assert 'Call self as a function' not in t and ':NoneType' not in t, (name, t[:200])
+        for t in markdowns(page):
+            assert 'Call self as a function' not in t and ':NoneType' not in t, (name, t[:200])
 
 def test_every_public_definition_has_a_docstring():
     import ast
     bare = []
     for path in sorted((ROOT/'deepcluster_nb').glob('[a-z]*.py')):
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_') and not ast.get_docstring(node):
-                bare.append(f'{path.stem}.{node.name}')
+            public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_')
+            if public and not ast.get_docstring(node): bare.append(f'{path.stem}.{node.name}')
     assert bare == []
 
 # ---------------------------------------------------------------- 7: numbers of chapters
@@ -264,18 +299,19 @@ def test_chapters_are_numbered_in_reading_order():
         assert not re.match(r'\d', page.address)
 
 def wrong_numbers(text):
-    "Links whose text begins with a chapter's number, and words like 'chapter 05', that name another chapter or none."
-    found = [m[0] for m in re.finditer(r'\[(\d\d)\b[^\]]*\]\((?:\.\./)?(?:experiments/)?(\d\d)?_?[\w/]*\.ipynb[^)]*\)', text) if m[1] != m[2]]
-    by_address = {p.address: n[:2] for n, p in STORED.items() if n in NUMBERED}
-    found += [m[0] for m in re.finditer(rf'\[(?:[Cc]hapter )?(\d\d)\b[^\]]*\]\({re.escape(SITE)}(\w+\.html)[^)]*\)', text) if by_address.get(m[2]) != m[1]]
-    return found + [m[0] for m in re.finditer(r'[Cc]hapters? \[?(\d\d)\b', text) if int(m[1]) >= len(NUMBERED)]
+    "Links whose text begins with the number of another chapter, and words such as 'chapter 99'."
+    numbers = {n: n[:2] for n in NUMBERED} | {SITE + STORED[n].address: n[:2] for n in NUMBERED}
+    links = re.finditer(r'\[(?:[Cc]hapter )?(\d\d)\b[^\]]*\]\((?:\.\./)?([^)#\s]+)[^)]*\)', text)
+    found = [m[0] for m in links if numbers.get(m[2]) != m[1]]
+    return found + [m[0] for m in re.finditer(r'[Cc]hapters? (\d\d)\b', text) if int(m[1]) >= len(NUMBERED)]
 
 @each
 def test_numbers_in_the_prose_are_those_of_the_chapters(name):
     assert [w for t in markdowns(STORED[name]) for w in wrong_numbers(prose(t))] == []
 
-@pytest.mark.parametrize('text, n', [('[05](05_clustering.ipynb)', 0), ('[06](05_clustering.ipynb)', 1), ('chapter 99', 1), ('chapter 05', 0),
-                                     (f'[05 k-means]({SITE}clustering.html)', 0), (f'[Chapter 04]({SITE}clustering.html#x)', 1)])
+@pytest.mark.parametrize('text, n', [
+    ('[05](05_clustering.ipynb)', 0), ('[06](05_clustering.ipynb)', 1), ('chapter 99', 1), ('chapter 05', 0),
+    (f'[05 k-means]({SITE}clustering.html)', 0), (f'[Chapter 04]({SITE}clustering.html#x)', 1)])
 def test_wrong_numbers_are_found(text, n): assert len(wrong_numbers(text)) == n
 
 def test_no_two_pages_have_one_title():
@@ -287,21 +323,22 @@ def test_no_two_pages_have_one_title():
 HOME = [source(c) for c in STORED['index.ipynb'].cells if c['cell_type'] == 'markdown']
 
 def test_home_page_begins_with_what_where_and_how():
-    first = '\n'.join(HOME).split('\n## ')                        # before the ladder: words, picture, commands
-    top = first[0] + first[1]
-    assert 'images/found.png' in first[0] and 'make demo' in top and 'make test' in top
-    words = len(re.findall(r'\w+', re.sub(r'\(http[^)]*\)', '', prose(first[0]))))
-    assert words <= 160
+    what, commands, *_ = '\n'.join(HOME).split('\n## ')
+    assert 'images/found.png' in what and 'make demo' in commands and 'make test' in commands
+    assert len(re.findall(r'\w+', re.sub(r'\(http[^)]*\)', '', what))) <= 160
 
 def test_tables_give_room_to_the_longest_column():
     for name, page in STORED.items():
         for t in markdowns(page):
-            for head, dashes, body in re.findall(r'^(\|.*\|)\n(\|[-:| ]+\|)\n((?:\|.*\|\n?)+)', prose(t), re.M):
+            tables = re.findall(r'^(\|.*\|)\n(\|[-:| ]+\|)\n((?:\|.*\|\n?)+)', prose(t), re.M)
+            for head, dashes, body in tables:
+                lines = [head, *body.splitlines()]
+                if max(map(len, lines)) <= 72: continue     # pandoc takes the widths of the words themselves
                 widths = [len(d.strip(' :')) for d in dashes.strip('|').split('|')]
-                rows = [r.strip('|').split('|') for r in (head, *body.splitlines())]
-                if max(len(r) for r in (head, *body.splitlines())) <= 72: continue        # fits a line: pandoc takes the text's own widths
-                longest = [max(len(re.sub(r'\]\([^)]*\)', '', r[i])) for r in rows if i < len(r)) for i in range(len(widths))]
-                assert max(longest) < 40 or widths[longest.index(max(longest))] == max(widths) > min(widths), (name, head)
+                columns = list(zip(*(re.sub(r'\]\([^)]*\)', '', l).strip('|').split('|') for l in lines)))
+                longest = [max(map(len, c)) for c in columns]
+                most = longest.index(max(longest))
+                assert max(longest) < 40 or widths[most] == max(widths) > min(widths), (name, head)
 
 @each
 def test_listings_have_a_language_and_fit(name):
@@ -318,31 +355,31 @@ def test_home_page_listings_fit_a_phone_or_scroll():
 # ---------------------------------------------------------------- 9: citation
 
 def test_every_page_has_its_own_citation(processed):
-    author = QUARTO['citation']['author']
-    assert author == [dict(name=dict(literal='The deepcluster-nb authors'))] and QUARTO['citation']['container-title'].startswith('<span class="nocase">')
-    cited = {n: p.head['citation'] for n, p in processed.items()}
-    keys = [c['id'] for c in cited.values()]
+    common = QUARTO['citation']
+    assert common['author'] == [dict(name=dict(literal='The deepcluster-nb authors'))]
+    cited = [p.head['citation'] for p in processed.values()]
+    keys = [c['id'] for c in cited]
     assert len(set(keys)) == len(keys) and all(re.fullmatch(r'deepcluster-nb(-[a-z_]+)*', k) for k in keys)
-    for n, c in cited.items(): assert re.fullmatch(r'<span class="nocase">[^<>]+</span>', c['title']) and not re.search(r'>\d', c['title']), n
+    for title in [common['container-title'], *(c['title'] for c in cited)]:    # capitals stay, no numbers
+        assert re.fullmatch(r'<span class="nocase">(?!\d)[^<>]+</span>', title), title
 
 # ---------------------------------------------------------------- 10: Colab
 
+REPOSITORY = 'git+https://github.com/deepcluster-nb/deepcluster-nb'
+
 def installs(page): # the cells that install the kit
-    return [i for i, c in enumerate(page.cells) if c['cell_type'] == 'code' and 'git+https' in source(c) and re.match(r'#\|\s*hide', source(c))]
+    return [i for i, c in enumerate(page.cells) if c['cell_type'] == 'code' and f'{REPOSITORY}@' in source(c)]
 
 def test_every_notebook_installs_the_kit_where_it_is_missing(processed):
     cells = set()
     for name, page in STORED.items():
         code_cells = [i for i, c in enumerate(page.cells) if c['cell_type'] == 'code']
         if not code_cells: continue
-        assert installs(page) == code_cells[:1], name
+        assert installs(page) == code_cells[:1] and installs(processed[name]) == [], name
         cells.add(source(page.cells[code_cells[0]]))
-        assert installs(processed[name]) == [] and 'git+https' not in '\n'.join(source(c) for c in processed[name].cells if c['cell_type'] == 'code')
     (text,) = cells
     from deepcluster_nb.book import NEWEST
-    assert NEWEST in text and f"{REPOSITORY}@main" in text
-
-REPOSITORY = 'git+https://github.com/deepcluster-nb/deepcluster-nb'
+    assert text.startswith('#| hide\n') and NEWEST in f'{REPOSITORY}@main' in text
 
 def test_the_cell_does_nothing_where_the_kit_is(monkeypatch):
     text = next(source(p.cells[i]) for p in STORED.values() for i in installs(p))
@@ -355,18 +392,19 @@ def test_the_cell_does_nothing_where_the_kit_is(monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     exec(text, dict(get_ipython=Shell))
     ((magic, line),) = asked
-    assert magic == 'pip' and line.startswith('install') and line.endswith(f'{REPOSITORY}@main')
+    assert magic == 'pip' and line.startswith('install') and line.endswith(f' {REPOSITORY}@main')
 
 def test_chapters_need_nothing_that_the_kit_does_not_bring():
     "Colab installs what setup.py requires, not the tools of those who write the book."
-    for name in NUMBERED:
-        for c in STORED[name].cells:
-            if c['cell_type'] == 'code' and not name.endswith('_book.ipynb'): assert not re.search(r'^(from|import) (nbdev|execnb)\b', source(c), re.M), name
+    for name, page in STORED.items():
+        if name.endswith('_book.ipynb'): continue             # it is about those tools
+        text = '\n'.join(source(c) for c in page.cells if c['cell_type'] == 'code')
+        assert not re.search(r'^(from|import) (nbdev|execnb)\b', text, re.M), name
 
 # ---------------------------------------------------------------- 11: other things seen
 
 def test_the_social_card_is_a_png_of_the_usual_size():
     from PIL import Image
     site = QUARTO['website']
-    assert site['image'].endswith('.png') and site['image-alt'] and site['open-graph'] and site['twitter-card']
+    assert site['image-alt'] and site['open-graph'] and site['twitter-card']
     assert Image.open(ROOT/'nbs'/site['image']).size == (1200, 630)
