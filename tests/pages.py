@@ -158,8 +158,8 @@ def write_pages(root, out, names):
         title = html.escape(front.get('title', path.stem))
         (folder/'index.html').write_text(
             '<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f'<title>{title}</title><style>{styles}</style><body class="quarto-light"><div id="quarto-content">'
-            f'<nav id="sidebar"></nav><main class="content"><h1>{title}</h1>'
+            f'<title>{title}</title><style>{styles}</style><body class="quarto-light">'
+            f'<div id="quarto-content"><nav id="sidebar"></nav><main class="content"><h1>{title}</h1>'
             f'<p class="lead">{html.escape(front.get("description", ""))}</p>{body}</main>'
             '<nav id="margin"></nav></div>')
         made.append(folder/'index.html')

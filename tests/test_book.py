@@ -4,7 +4,8 @@ import json, re
 from pathlib import Path
 import pytest, yaml
 from test_site import built, processed  # noqa: F401 (fixtures)
-from test_site import QUARTO, ROOT, SITE, STORED, Page, code, md, option, outputs, script, sidebar, source
+from test_site import QUARTO, ROOT, SETTINGS, SITE, STORED
+from test_site import Page, code, md, option, outputs, pages, script, sidebar, source
 
 each = pytest.mark.parametrize("name", STORED)
 
@@ -365,34 +366,43 @@ def test_every_page_has_its_own_citation(processed):
 
 # ---------------------------------------------------------------- 10: Colab
 
-REPOSITORY = 'git+https://github.com/deepcluster-nb/deepcluster-nb'
-
 def installs(page): # the cells that install the kit
-    return [i for i, c in enumerate(page.cells) if c['cell_type'] == 'code' and f'{REPOSITORY}@' in source(c)]
+    return [i for i, c in enumerate(page.cells)
+            if c['cell_type'] == 'code' and source(c).startswith('#| hide\n# on Colab')]
 
 def test_every_notebook_installs_the_kit_where_it_is_missing(processed):
     cells = set()
     for name, page in STORED.items():
         code_cells = [i for i, c in enumerate(page.cells) if c['cell_type'] == 'code']
         if not code_cells: continue
-        assert installs(page) == code_cells[:1] and installs(processed[name]) == [], name
+        assert installs(page) == code_cells[:1], name
         cells.add(source(page.cells[code_cells[0]]))
-    (text,) = cells
-    from deepcluster_nb.book import NEWEST
-    assert text.startswith('#| hide\n') and NEWEST in f'{REPOSITORY}@main' in text
+        assert 'git clone -q' not in '\n'.join(source(c) for c in processed[name].cells), name
+    assert len(cells) == 1
 
-def test_the_cell_does_nothing_where_the_kit_is(monkeypatch):
+def test_the_cell_installs_only_where_the_kit_is_missing(monkeypatch):
+    import importlib.util
     text = next(source(p.cells[i]) for p in STORED.values() for i in installs(p))
     asked = []
     class Shell:
-        def run_line_magic(self, *args): asked.append(args)
+        def system(self, line): asked.append(line)
+        def run_line_magic(self, magic, line): asked.append(f'%{magic} {line}')
     exec(text, dict(get_ipython=Shell))
     assert asked == []
-    import importlib.util
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     exec(text, dict(get_ipython=Shell))
-    ((magic, line),) = asked
-    assert magic == 'pip' and line.startswith('install') and line.endswith(f' {REPOSITORY}@main')
+    assert len(asked) == 3 and asked[0].startswith(f"git clone -q {SETTINGS['git_url']} ")
+    assert asked[1:] == ['%pip install -q ./deepcluster-nb', '%cd -q deepcluster-nb/nbs']
+
+def test_notebooks_can_be_pinned_to_a_commit(tmp_path):
+    from deepcluster_nb.book import pin_notebooks
+    with_code = [n for n, p in STORED.items() if installs(p)]
+    for name in with_code:
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).write_text((ROOT/'nbs'/name).read_text())
+    assert len(pin_notebooks(tmp_path, 40*'7')) == len(with_code) == len(STORED) - 1  # the glossary has no code
+    for name, page in pages(tmp_path).items():
+        assert f"'{40*'7'}'\n" in source(page.cells[installs(page)[0]]), name
 
 def test_chapters_need_nothing_that_the_kit_does_not_bring():
     "Colab installs what setup.py requires, not the tools of those who write the book."

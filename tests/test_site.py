@@ -195,12 +195,16 @@ def without_place(syms, site):
             name, (address, _, anchor) = full[len(module) + 1:], link.partition('#')
             if name.startswith('_') or name not in defined: continue                    # private, or a method
             page, node = by_address.get(address), defined[name]
-            shown = [t for c in page.cells for _,t in outputs(c, 'text/markdown')
-                     if re.search(rf'^#+ {name}$', t, re.M)] if page else []
-            if not shown or anchor not in anchors(page):
+            cells = page.cells if page else []
+            texts = [source(c) for c in cells if c['cell_type'] == 'markdown']
+            headed = any(re.search(rf'^#+ (?:\w+, )*{name}\b', t, re.M) for t in texts)
+            if not headed or anchor not in anchors(page):
                 missing.append(full)
-            elif (isinstance(node, ast.FunctionDef) and '**Details**' in shown[0]
-                  and not all(re.search(rf'^\| {a.arg} \|', shown[0], re.M) for a in node.args.args)):
+                continue
+            code = [source(c) for c in cells if c['cell_type'] == 'code']
+            shown = [t for t in (*texts, *code) if re.search(rf'^(?:def|class) {name}\b', t, re.M)]
+            wanted = [a.arg for a in node.args.args] if isinstance(node, ast.FunctionDef) else []
+            if not any(all(re.search(rf'\b{a}\b', t) for a in wanted) for t in shown):
                 missing.append(f'{full}: parameters')
     return missing
 
@@ -209,7 +213,8 @@ def without_place(syms, site):
 # what Quarto's schema has for the parts that it closes (and, for the open ones, what we use)
 KEYS = {'': 'project lang bibliography nocite citation format website execute metadata-files',
         'project': 'type preview render output-dir resources',
-        'format.html': '''theme respect-user-color-scheme css toc toc-depth toc-expand code-tools \
+        'format.html.grid': 'sidebar-width body-width margin-width gutter-width content-mode',
+        'format.html': '''grid theme respect-user-color-scheme css toc toc-depth toc-expand code-tools \
 code-fold code-overflow code-copy lightbox fig-format highlight-style syntax-highlighting
             include-after-body include-in-header link-external-newwindow''',
         'website': '''title description favicon site-url site-path repo-url repo-link-target \
@@ -374,9 +379,10 @@ WORKFLOWS = sorted((ROOT/'.github'/'workflows').glob('*.yml'))
 def test_workflows_are_pinned_and_may_do_little(path):
     flow = yaml.safe_load(path.read_text())
     assert flow['permissions'] == {'contents': 'read'}
-    for job in flow['jobs'].values():
-        assert (job['timeout-minutes'] and not job['runs-on'].endswith('latest')
-                and set(job.get('permissions', {})) <= {'pages', 'id-token'})
+    for name, job in flow['jobs'].items():
+        may = {'contents'} if name == 'colab' else {'pages', 'id-token'}      # colab pushes a branch
+        assert job['timeout-minutes'] and not job['runs-on'].endswith('latest')
+        assert set(job.get('permissions', {})) <= may
         for step in job['steps']:
             assert 'run' in step or re.fullmatch(r'[\w./-]+@[0-9a-f]{40}', step['uses']), step
 
@@ -513,13 +519,19 @@ def test_lost_pages_are_found(quarto, bad): assert lost_pages(quarto, ['a.ipynb'
     (dict(website=dict(search=True)), [])])
 def test_unknown_keys_are_found(quarto, bad): assert unknown_keys(quarto) == bad
 
-SIGNATURE = ('### fetch_ahead\n\n> fetch_ahead (batches, make)\n\n|    | **Type** | **Details** |\n| -- | -- '
-             '| -- |\n| batches | list | |\n')
+SHOWN = '### fetch_ahead {#fetch_ahead}'
 @pytest.mark.parametrize('cells, bad', [
     ([], ['']),
-    ([code('show_doc(x)', result(text_markdown='### x'))], ['']),
-    ([code('show_doc(x)', result(text_markdown=SIGNATURE))], [': parameters'])])
+    ([md('### x')], ['']),
+    ([md(SHOWN + '\n\n```python\ndef fetch_ahead(\n    batches, # indices\n)\n```')], [': parameters']),
+    ([md(SHOWN), code('def fetch_ahead(ARGUMENTS): pass')], []),
+    ([md('### load, fetch_ahead {#load}\n\n[]{#fetch_ahead}'), code('def fetch_ahead(ARGUMENTS): pass')],
+     [])])
 def test_names_without_a_place_are_found(cells, bad):
+    from inspect import signature
+    from deepcluster_nb.feeding import fetch_ahead
+    parameters = ', '.join(signature(fetch_ahead).parameters)
+    for c in cells: c['source'] = c['source'].replace('ARGUMENTS', parameters)
     syms = {'deepcluster_nb.feeding': {
         'deepcluster_nb.feeding.fetch_ahead': ('feeding.html#fetch_ahead', 'deepcluster_nb/feeding.py')}}
     assert without_place(syms, {'17_feeding.ipynb': Page('17_feeding.ipynb', cells)}) == [
@@ -576,5 +588,4 @@ if __name__ == '__main__':
           'at 200 words and 20 lines of code a minute\n\nfigures: page, cell, caption')
     for n in order:
         for c in STORED[n].figures(): print(n, c['id'], option(c, 'fig-cap') or '-', sep='  ')
-    print('index.ipynb  images/draw.py  pipeline.svg, '
-          'gains.svg\n00 to 10    images/story.py  story_00.png to story_10.png')
+    print('00 to 10    images/story.py  story_00.png to story_10.png')
