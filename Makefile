@@ -54,4 +54,5 @@ exercises: $(READY)  ## notebooks of the chapters' exercises without the answers
 	@python exercises/make.py
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
-	@jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README nbs/index.ipynb
+	@jupyter nbconvert --log-level WARN --to markdown --output-dir . --output README \
+		--RegexRemovePreprocessor.patterns='#\| hide' nbs/index.ipynb

@@ -113,6 +113,8 @@ def markdown(nb, folder):
         elif text.startswith('::: {.callout') and '\n' not in text.strip():
             title = m[1] if (m := re.search(r'title="(.*?)"', text)) else 'Note'
             parts.append(f'```{{=html}}\n<details class="callout"><summary>{title}</summary>\n```')
+        elif text == '::: {.optional}':
+            parts.append('```{=html}\n<details><summary>May be skipped at a first reading</summary>\n```')
         elif text == ':::': parts.append('```{=html}\n</details>\n```')
         elif c['cell_type'] == 'markdown': parts.append(text)
         else:

@@ -400,7 +400,7 @@ def test_notebooks_can_be_pinned_to_a_commit(tmp_path):
     for name in with_code:
         (tmp_path/name).parent.mkdir(exist_ok=True)
         (tmp_path/name).write_text((ROOT/'nbs'/name).read_text())
-    assert len(pin_notebooks(tmp_path, 40*'7')) == len(with_code) == len(STORED) - 1  # the glossary has no code
+    assert len(pin_notebooks(tmp_path, 40*'7')) == len(with_code) > 30
     for name, page in pages(tmp_path).items():
         assert f"'{40*'7'}'\n" in source(page.cells[installs(page)[0]]), name
 
