@@ -132,24 +132,30 @@ def look_at_report(b, run, out):
                  f'see {out}/report_{name}.png')
         print(f'report.html on a {name}: {len(images)} figures, nothing wider than {width} px', flush=True)
 
-def try_colab_link(b):
-    "The site's only script, on the piece of page that Quarto puts below a table of contents."
+def try_script(b):
+    "The site's only script: links below the table of contents, and sections that are folded."
     import yaml
-    script = (
-        yaml.safe_load((ROOT/'_quarto.yml').read_text())['format']['html']['include-after-body'][0]['text'])
+    quarto = yaml.safe_load((ROOT/'_quarto.yml').read_text())
+    script = quarto['format']['html']['include-after-body'][0]['text']
     at = 'github.com/deepcluster-nb/deepcluster-nb'
     link = '<li><a href="https://{}" class="toc-action"><i class="bi bi-github"></i>{}</a></li>'
     for edit in (f'{at}/edit/main/nbs/05_clustering.ipynb',
                  f'{at}/blob/main/nbs/05_clustering.ipynb'.replace('.com', '.dev')):
         page = b.new_page()
         page.set_content(f'<div class="toc-actions"><ul>{link.format(edit, "Edit this page")}'
-                         f'{link.format(at + "/issues/new", "Report an issue")}</ul></div>{script}')
-        links = page.eval_on_selector_all('a', 'all => all.map(a => [a.textContent, a.href])')
+                         f'{link.format(at + "/issues/new", "Report an issue")}</ul></div>'
+                         '<div class="optional"><h3 id="bits">Bits</h3></div><a href="#bits">to it</a>' + script)
+        links = dict(page.eval_on_selector_all('a', 'all => all.map(a => [a.textContent, a.href])'))
+        notebook = 'deepcluster-nb/deepcluster-nb/blob/colab/nbs/05_clustering.ipynb'
+        want = {'Open in Colab': f'https://colab.research.google.com/github/{notebook}',
+                'Open in Kaggle': f'https://www.kaggle.com/kernels/welcome?src=https://github.com/{notebook}'}
+        if len(links) != 5 or any(links.get(k) != v for k, v in want.items()): fail(f'the links: {links}')
+        folded = [page.is_visible('#bits')]
+        page.get_by_text('to it').click()
+        page.wait_for_timeout(200)
+        if folded + [page.is_visible('#bits')] != [False, True]: fail('a link into a folded section must open it')
         page.close()
-        want = ('https://colab.research.google.com/github/'
-                'deepcluster-nb/deepcluster-nb/blob/main/nbs/05_clustering.ipynb')
-        if links[1] != ['Open in Colab', want] or len(links) != 3: fail(f'the link to Colab: {links}')
-    print('the link to Colab opens the page\'s notebook', flush=True)
+    print('links to Colab and Kaggle, folded sections: as they should be', flush=True)
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -162,7 +168,7 @@ def main(argv=None):
         fail(f'--run: expected a folder with a report.html, got {str(a.run)!r}')
     a.out.mkdir(parents=True, exist_ok=True)
     with browser() as b, tempfile.TemporaryDirectory() as tmp:
-        try_colab_link(b)
+        try_script(b)
         if not a.run:
             small = [x for p in ('n_images=300', 'n_test=100', 'k=10', 'pca=16', 'epochs=3', 'passes=1')
                      for x in ('-p', p)]
