@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LONG', 'QUESTION', 'BOX', 'SKIP', 'AT', 'document', 'documented', 'defined', 'heading', 'each_definition_once',
-           'pieces', 'solutions_closed', 'optional_folded', 'linked', 'keep_case', 'citation', 'Page', 'pin_notebooks']
+           'pieces', 'solutions_closed', 'optional_folded', 'imports_folded', 'linked', 'keep_case', 'citation', 'Page',
+           'pin_notebooks']
 
 # %% ../nbs/24_book.ipynb #c363d579
 import ast, re
@@ -102,6 +103,16 @@ def optional_folded(cells:list)->list:
             if piece.source: out.append(piece)
     return out + ([mk_cell(':::', 'markdown')] if inside else [])
 
+# %% ../nbs/24_book.ipynb #5e1b0a05
+def imports_folded(cells:list)->list:
+    "Fold the cells that only import."
+    for cell in cells:
+        nodes = cell.parsed_() if cell.cell_type == 'code' else []
+        imports = nodes and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes)
+        if imports and 'code-fold' not in cell.source:
+            cell.source = f'#| code-fold: true\n#| code-summary: "Imports"\n{cell.source}'
+    return cells
+
 # %% ../nbs/24_book.ipynb #c8ad6d54
 def linked(cells:list)->list:
     "Link the names between backticks to their definitions, but not inside listings."
@@ -133,7 +144,8 @@ class Page:
     def begin(self):
         import yaml
         nb = self.nb
-        nb.cells = linked(optional_folded(solutions_closed(each_definition_once(nb.cells))))
+        cells = imports_folded(each_definition_once(nb.cells))
+        nb.cells = linked(optional_folded(solutions_closed(cells)))
         front, path = dict(nb.frontmatter_), Path(nb.path_)
         folder = 'experiments/' if path.parent.name == 'experiments' else ''
         front['citation'] = citation(front['title'], folder + front['output-file'])

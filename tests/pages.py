@@ -153,7 +153,7 @@ def write_pages(root, out, names):
         if names and path.stem not in names: continue
         folder = out/path.stem
         folder.mkdir(parents=True, exist_ok=True)
-        if (proc/'images').is_dir(): shutil.copytree(proc/'images', folder/'images', dirs_exist_ok=True)
+        for place in (folder, out): shutil.copytree(proc/'images', place/'images', dirs_exist_ok=True)
         front, text = markdown(json.loads(path.read_text()), folder)
         command = [pandoc, '-f', 'markdown', '-t', 'html5', '--mathml', '--wrap=preserve']
         body = subprocess.run(command, input=text, text=True, capture_output=True, check=True).stdout
