@@ -144,7 +144,8 @@ def try_script(b):
         page = b.new_page()
         page.set_content(f'<div class="toc-actions"><ul>{link.format(edit, "Edit this page")}'
                          f'{link.format(at + "/issues/new", "Report an issue")}</ul></div>'
-                         '<div class="optional"><h3 id="bits">Bits</h3></div><a href="#bits">to it</a>' + script)
+                         '<div class="optional"><h3 id="bits">Bits</h3></div>'
+                         '<a href="#bits">to it</a>' + script)
         links = dict(page.eval_on_selector_all('a', 'all => all.map(a => [a.textContent, a.href])'))
         notebook = 'deepcluster-nb/deepcluster-nb/blob/colab/nbs/05_clustering.ipynb'
         want = {'Open in Colab': f'https://colab.research.google.com/github/{notebook}',
@@ -153,7 +154,8 @@ def try_script(b):
         folded = [page.is_visible('#bits')]
         page.get_by_text('to it').click()
         page.wait_for_timeout(200)
-        if folded + [page.is_visible('#bits')] != [False, True]: fail('a link into a folded section must open it')
+        if folded + [page.is_visible('#bits')] != [False, True]:
+            fail('a link into a folded section must open it')
         page.close()
     print('links to Colab and Kaggle, folded sections: as they should be', flush=True)
 

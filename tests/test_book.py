@@ -247,7 +247,7 @@ def test_diagrams_are_what_the_script_draws():
 
 def definitions(page): # names in the headings of what is exported, and whether a signature stands below
     for t in markdowns(page):
-        if not t.startswith('[source]('): continue
+        if not re.match(r'(---\s+)?\[source\]\(', t): continue     # nbdev's own begin with a rule
         for h in re.findall(r'^### ([^{\n]+?)(?: \{#\S+\})?$', prose(t), re.M):
             yield from ((n, '```python' in t) for n in h.split(', '))
 
