@@ -144,7 +144,7 @@ def try_script(b):
         page = b.new_page()
         page.set_content(f'<div class="toc-actions"><ul>{link.format(edit, "Edit this page")}'
                          f'{link.format(at + "/issues/new", "Report an issue")}</ul></div>'
-                         '<div class="optional"><h3 id="bits">Bits</h3></div>'
+                         '<section class="optional"><h2>Fast</h2><h3 id="bits">Bits</h3></section>'
                          '<a href="#bits">to it</a>' + script)
         links = dict(page.eval_on_selector_all('a', 'all => all.map(a => [a.textContent, a.href])'))
         notebook = 'deepcluster-nb/deepcluster-nb/blob/colab/nbs/05_clustering.ipynb'

@@ -113,8 +113,6 @@ def markdown(nb, folder):
         elif text.startswith('::: {.callout') and '\n' not in text.strip():
             title = m[1] if (m := re.search(r'title="(.*?)"', text)) else 'Note'
             parts.append(f'```{{=html}}\n<details class="callout"><summary>{title}</summary>\n```')
-        elif text == '::: {.optional}':
-            parts.append('```{=html}\n<details><summary>May be skipped at a first reading</summary>\n```')
         elif text == ':::': parts.append('```{=html}\n</details>\n```')
         elif c['cell_type'] == 'markdown': parts.append(text)
         else:
@@ -147,6 +145,7 @@ def write_pages(root, out, names):
     except ImportError: pass
     if not pandoc: sys.exit('pages: no pandoc: pip install pypandoc_binary')
     quarto, proc = yaml.safe_load((root/'_quarto.yml').read_text()), root/'_proc'
+    script = quarto['format']['html']['include-after-body'][0]['text']
     styles = BASE.replace('@media', layout(quarto) + '\n@media') + (root/'nbs'/'styles.css').read_text()
     made = []
     for path in sorted(proc.rglob('*.ipynb')):
@@ -155,7 +154,7 @@ def write_pages(root, out, names):
         folder.mkdir(parents=True, exist_ok=True)
         for place in (folder, out): shutil.copytree(proc/'images', place/'images', dirs_exist_ok=True)
         front, text = markdown(json.loads(path.read_text()), folder)
-        command = [pandoc, '-f', 'markdown', '-t', 'html5', '--mathml', '--wrap=preserve']
+        command = [pandoc, '-f', 'markdown', '-t', 'html5', '--mathml', '--wrap=preserve', '--section-divs']
         body = subprocess.run(command, input=text, text=True, capture_output=True, check=True).stdout
         title = html.escape(front.get('title', path.stem))
         (folder/'index.html').write_text(
@@ -163,7 +162,7 @@ def write_pages(root, out, names):
             f'<title>{title}</title><style>{styles}</style><body class="quarto-light">'
             f'<div id="quarto-content"><nav id="sidebar"></nav><main class="content"><h1>{title}</h1>'
             f'<p class="lead">{html.escape(front.get("description", ""))}</p>{body}</main>'
-            '<nav id="margin"></nav></div>')
+            f'<nav id="margin"></nav></div>{script}')
         made.append(folder/'index.html')
     return made
 

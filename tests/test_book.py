@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, yaml
 from test_site import built, processed  # noqa: F401 (fixtures)
 from test_site import QUARTO, ROOT, SETTINGS, SITE, STORED
-from test_site import Page, code, md, option, outputs, pages, script, sidebar, source
+from test_site import Page, code, identifier, md, option, outputs, pages, script, sidebar, source
 
 each = pytest.mark.parametrize("name", STORED)
 
@@ -112,8 +112,10 @@ def open_answers(page):
     found, state = [], 'elsewhere'                       # elsewhere, asked, inside, answered
     for c in page.cells:
         text = source(c)
-        if c['cell_type'] == 'markdown' and QUESTION.search(text):
-            found += [text[:60]] if len(QUESTION.findall(text)) > 1 or not QUESTION.match(text) else []
+        is_text = c['cell_type'] == 'markdown'
+        asked = [l for l in prose(text).splitlines() if is_text and QUESTION.match(l)]
+        if asked:
+            if len(asked) > 1 or not QUESTION.match(text): found.append(text[:60])
             state = 'asked'
         elif text == BOX: state = 'inside'
         elif text == ':::' and state == 'inside': state = 'answered'
@@ -126,7 +128,8 @@ def test_solutions_are_closed(processed):
     asked = boxes = 0
     for name, page in processed.items():
         assert open_answers(page) == [], name
-        asked += sum(c['cell_type'] == 'markdown' and bool(QUESTION.search(source(c))) for c in page.cells)
+        asked += sum(bool(QUESTION.match(l)) for c in page.cells if c['cell_type'] == 'markdown'
+                     for l in prose(source(c)).splitlines())
         boxes += sum(source(c) == BOX for c in page.cells)
     assert boxes == asked >= 55
 
@@ -155,6 +158,39 @@ def test_links_inside_code_are_found():
     cells = [md(f'```python\nx  # [`f`]({SITE}a.html#f)\n```'), md(f'[f]({SITE}a.html)')]
     assert len(addresses_in_code(Page('a.ipynb', cells))) == 1
 
+@each
+def test_links_do_not_nest(processed, name):
+    lines = '\n'.join(prose(t) for t in markdowns(processed[name])).splitlines()
+    assert [l for l in lines if re.search(r'\[\[`[^\]]*\]\(', l)] == []
+
+def repeated_ids(page):
+    "Anchors that a page has twice: those of headings, as pandoc makes them, and those that are given."
+    found, made = [], {}
+    for t in markdowns(page):
+        for line in prose(t).splitlines():
+            given = re.findall(r'\{#([\w.-]+)', line)
+            heading = re.match(r'#{1,6}\s+(.+)', line)
+            if heading and not re.search(r'\{#[\w.-]+\}\s*$', line):
+                name = identifier(re.sub(r'\s*\{[^}]*\}\s*$', '', heading[1]))
+                made[name] = made.get(name, 0) + 1
+                given.append(name if made[name] == 1 else f'{name}-{made[name] - 1}')
+            found += given
+    return sorted({i for i in found if found.count(i) > 1})
+
+@each
+def test_anchors_are_unique(processed, name): assert repeated_ids(processed[name]) == []
+
+def test_repeated_anchors_are_found():
+    cells = [md('## Digits'), md('### digits {#digits}'), md('## Two\n## Two')]
+    assert repeated_ids(Page('a.ipynb', cells)) == ['digits']
+
+@each
+def test_what_may_be_skipped_is_a_class_of_its_section(processed, name):
+    marks = sum(t.splitlines().count('<!-- skip -->') for t in markdowns(STORED[name]))
+    texts = [prose(t) for t in markdowns(processed[name])]
+    assert sum(len(re.findall(r'^## .* \{\.optional\}$', t, re.M)) for t in texts) == marks
+    assert not any('<!-- skip -->' in t.splitlines() for t in texts)
+
 # ---------------------------------------------------------------- 4: code fits
 
 CSS = (ROOT/'nbs'/'styles.css').read_text()
@@ -163,14 +199,15 @@ def test_code_of_110_columns_fits_into_the_page_at_1400_pixels():
     grid = {k: int(v.removesuffix('px')) for k, v in QUARTO['format']['html']['grid'].items()}
     rem, gutter = 17, 1.5*17                          # Quarto's text, and the space beside each column
     size = float(re.search(r'div\.sourceCode code, [^{]*\{ font-size: ([.\d]+)rem', CSS)[1])
-    room = 1400 - grid['sidebar-width'] - grid['margin-width'] - 4*gutter
+    room = 1400 - 15 - grid['sidebar-width'] - grid['margin-width'] - 4*gutter     # 15: the scroll bar
     letter, padding = .602*size*rem, .4*size*rem      # of Menlo, a wide one; of Quarto's blocks of code
     assert .75 <= size <= .8 and 110*letter + 2*padding <= min(room, grid['body-width'] - 2*gutter)
 
 def test_code_goes_on_indented_and_scrolls_on_a_phone():
     assert 'pre > code.sourceCode > span { padding-left: 4ch; text-indent: -4ch; }' in CSS
     phone = re.search(r'@media \(max-width: 767px\) \{(.*?)\n\}', CSS, re.S)[1]
-    assert 'white-space: pre;' in phone and 'overflow-x: auto' in phone
+    assert 'code.sourceCode { white-space: pre; }' in phone
+    assert re.search(r'div\.sourceCode, [^{}]*\{ overflow-x: auto; \}', phone)
 
 # ---------------------------------------------------------------- 5: contrast
 
@@ -193,7 +230,7 @@ def colors(css):
 def pairs(css):
     "(text, ground) as the two parts of the style sheet say: rules on the page, rules on a block of code."
     for ground in ('page', 'block'):
-        part = re.search(rf'/\* on --{ground} \*/(.*?)/\*', css, re.S)[1]
+        part = re.search(rf'/\* on --{ground}\b.*?\*/(.*?)/\*', css, re.S)[1]
         yield from ((text, ground) for text in re.findall(r'(?<![-\w])color: var\(--(\w+)\)', part))
 
 def pale(css):
@@ -213,6 +250,40 @@ def test_text_and_code_stand_out_in_light_and_dark():
     assert as_hex == [mode['link'] for mode in colors(CSS)]
     bar = QUARTO['website']['navbar']
     assert contrast(bar['foreground'], bar['background']) >= 4.5
+
+def specificity(selector):
+    "(ids, classes, elements) of a CSS selector; :is and :not count as their most specific argument."
+    total = [0, 0, 0]
+    inner = re.findall(r':(?:is|not|has)\(([^()]*(?:\([^()]*\))?[^()]*)\)', selector)
+    for arguments in inner:
+        most = max(specificity(a) for a in arguments.split(','))
+        total = [t + m for t, m in zip(total, most)]
+    selector = re.sub(r':(?:is|not|has)\([^()]*(?:\([^()]*\))?[^()]*\)', '', selector)
+    found = [r'#[\w-]+', r'\.[\w-]+|\[[^\]]*\]|(?<!:):(?!:)[\w-]+', r'(?:^|[\s>+~])[a-z][\w]*']
+    return tuple(t + len(re.findall(f, selector)) for t, f in zip(total, found))
+
+# rules of Quarto 1.9 and of its highlighting that ours have to outweigh: (theirs, ours, what both set)
+OUTWEIGHED = [
+    ('p code:not(.sourceCode)', 'main :is(p, li', 'background-color'),
+    ('code span.co', 'code.sourceCode span:is(.co', 'color'),
+    ('pre > code.sourceCode > span', 'pre > code.sourceCode > span', 'color'),
+    ('div.sourceCode', 'div.sourceCode', 'background-color'),
+    ('.sidebar nav[role="doc-toc"] ul > li > a.active', 'ul > li > a.active', 'color'),
+    ('nav.sidebar.sidebar-navigation:not(.rollup)', 'nav.sidebar.sidebar-navigation', 'background-color'),
+    ('div.sidebar-item-container .active', '.sidebar div.sidebar-item-container a.active', 'color')]
+
+@pytest.mark.parametrize('theirs, ours, what', OUTWEIGHED)
+def test_our_colors_outweigh_the_theme_s(theirs, ours, what):
+    rules = re.findall(r'([^{}]+)\{([^{}]*)\}', re.sub(r'/\*.*?\*/', '', CSS, flags=re.S))
+    selectors = [s.strip() for heads, body in rules if re.search(rf'(?<![-\w]){what}:', body)
+                 for s in re.split(r',(?![^(]*\))', heads)]
+    assert any(ours in s and specificity(s) >= specificity(theirs) for s in selectors)
+
+@pytest.mark.parametrize('selector, is_', [
+    ('p code:not(.sourceCode)', (0, 1, 2)), ('body main.content a:not(.btn)', (0, 2, 3)),
+    ('#a .b > c', (1, 1, 1)),
+    ('body main :is(p, h1) code:not(.x)', (0, 1, 4)), ('nav[role="doc-toc"] ul a.active', (0, 2, 3))])
+def test_specificity_is_counted_right(selector, is_): assert specificity(selector) == is_
 
 def svg_texts(svg):
     "(text, its color, the color below it) of a drawing made of rectangles and words."
@@ -330,7 +401,7 @@ def test_home_page_begins_with_what_where_and_how():
 
 def test_tables_give_room_to_the_longest_column():
     for name, page in STORED.items():
-        for t in markdowns(page):
+        for t in (source(c) for c in page.cells if c['cell_type'] == 'markdown'):
             tables = re.findall(r'^(\|.*\|)\n(\|[-:| ]+\|)\n((?:\|.*\|\n?)+)', prose(t), re.M)
             for head, dashes, body in tables:
                 lines = [head, *body.splitlines()]
@@ -339,7 +410,7 @@ def test_tables_give_room_to_the_longest_column():
                 columns = list(zip(*(re.sub(r'\]\([^)]*\)', '', l).strip('|').split('|') for l in lines)))
                 longest = [max(map(len, c)) for c in columns]
                 most = longest.index(max(longest))
-                assert max(longest) < 40 or widths[most] == max(widths) > min(widths), (name, head)
+                assert widths[most] == max(widths) and len(set(widths)) > 1, (name, head)
 
 @each
 def test_listings_have_a_language_and_fit(name):
