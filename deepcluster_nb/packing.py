@@ -446,7 +446,8 @@ def read_like(paths,                   # image files, in the order wanted
               skip_broken:bool=False,  # leave out what can't be read, else that is an error
              )->PackedImages:          # with center where the recipe has one
     "Read image files just as a run's images were read or packed, for `predict` on new ones."
-    r = Recipe(**{'upright': False} | {f.name: recipe[f.name] for f in fields(Recipe) if f.name in recipe})
+    r = Recipe(**dict(grey=False, upright=False) | {f.name: recipe[f.name] for f in fields(Recipe)
+                                                      if f.name in recipe})
     how, crops = dict(labels=labels, classes=classes, root=root, skip_broken=skip_broken), {}
     # a folder's
     if r == Recipe(grey=False, upright=r.upright): return read_images(paths, upright=r.upright, **how)
