@@ -101,8 +101,9 @@ class PackedImages:
         tensors = dict(pixels=torch.cat([im.reshape(-1) for im in self]), shapes=self.shapes.contiguous(),
                        paths=as_bytes)
         if self.labels is not None: tensors['labels'] = self.labels.contiguous()
-        how = json.dumps(dict(self.recipe, center=None) if self.recipe else {})
-        save_file(tensors, f'{path}.tmp', metadata=dict(classes=json.dumps(self.classes), packing=how))
+        save_file(tensors, f'{path}.tmp',
+                  metadata=dict(classes=json.dumps(self.classes),
+                                packing=json.dumps(self.recipe and dict(self.recipe, center=None))))
         os.replace(f'{path}.tmp', path)
 
     @classmethod
@@ -341,7 +342,7 @@ def read_images(paths,                   # image files, in the order wanted
                 root='',                 # paths are kept relative to this folder
                 upright:bool=True,       # turn images as their EXIF note says
                 skip_broken:bool=False,  # leave out what can't be read, else that is an error
-                how=None,                # path → (C, H, W) uint8 in place of `decode`
+                how=None,                # path → (C, H, W) uint8, in place of decode
                )->PackedImages:
     "Decode all files (several threads, order kept); one error names those that can't be read."
     if not len(paths): raise ValueError("paths: expected at least one image file, got none")

@@ -347,9 +347,10 @@ class Packing:
             lines = [f"{names[i]}: {why}" for i,why in self.broken]
             report.write_text('\n'.join(lines) + '\n', encoding='utf-8', errors='surrogateescape')
             if not skip_broken or len(bad) == len(names):
-                hint = ("" if len(bad) == len(names) else "; skip_broken (--skip-broken) leaves them out, "
-                        "and what was decoded so far is kept for it")
-                raise ValueError(f"src: {list_broken(lines, len(names), hint, report)}")
+                raise ValueError("src: " + list_broken(
+                    lines, len(names), "" if len(bad) == len(names) else
+                    "; skip_broken (--skip-broken) leaves them out, and what was decoded so far is kept for it",
+                    report))
         else: report.unlink(missing_ok=True)                              # of an earlier attempt
         keep = [i for i in range(len(names)) if i not in bad]
         for w in self.writers:

@@ -559,7 +559,7 @@ def test_folder_counts_what_load_images_reads(tmp_path):
     said = ok(call('folder', tmp_path))
     with pytest.warns(UserWarning): images = load_images('folder', tmp_path)
     assert len(images) == len(EXTENSIONS) + 1 and images.classes == ['cat', 'train']
-    assert f'{tmp_path.name}/'.ljust(12) + f' {len(images)} images, 2 classes of 1 to {len(EXTENSIONS)}' in said
+    assert f'/ {len(images)} images, 2 classes of 1 to {len(EXTENSIONS)}' in said
     assert ".mp4 1" in said and 'folder of a run 1' in said and 'is read as classes, train among them' in said
     heavy = (f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import get_data; "
              "print('torch' in sys.modules)")
