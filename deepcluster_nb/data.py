@@ -364,13 +364,16 @@ def read_images(paths,                   # image files, in the order wanted
     res.recipe, res.left_out = dict(grey=False, upright=upright), broken
     return res
 
-def check_sizes(images:PackedImages, least:int=8):
+def check_sizes(images:PackedImages,
+                least:int=8,        # pixels a side
+                name:str='dataset', # the argument that the error names
+               ):
     "Raise a ValueError that names the images too small for a network."
     side = images.shapes[:, 1:].min(1).values
     small = [f"{images.paths[i]} ({images.shapes[i, 2]} × {images.shapes[i, 1]})"
              for i in (side < least).nonzero()[:, 0].tolist()]
     if small:
-        raise ValueError(f"dataset: {len(small):,} of {len(images):,} images are too small, expected "
+        raise ValueError(f"{name}: {len(small):,} of {len(images):,} images are too small, expected "
                          f"at least {least} pixels a side: {', '.join(map(printable, small[:20]))}"
                          f"{' …' if small[20:] else ''}")
 

@@ -22,7 +22,7 @@ from PIL import Image, ImageFile
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from .data import PackedImages, center_path, image_files, list_broken, put_upright, read_images
-from .data import sample_sizes
+from .data import SPLITS, sample_sizes
 from .augment import central_square
 from .sobel import GREY
 from .runs import amount
@@ -264,6 +264,9 @@ def list_source(src)->tuple: # (files, labels or None, class names, relative pat
                                     "one sub-folder a class where there are labels, or a list of files")
         (files, labels, classes), root = image_files(src), str(src)
         if not files: raise FileNotFoundError(f"src: no images in {str(src)!r}")
+        if classes and set(classes) <= SPLITS:
+            warnings.warn(f"src: {str(src)!r} is read whole, with {', '.join(classes)} as its classes; "
+                          f"for a split give it alone: {str(Path(src)/classes[0])!r}")
     else:
         files, labels, classes = [Path(f) for f in src], None, []
         if not files: raise ValueError("src: expected at least one file, got an empty list")

@@ -101,6 +101,36 @@ def test_a_split_beside_classes_can_be_had(tmp_path):
     assert read(root/'train')[0].paths == ['a/2.jpg']
     assert find_folder('folder', root, 'test') is None
 
+def test_packing_says_that_splits_become_classes(tmp_path):
+    root = make(tmp_path/'x', SPLIT)
+    with pytest.warns(UserWarning, match='is read whole, with test, train as its classes; for a split'):
+        assert pack_folder(root, tmp_path/'p', **FEW).classes == ['test', 'train']
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert pack_folder(root/'train', tmp_path/'q', **FEW).classes == ['a', 'b']
+
+def test_a_folder_that_may_not_be_opened_is_said(tmp_path, monkeypatch):
+    root, real = make(tmp_path/'x', PHOTOS), os.scandir
+    def scandir(path):
+        if Path(path).name == 'b': raise PermissionError(13, 'denied', str(path))
+        return real(path)
+    monkeypatch.setattr(os, 'scandir', scandir)
+    images, said = read(root)
+    assert images.paths == ['a/1.jpg', 'a/2.jpg'] and 'folder that may not be opened 1' in said[0]
+
+@pytest.mark.filterwarnings('ignore:passed over')
+def test_runs_inside_the_data_never_see_each_other(tmp_path):
+    from deepcluster_nb.training import Config, fit
+    for i in range(12): picture(tmp_path/'p'/'ab'[i % 2]/f'{i:02}.png', i, (32, 32))
+    def paths(run_dir):
+        fit(Config(dataset='folder', root=str(tmp_path/'p'), k=3, pca=4, epochs=1, passes=1, batch_size=4,
+                   device='cpu', precision='float32', run_dir=str(run_dir)), echo=None)
+        picture(run_dir/'figures'/'curves.png')
+        return [l.rsplit(',', 1)[0] for l in (run_dir/'clusters.csv').read_text().splitlines()[1:]]
+    first = paths(tmp_path/'p'/'runs'/'one')
+    assert len(first) == 12 and first == paths(tmp_path/'p'/'two') == paths(tmp_path/'p'/'a'/'three')
+    assert load_images('folder', tmp_path/'p').classes == ['a', 'b']
+
 def test_a_link_to_the_folder_itself_gives_40_files(tmp_path):
     root = make(tmp_path/'x', ' '.join(f'{i}.png' for i in range(40)), [('latest', '.')])
     with pytest.warns(UserWarning, match='link to what is read already 1'):
@@ -136,6 +166,7 @@ def test_photographs_stand_upright_everywhere(turn, ending, tmp_path):
                    read_like([file], {})):                          # {}: of a run before there was a recipe
         assert np.array_equal(images[0].permute(1, 2, 0), stored)
 
+@pytest.mark.filterwarnings('ignore:Corrupt EXIF data')
 def test_a_note_that_cannot_be_read_is_none(tmp_path):
     picture(tmp_path/'a.jpg', exif=b'Exif\0\0MM\0*\0\0\0\x08\0\x09garbage')
     picture(tmp_path/'b.jpg')
@@ -251,6 +282,7 @@ def test_an_image_too_small_is_named(tmp_path):
     images = read_images(sorted(tmp_path.glob('*.png')), root=tmp_path)
     with pytest.raises(ValueError, match=r'dataset: 1 of 2 images are too small, expected at least 8 pixels '
                                          r'a side: t\\udcff\.png \(1 × 9\)'): check_sizes(images)
+    with pytest.raises(ValueError, match='folder: 1 of 2 images'): check_sizes(images, name='folder')
     check_sizes(images.subset([0]))
 
 def test_nothing_but_other_files(tmp_path):
