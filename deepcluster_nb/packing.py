@@ -352,7 +352,7 @@ class Packing:
             if not skip_broken or len(bad) == len(names):
                 raise ValueError("src: " + list_broken(
                     lines, len(names), "" if len(bad) == len(names) else
-                    "; skip_broken (--skip-broken) leaves them out, and what was decoded so far is kept for it",
+                    "; skip_broken (--skip-broken) leaves them out, and what was decoded is kept for it",
                     report))
         else: report.unlink(missing_ok=True)                              # of an earlier attempt
         keep = [i for i in range(len(names)) if i not in bad]
