@@ -132,16 +132,12 @@ def jobs(name:str, out:Path, files:list)->list:
 
 # ---------------------------------------------------------------- any folder of images
 
-# those of deepcluster_nb.data
-EXTENSIONS = {'.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm'}
-
 def check_folder(root:Path, decode:bool):
     "Count, open every header (or every pixel), and say how to use the folder; nothing is copied or changed."
     from PIL import Image
+    from deepcluster_nb.data import EXTENSIONS, beside_splits, find_images, list_broken, read_as
     if not root.is_dir(): raise Wrong(f"OUT: expected a folder of images, and there is none at {str(root)!r}")
-    files = [Path(d, f) for d,_,names in os.walk(root, followlinks=True) for f in names]
-    files = sorted(f for f in files if not any(p.startswith('.') for p in f.relative_to(root).parts))
-    images = [f for f in files if f.suffix.lower() in EXTENSIONS]
+    images, _, _, other = find_images(root)
     if not images: raise Wrong(f"OUT: no images in {str(root)!r} (looked for {' '.join(sorted(EXTENSIONS))})")
     broken, sizes, modes, show = [], [], Counter(), Progress('looking at images', '{:,}'.format)
     for i, f in enumerate(images):
@@ -151,7 +147,8 @@ def check_folder(root:Path, decode:bool):
                 sizes.append(im.size); modes[im.mode] += 1
         except Exception as e: broken.append(f"{f}: {e}")
         show(i, len(images))
-    splits = [root/s for s in ('train', 'test', 'val') if (root/s).is_dir()] or [root]
+    classes = beside_splits(root)                       # then a folder called train is one of them
+    splits = [root/s for s in ('train', 'test', 'val') if (root/s).is_dir() and not classes] or [root]
     for s in splits:
         inside = [f.relative_to(s).parts for f in images if s in f.parents]
         per = Counter(p[0] for p in inside if len(p) > 1)
@@ -166,18 +163,17 @@ def check_folder(root:Path, decode:bool):
               f"modes {', '.join(f'{k} {v:,}' for k,v in modes.most_common())}")
     print("endings      "
           f"{', '.join(f'{k} {v:,}' for k,v in Counter(f.suffix for f in images).most_common())}")
-    skipped = Counter(f.suffix or f.name for f in files if f.suffix.lower() not in EXTENSIONS)
-    if skipped:
-        print(f"not images   {', '.join(f'{k} {v:,}' for k,v in skipped.most_common(8))}: "
+    if other:
+        print(f"not images   {', '.join(f'{k} {v:,}' for k,v in other.most_common(12))}: "
               "these are passed over")
+    for line in read_as(root): print(f"classes      {line}")
     twice = Counter(f.name.lower() for f in images)
     again = [f for f in images if twice[f.name.lower()] > 1]
     if again:
         print(
             f"same names   {len(again):,} files share their name with another, such as "
             f"{', '.join(str(f.relative_to(root)) for f in again if f.name.lower() == again[0].name.lower())[:150]}")
-    for b in broken[:20]: print(f"unreadable   {b}", file=sys.stderr)
-    if broken: raise Failed(f"{len(broken):,} of {len(images):,} images can't be read; repair or remove them")
+    if broken: raise Failed(list_broken(broken, len(images), '; repair or remove them'))
     print(f"next         deepcluster-nb run train -p dataset=folder -p root={root}")
 
 # ---------------------------------------------------------------- the command
@@ -227,7 +223,7 @@ def look(files:dict, used:list, store:Path, out:Path
     return fetched, missing, needs
 
 def get_data(args):
-    table, out = yaml.safe_load(Path(args.sources).read_text()), Path(args.out)
+    table, out = yaml.safe_load(Path(args.sources).read_text(encoding='utf-8')), Path(args.out)
     if args.name not in [*table, 'folder']:
         raise Wrong(f"NAME: expected one of {', '.join([*table, 'folder'])}, got {args.name!r}")
     if args.name == 'folder': return check_folder(out, args.decode)
@@ -332,4 +328,6 @@ def main(argv=None)->int: # exit status: 0 done, 1 failed, 2 wrong input, 130 or
         return 143 if e.args else 130
     return 0
 
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='backslashreplace')    # a name that the terminal can't show stops nothing
+    sys.exit(main())

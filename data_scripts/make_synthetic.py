@@ -79,6 +79,7 @@ def main():
     make(a.out, a.n, a.size, a.classes, a.seed, a.ragged, a.rgb, show=True)
 
 if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='backslashreplace')
     try: main()
     except (ValueError, OSError) as e: sys.exit(f"make_synthetic: {e}")
     except KeyboardInterrupt: sys.exit(130)

@@ -5,7 +5,7 @@
 
 Stopped or killed, the same command goes on where it was, to the same bytes.
 """
-import argparse, sys
+import argparse, sys, warnings
 from pathlib import Path
 
 def arguments():
@@ -29,9 +29,9 @@ def arguments():
     p.add_argument('--center', type=int, metavar='PX',
                    help="also the exact central crops (224), into a second file beside OUT, "
                         "for the clustering")
-    p.add_argument('--upright', action='store_true',
-                   help="turn images as their EXIF note says; "
-                        "without it they stay as stored, as torchvision reads them")
+    p.add_argument('--upright', action=argparse.BooleanOptionalAction, default=True,
+                   help="turn images as their EXIF note says (default); "
+                        "--no-upright leaves them as stored, as torchvision reads them")
     p.add_argument('--skip-broken', action='store_true',
                    help="leave out files that can't be read; "
                         "without it they stop the run (after all are listed in OUT.broken.txt)")
@@ -43,6 +43,10 @@ def arguments():
     if a.verify == (a.out is not None): p.error("expected SRC and OUT, or --verify and one packed file")
     return a
 
+def listed(file): # paths, a line each, to the byte: names need not be UTF-8, nor free of odd separators
+    text = Path(file).read_bytes().decode('utf-8-sig', 'surrogateescape')
+    return [line.removesuffix('\r') for line in text.split('\n') if line.strip()]
+
 def main():
     a = arguments()
     from deepcluster_nb.packing import pack_folder, verify_packed
@@ -53,12 +57,14 @@ def main():
                  print(f"{a.src}: every image is as it was packed"))
     src = a.src
     if Path(src).is_file():
-        src = [line for line in Path(src).read_text().splitlines() if line] if src.endswith('.txt') else [src]
+        src = listed(src) if src.endswith('.txt') else [src]
     if isinstance(src, list) or Path(src).is_dir(): Path(a.out).parent.mkdir(parents=True, exist_ok=True)
     pack_folder(src, a.out, a.max_side, a.short_side, a.size, a.grey, a.center, a.upright, a.skip_broken,
                 a.workers, echo=lambda line: print(line, flush=True))
 
 if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='backslashreplace')    # a name that the terminal can't show stops nothing
+    warnings.formatwarning = lambda message, *_, **__: f'{message}\n'
     try:
         main()
     except (ValueError, OSError, RuntimeError) as e:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CHUNK', 'SYNC', 'grey_plane', 'Recipe', 'open_image', 'to_bytes', 'central', 'prepare_image', 'PackedWriter',
            'pack_chunk', 'decode_seconds', 'start_worker', 'in_order', 'Journal', 'lock', 'check_same', 'estimate',
-           'list_source', 'file_size', 'Packing', 'check_space', 'packing_of', 'pack_folder', 'verify_packed']
+           'list_source', 'file_size', 'Packing', 'check_space', 'packing_of', 'pack_folder', 'read_like',
+           'verify_packed']
 
 # %% ../nbs/16_packing.ipynb #b2ebaa19
 import errno, hashlib, json, math, os, shutil, sys, threading, time, warnings, zlib
@@ -13,14 +14,15 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 import numpy as np, PIL, torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
-from .data import PackedImages, center_path, image_files, sample_sizes
+from .data import (SPLITS, PackedImages, center_path, image_files, list_broken, put_upright,
+                                 read_images, sample_sizes)
 from .augment import central_square
 from .sobel import GREY
 from .runs import amount
@@ -44,7 +46,7 @@ class Recipe:
     size:int = None        # the clustering's central crop, size × size, from the full resolution
     grey:bool = True       # the Sobel layer's grey, else RGB
     center:int = None      # pack this central crop too, into a second file
-    upright:bool = False   # turn as the camera's EXIF note says; ImageFolder does not
+    upright:bool = True    # turn as the camera's EXIF note says; ImageFolder does not
 
     def __post_init__(self):
         for name in ('max_side', 'short_side', 'size', 'center'):
@@ -68,7 +70,7 @@ class Recipe:
         return max(1, round(w * shrink)), max(1, round(h * shrink))
 
 # %% ../nbs/16_packing.ipynb #88fb9058
-def open_image(path, upright=False)->Image.Image: # Pillow image, 'L' or 'RGB'
+def open_image(path, upright=True)->Image.Image: # Pillow image, 'L' or 'RGB'
     "Open an image file; broken, enormous (Pillow's limit) and deeper than 8-bit ones are errors."
     with warnings.catch_warnings():
         warnings.simplefilter('error', Image.DecompressionBombWarning)
@@ -76,7 +78,7 @@ def open_image(path, upright=False)->Image.Image: # Pillow image, 'L' or 'RGB'
             if im.mode[0] in 'IF':
                 raise ValueError(f"its pixels (mode {im.mode}) do not fit into 8 bits; convert it first")
             im.load()
-            if upright: im = ImageOps.exif_transpose(im)
+            if upright: im = put_upright(im)
             return im.copy() if im.mode == 'L' else im.convert('RGB')
 
 # %% ../nbs/16_packing.ipynb #b9fe0cff
@@ -262,6 +264,9 @@ def list_source(src)->tuple: # (files, labels or None, class names, relative pat
                                     "one sub-folder a class where there are labels, or a list of files")
         (files, labels, classes), root = image_files(src), str(src)
         if not files: raise FileNotFoundError(f"src: no images in {str(src)!r}")
+        if classes and set(classes) <= SPLITS:
+            warnings.warn(f"src: {str(src)!r} is read whole, with {', '.join(classes)} as its classes; "
+                          f"for a split give it alone: {str(Path(src)/classes[0])!r}")
     else:
         files, labels, classes = [Path(f) for f in src], None, []
         if not files: raise ValueError("src: expected at least one file, got an empty list")
@@ -343,13 +348,12 @@ class Packing:
         bad, report = {i for i,_ in self.broken}, Path(f'{self.out}.broken.txt')
         if bad:
             lines = [f"{names[i]}: {why}" for i,why in self.broken]
-            report.write_text('\n'.join(lines) + '\n', errors='surrogateescape')
+            report.write_text('\n'.join(lines) + '\n', encoding='utf-8', errors='surrogateescape')
             if not skip_broken or len(bad) == len(names):
-                raise ValueError(f"src: {len(bad):,} of {len(names):,} images can't be read "
-                                 f"(all in {report}): {'; '.join(lines[:5])}{' …' if lines[5:] else ''}"
-                                 + ("" if len(bad) == len(names) else
-                                    "; skip_broken (--skip-broken) leaves them out, "
-                                    "and what was decoded so far is kept for it"))
+                raise ValueError("src: " + list_broken(
+                    lines, len(names), "" if len(bad) == len(names) else
+                    "; skip_broken (--skip-broken) leaves them out, and what was decoded is kept for it",
+                    report))
         else: report.unlink(missing_ok=True)                              # of an earlier attempt
         keep = [i for i in range(len(names)) if i not in bad]
         for w in self.writers:
@@ -384,7 +388,7 @@ def pack_folder(src,                    # an ImageFolder tree, or a list of imag
                 size:int=None,          # or: the exact clustering crop of this size
                 grey:bool=True,         # the Sobel layer's grey, one byte a pixel; else RGB
                 center:int=None,        # pack the exact clustering crops too, as images.center
-                upright:bool=False,     # turn images as their EXIF note says
+                upright:bool=True,      # turn images as their EXIF note says
                 skip_broken:bool=False, # leave out what can't be read, else that is an error
                 workers:int=None,       # processes; as many as there are cores where not given
                 # called with a line at the start and the end; None: silence, no progress bar
@@ -436,6 +440,30 @@ def pack_folder(src,                    # an ImageFolder tree, or a list of imag
     if p.broken:
         say(f"{len(p.broken):,} images can't be read and were left out; they are listed in {out}.broken.txt")
     return PackedImages.load(out)
+
+# %% ../nbs/16_packing.ipynb #6b0e57d4
+def read_like(paths,                   # image files, in the order wanted
+              recipe:dict,             # of a PackedImages, packed or from a folder
+              labels=None,             # (N,) class ids
+              classes=(),              # class names
+              root='',                 # paths are kept relative to this folder
+              skip_broken:bool=False,  # leave out what can't be read, else that is an error
+             )->PackedImages:          # with center where the recipe has one
+    "Read image files just as a run's images were read or packed, for `predict` on new ones."
+    r = Recipe(**dict(grey=False, upright=False) | {f.name: recipe[f.name] for f in fields(Recipe)
+                                                      if f.name in recipe})
+    how, crops = dict(labels=labels, classes=classes, root=root, skip_broken=skip_broken), {}
+    # a folder's
+    if r == Recipe(grey=False, upright=r.upright): return read_images(paths, upright=r.upright, **how)
+    def prepare(path):
+        im, *crops[path] = map(torch.from_numpy, map(np.ascontiguousarray, prepare_image(path, r)))
+        return im
+    images = read_images(paths, how=prepare, **how)
+    images.recipe = dict(recipe)
+    if r.center:
+        squares = torch.stack([crops[p][0] for p in paths if p in crops])
+        images.center = PackedImages(squares, None, images.labels, classes, images.paths)
+    return images
 
 # %% ../nbs/16_packing.ipynb #74c849e2
 def verify_packed(path,              # a file of pack_folder or PackedWriter

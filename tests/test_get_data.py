@@ -549,9 +549,19 @@ def test_folder_of_images(tmp_path):
     cut.write_bytes(b'')
     assert call('folder', tmp_path).returncode == 1
 
-def test_folder_knows_the_endings_that_load_images_knows():
-    from deepcluster_nb.data import EXTENSIONS
-    code = (f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import get_data; "
-            "print(sorted(get_data.EXTENSIONS), 'torch' in sys.modules)")
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
-                          check=True).stdout.strip() == f'{sorted(EXTENSIONS)} False'
+def test_folder_counts_what_load_images_reads(tmp_path):
+    from deepcluster_nb.data import EXTENSIONS, load_images
+    for i, name in enumerate([*(f'cat/{e[1:]}{e}' for e in sorted(EXTENSIONS)), 'train/a.jpg',
+                              'cat/@eaDir/b.jpg', 'runs/a/params.yaml', 'runs/a/log.jsonl',
+                              'runs/a/figures/c.jpg', '.thumbnails/d.jpg', 'cat/e.mp4']):
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True); (tmp_path/name).write_bytes(jpeg(i))
+    (tmp_path/'latest').symlink_to('.')
+    said = ok(call('folder', tmp_path))
+    with pytest.warns(UserWarning): images = load_images('folder', tmp_path)
+    assert len(images) == len(EXTENSIONS) + 1 and images.classes == ['cat', 'train']
+    assert f'/ {len(images)} images, 2 classes of 1 to {len(EXTENSIONS)}' in said
+    assert ".mp4 1" in said and 'folder of a run 1' in said and 'is read as classes, train among them' in said
+    heavy = (f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import get_data; "
+             "print('torch' in sys.modules)")
+    assert subprocess.run([sys.executable, '-c', heavy], capture_output=True, text=True,
+                          check=True).stdout.strip() == 'False'
