@@ -54,8 +54,8 @@ class PackedImages:
                 raise ValueError(f"{name}: expected {n}, one for each image, got {len(v)}")
         same = n > 0 and bool((self.shapes == self.shapes[0]).all())
         self.size = tuple(self.shapes[0].tolist()) if same else None   # (C, H, W) where all images share it
-        # PackedImages of the exact central crops, where they were packed too
-        self.center = None
+        self.listed = not same or int(lengths[0]) > 2**18   # a batch of these is no tensor but views
+        self.center = None  # PackedImages of the exact central crops, where they were packed too
 
     def __len__(self): return len(self.shapes)
     def __repr__(self):
@@ -72,10 +72,10 @@ class PackedImages:
         return self.starts[idx] // int(np.prod(self.size))
 
     def batch(self, idx,
-              # (B, C, H, W) uint8 where all images share a size, into out where given,
-              # else a list of (C, H, W)
+              # (B, C, H, W) uint8 where all images share a size and are not large,
+              # into out where given, else a list of (C, H, W)
               out=None):
-        if self.size is None:
+        if self.listed:
             return [self.pixels[s:s + c*h*w].view(c, h, w)
                     for s,(c,h,w) in zip(self.starts[idx].tolist(), self.shapes[idx].tolist())]
         # image by image; [rows] would go number by number
