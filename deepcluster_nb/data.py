@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OUTLINES', 'EXTENSIONS', 'DATASETS', 'PackedImages', 'map_pixels', 'center_path', 'show_images', 'is_test', 'digits',
-           'shapes', 'image_files', 'decode', 'read_images', 'sample_sizes', 'free_memory', 'check_memory',
+           'shapes', 'image_files', 'decode', 'joined', 'read_images', 'sample_sizes', 'free_memory', 'check_memory',
            'find_folder', 'torchvision_images', 'packed_file', 'generator', 'pick', 'load_images']
 
 # %% ../nbs/00_data.ipynb #89f0ba53
@@ -225,6 +225,17 @@ def decode(path)->Tensor: # (3, H, W) uint8
         return torch.from_numpy(np.array(im.convert('RGB'))).permute(2, 0, 1).contiguous()
 
 # %% ../nbs/00_data.ipynb #9f4ec9ee
+def joined(ims:list # uint8, any shapes; emptied on the way, so that there are never two copies of them all
+          )->Tensor: # (total,)
+    "Bring images together in one flat buffer."
+    flat, at = torch.empty(sum(im.numel() for im in ims), dtype=torch.uint8), 0
+    ims.reverse()
+    while ims:
+        im = ims.pop().reshape(-1)
+        flat[at:at + len(im)] = im
+        at += len(im)
+    return flat
+
 def _try(path):
     try: return decode(path)
     except Exception as e: return f"{path}: {e}"
@@ -247,7 +258,8 @@ def read_images(paths,        # image files, in the order wanted
     if broken:
         raise ValueError(f"{len(broken)} of {len(paths)} images can't be read: " + '; '.join(broken[:5])
                          + (' …' if broken[5:] else ''))
-    return PackedImages(torch.cat([im.reshape(-1) for im in ims]), [im.shape for im in ims], labels, classes,
+    shapes = [im.shape for im in ims]
+    return PackedImages(joined(ims), shapes, labels, classes,
                         [Path(p).relative_to(root) for p in paths] if root else paths)
 
 # %% ../nbs/00_data.ipynb #3805d332
