@@ -225,7 +225,7 @@ def decode(path)->Tensor: # (3, H, W) uint8
         return torch.from_numpy(np.array(im.convert('RGB'))).permute(2, 0, 1).contiguous()
 
 # %% ../nbs/00_data.ipynb #9f4ec9ee
-def joined(ims:list # uint8, any shapes; emptied on the way, so that there are never two copies of them all
+def joined(ims:list # uint8, any shapes; emptied on the way, so that large ones never stand there twice
           )->Tensor: # (total,)
     "Bring images together in one flat buffer."
     flat, at = torch.empty(sum(im.numel() for im in ims), dtype=torch.uint8), 0

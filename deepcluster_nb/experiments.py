@@ -24,7 +24,7 @@ from .features import pieces
 from .pictures import training_curves
 from .probes import ProbeConfig, resolve_probe
 from .released import open_run
-from .runs import RunFolder, Stopped, duration, held_by, progress_line, signals_to, write_atomic
+from .runs import RunFolder, Stopped, amount, duration, held_by, progress_line, signals_to, write_atomic
 from . import pic                      # adds its clusterers
 from .training import Config, check, clusters_csv, describe, free, predict, resolve
 
@@ -424,9 +424,9 @@ def room_for(files, nbytes)->int: # bytes of images that may be decoded at once
     "Raise a ValueError for an image that the free memory can't hold while it is decoded."
     free, (most, largest) = free_memory(), max(zip(nbytes, files))
     if 5*most > free:
-        raise ValueError(f"folder: {str(largest)!r} needs about {5*most/1e9:,.1f} GB of memory while it is "
-                         f"decoded, but {free/1e9:,.1f} GB are available")
-    return int(min(2**28, free // 8))
+        raise ValueError(f"folder: {str(largest)!r} needs about {amount(5*most)} of memory while it is "
+                         f"decoded, but {amount(free)} are available")
+    return int(min(2e8, free / 8))
 
 def predict_folder(run_dir,                 # of a run of train
                    folder,                  # of images: an ImageFolder tree, or flat
