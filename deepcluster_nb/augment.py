@@ -148,7 +148,8 @@ def cut_windows(images,       # list of (C, H, W), or Views
     start, end = windows(boxes, size, image_sizes(images))
     whole = images.images if isinstance(images, Views) else images
     cuts = [im[:, y:y1, x:x1] for im,(x,y),(x1,y1) in zip(whole, start.long().tolist(), end.long().tolist())]
-    return Views(cuts, images.then) if isinstance(images, Views) else cuts, torch.cat([boxes[:, :2] - start, boxes[:, 2:]], 1)
+    if isinstance(images, Views): cuts = Views(cuts, images.then)
+    return cuts, torch.cat([boxes[:, :2] - start, boxes[:, 2:]], 1)
 
 def crop_ragged(images,       # Ragged, or a list of (C, H, W) or Views
                 boxes:Tensor, # (B, 4) on the CPU
