@@ -12,7 +12,7 @@ __all__ = ['triangles', 'resize_weights', 'product_type', 'crop_batch', 'resize_
 import math, torch
 from torch import Tensor
 from torch.nn import functional as F
-from .feeding import Ragged, to_device, windows
+from .feeding import Ragged, Views, to_device, windows
 
 # %% ../nbs/01_augment.ipynb #6a1141e9
 def triangles(start:Tensor,  # (B,) first pixel of the window, may be fractional
@@ -84,7 +84,7 @@ def weigh_rows(x:Tensor,       # (B, H, n)
     return F.embedding_bag(at.flatten(0, 1), x.flatten(0, 1), per_sample_weights=weights.flatten(0, 1),
                            mode='sum').view(*pixels.shape[:2], -1)
 
-def crop_taps(images,       # (B, C, H, W), or a list of (C, H, W), which go through one at a time
+def crop_taps(images,       # (B, C, H, W), or a list of (C, H, W) or Views, which go through one at a time
               boxes:Tensor, size:int, flip=None,
              )->Tensor:     # (B, C, size, size) float32
     "Crop, resize and flip as `crop_batch` does, without multiplying by the filter's zeros."
@@ -93,7 +93,7 @@ def crop_taps(images,       # (B, C, H, W), or a list of (C, H, W), which go thr
     taps = resize_taps(boxes[:, :2].T.flatten(), boxes[:, 2:].T.flatten(),
                        image_sizes(images).flip(1).T.flatten(), size, flips)
     (px, py), (wx, wy) = (t.chunk(2) for t in taps)
-    if not isinstance(images, list): return both_ways(images, px, wx, py, wy)
+    if isinstance(images, Tensor): return both_ways(images, px, wx, py, wy)
     return torch.cat([both_ways(im[None], *t)
                       for im,*t in zip(images, *(t.split(1) for t in (px, wx, py, wy)))])
 
@@ -109,14 +109,16 @@ def both_ways(images:Tensor, # (B, C, H, W)
 
 # %% ../nbs/01_augment.ipynb #9138e651
 def image_sizes(images)->Tensor: # (B, 2) height and width
-    "Sizes of a (B, C, H, W) batch, of a list of (C, H, W), or of a `Ragged`."
+    "Sizes of a (B, C, H, W) batch, of a list of (C, H, W) or its `Views`, or of a `Ragged`."
     if isinstance(images, Ragged): return images.sizes
+    if isinstance(images, Views): images = images.images
     if isinstance(images, list): return torch.tensor([im.shape[-2:] for im in images])
     return torch.tensor(images.shape[-2:]).expand(len(images), 2)
 
 # %% ../nbs/01_augment.ipynb #0185a4bf
 def check_images(images, size):
     "Raise a ValueError for images or a size that no crop can work with."
+    if isinstance(images, Views): images = images.images
     listed, flat = isinstance(images, list), isinstance(images, Ragged)
     if size < 1: raise ValueError(f"size: expected at least 1 pixel, got {size}")
     if any(im.ndim != 3 for im in images) if listed else not flat and images.ndim != 4:
@@ -138,21 +140,24 @@ def check_boxes(images, boxes, flip):
                          f"got {boxes[~ok][0].tolist()}")
 
 # %% ../nbs/01_augment.ipynb #5ed49daa
-def cut_windows(images:list,  # (C, H, W) each
+def cut_windows(images,       # list of (C, H, W), or Views
                 boxes:Tensor, # (B, 4) left, top, width, height in pixels
                 size:int,     # height and width wanted
-               )->tuple:      # (list of (C, h, w) views, (B, 4) the boxes within them)
+               )->tuple:      # (what images is, of (C, h, w) views, (B, 4) the boxes within them)
     "Cut out of each image only the pixels that the filter can reach."
     start, end = windows(boxes, size, image_sizes(images))
-    cuts = [im[:, y:y1, x:x1] for im,(x,y),(x1,y1) in zip(images, start.long().tolist(), end.long().tolist())]
+    whole = images.images if isinstance(images, Views) else images
+    cuts = [im[:, y:y1, x:x1] for im,(x,y),(x1,y1) in zip(whole, start.long().tolist(), end.long().tolist())]
+    if isinstance(images, Views): cuts = Views(cuts, images.then)
     return cuts, torch.cat([boxes[:, :2] - start, boxes[:, 2:]], 1)
 
-def crop_ragged(images,       # Ragged, or a list of (C, H, W)
+def crop_ragged(images,       # Ragged, or a list of (C, H, W) or Views
                 boxes:Tensor, # (B, 4) on the CPU
                 size:int, flip=None,
                 room:int=2**24, # pixels in frames at a time
                )->Tensor:     # (B, C, size, size) float32
     "Crop on a GPU: windows of similar size go together, each in the corner of a frame of one size."
+    if isinstance(images, Views): images = Ragged.of(images.images).each(images.then)
     if isinstance(images, list): images = Ragged.of(images)
     parts = images.alike(boxes, size, room)
     crops = [crop_batch(frames, b, size, None if flip is None else flip.cpu()[i], wh,
@@ -166,7 +171,7 @@ def plain_cut(images, boxes, size, flip
               # (B, C, size, size) where all want the same window, of whole pixels, at its own size; else None
              )->Tensor:
     "Slice the crops out of the batch where nothing is resized or mirrored; else return None."
-    if (isinstance(images, (list, Ragged)) or flip is not None or not len(boxes)
+    if (not isinstance(images, Tensor) or flip is not None or not len(boxes)
         or (boxes[:, 2:] != size).any() or (boxes != boxes[:1].floor()).any()):
         return None
     x, y = boxes[0, :2].int().tolist()
@@ -177,11 +182,11 @@ def crop_inside(images, boxes:Tensor, size:int, flip=None)->Tensor: # as for res
     "Do what `resample` does for windows that are known to lie inside the images."
     check_images(images, size)
     if (cut := plain_cut(images, boxes, size, flip)) is not None: return cut
-    if isinstance(images, Ragged) or isinstance(images, list) and images and images[0].is_cuda:
-        return crop_ragged(images, boxes.float().cpu(), size, flip)
-    images, boxes = (cut_windows(images, boxes.float(), size) if isinstance(images, list) else
-                     (images, boxes.float()))
-    return (crop_taps if images[0].device.type == 'cpu' else crop_batch)(images, boxes, size, flip)
+    boxes, one = boxes.float(), isinstance(images, Tensor)
+    if isinstance(images, Ragged) or not one and getattr(images, 'images', images)[0].is_cuda:
+        return crop_ragged(images, boxes.cpu(), size, flip)
+    if not one: images, boxes = cut_windows(images, boxes, size)
+    return (crop_batch if one and images.device.type != 'cpu' else crop_taps)(images, boxes, size, flip)
 
 # %% ../nbs/01_augment.ipynb #5b0ce4d1
 def resample(images,           # (B, C, H, W) uint8 or float, a list of (C, H, W), or Ragged

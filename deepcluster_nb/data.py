@@ -6,9 +6,9 @@
 __all__ = ['OUTLINES', 'EXTENSIONS', 'JUNK', 'RUN', 'LINK', 'HIDDEN', 'PREVIEWS', 'CLOSED', 'TURNS', 'SPLITS', 'DATASETS',
            'PackedImages', 'map_pixels', 'center_path', 'show_images', 'is_test', 'digits', 'shapes', 'is_image',
            'is_junk', 'holds_run', 'is_folder', 'printable', 'walk', 'find_images', 'passed_over', 'image_files',
-           'put_upright', 'decode', 'list_broken', 'read_images', 'check_sizes', 'sample_sizes', 'free_memory',
-           'check_memory', 'leads_back', 'beside_splits', 'find_folder', 'read_as', 'torchvision_images', 'packed_file',
-           'generator', 'pick', 'load_images']
+           'put_upright', 'decode', 'joined', 'list_broken', 'read_images', 'check_sizes', 'sample_sizes',
+           'free_memory', 'check_memory', 'leads_back', 'beside_splits', 'find_folder', 'read_as', 'torchvision_images',
+           'packed_file', 'generator', 'pick', 'load_images']
 
 # %% ../nbs/00_data.ipynb #89f0ba53
 import copy, hashlib, json, mmap, operator, os, sys, tempfile, warnings
@@ -61,6 +61,7 @@ class PackedImages:
         self.size = tuple(self.shapes[0].tolist()) if same else None   # (C, H, W) where all images share it
         # exact central crops as PackedImages; how files became pixels; 'path: why' of files left out; remarks
         self.center, self.recipe, self.left_out, self.notes = None, {}, [], []
+        self.listed = not same or int(lengths[0]) > 2**18   # a batch of these is no tensor but views
 
     def __len__(self): return len(self.shapes)
     def __repr__(self):
@@ -77,10 +78,10 @@ class PackedImages:
         return self.starts[idx] // int(np.prod(self.size))
 
     def batch(self, idx,
-              # (B, C, H, W) uint8 where all images share a size, into out where given,
-              # else a list of (C, H, W)
+              # (B, C, H, W) uint8 where all images share a size and are not large,
+              # into out where given, else a list of (C, H, W)
               out=None):
-        if self.size is None:
+        if self.listed:
             return [self.pixels[s:s + c*h*w].view(c, h, w)
                     for s,(c,h,w) in zip(self.starts[idx].tolist(), self.shapes[idx].tolist())]
         # image by image; [rows] would go number by number
@@ -316,6 +317,17 @@ def decode(path,
         return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
 
 # %% ../nbs/00_data.ipynb #9f4ec9ee
+def joined(ims:list # uint8, any shapes; emptied on the way, so that large ones never stand there twice
+          )->Tensor: # (total,)
+    "Bring images together in one flat buffer."
+    flat, at = torch.empty(sum(im.numel() for im in ims), dtype=torch.uint8), 0
+    ims.reverse()
+    while ims:
+        im = ims.pop().reshape(-1)
+        flat[at:at + len(im)] = im
+        at += len(im)
+    return flat
+
 def _try(path, how):
     try: return how(path)
     except Exception as e: return f"{path}: {e}"
@@ -358,7 +370,10 @@ def read_images(paths,                   # image files, in the order wanted
         hint = '' if skip_broken or len(broken) == len(ims) else '; skip_broken leaves them out'
         raise ValueError(list_broken(broken, len(paths), hint))
     rows = [i for i,im in enumerate(ims) if not isinstance(im, str)]
-    res = PackedImages(torch.cat([ims[i].reshape(-1) for i in rows]), [ims[i].shape for i in rows],
+    kept = [ims[i] for i in rows]
+    shapes = [im.shape for im in kept]
+    del ims
+    res = PackedImages(joined(kept), shapes,
                        None if labels is None else [int(labels[i]) for i in rows], classes,
                        [Path(paths[i]).relative_to(root) if root else paths[i] for i in rows])
     res.recipe, res.left_out = dict(grey=False, upright=upright), broken

@@ -6,7 +6,7 @@
 __all__ = ['PAGE', 'experiments_folder', 'one_of', 'parameters', 'gather', 'run_params', 'is_run', 'find_runs',
            'check_parameters', 'parse_pair', 'Watcher', 'write_report', 'signals_passed_on', 'run_experiment',
            'summary', 'Look', 'look_at', 'sparkline', 'dashboard', 'event_writer', 'log_numbers', 'watch',
-           'watch_figure', 'decoded', 'predict_folder', 'listing', 'forecast', 'main']
+           'watch_figure', 'decoded', 'decoded_bytes', 'room_for', 'predict_folder', 'listing', 'forecast', 'main']
 
 # %% ../nbs/15_experiments.ipynb #450f8668
 import argparse, base64, io, json, math, os, re, shutil, signal, socket, sys, threading, time
@@ -14,15 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from glob import glob
+from itertools import islice
 from pathlib import Path
 import torch, yaml
-from PIL import ImageFile
+from PIL import Image, ImageFile
 from tqdm import tqdm
-from .data import PackedImages, decode, image_files, load_images
+from .data import PackedImages, decode, free_memory, image_files, joined, load_images
+from .features import pieces
 from .pictures import training_curves
 from .probes import ProbeConfig, resolve_probe
 from .released import open_run
-from .runs import RunFolder, Stopped, duration, held_by, progress_line, signals_to, write_atomic
+from .runs import RunFolder, Stopped, amount, duration, held_by, progress_line, signals_to, write_atomic
 from . import pic                      # adds its clusterers
 from .training import Config, check, clusters_csv, describe, free, predict, resolve
 
@@ -413,12 +415,25 @@ def decoded(path)->torch.Tensor: # (3, H, W) uint8, or a string that says why no
     try: return decode(path)
     except Exception as e: return str(e) or type(e).__name__
 
+def decoded_bytes(path)->int: # 0 where its header can't be read
+    "Say from an image file's header how many bytes it has when it is decoded."
+    with suppress(Exception), Image.open(path) as im: return 3 * im.width * im.height
+    return 0
+
+def room_for(files, nbytes)->int: # bytes of images that may be decoded at once
+    "Raise a ValueError for an image that the free memory can't hold while it is decoded."
+    free, (most, largest) = free_memory(), max(zip(nbytes, files))
+    if 5*most > free:
+        raise ValueError(f"folder: {str(largest)!r} needs about {amount(5*most)} of memory while it is "
+                         f"decoded, but {amount(free)} are available")
+    return int(min(2e8, free / 8))
+
 def predict_folder(run_dir,                 # of a run of train
                    folder,                  # of images: an ImageFolder tree, or flat
                    out='clusters.csv',      # path,cluster; the paths are relative to the folder
                    force:bool=False,        # replace out where it exists
                    skip_broken:bool=False,  # leave out what can't be read, else that is an error
-                   chunk:int=64,            # images decoded at once
+                   chunk:int=64,            # images decoded at once, fewer where they are large
                   )->tuple:                 # (rows: path and cluster, [path: why] of the images left out)
     "Predict the clusters of new images; the file of them is whole or absent."
     folder, out, rows, broken = Path(folder), Path(out), [], []
@@ -438,14 +453,18 @@ def predict_folder(run_dir,                 # of a run of train
     bar = tqdm(total=len(files), unit=' images', desc='predicting', disable=len(files) < 1000,
                mininterval=.5 if sys.stderr.isatty() else 30)
     with bar, ThreadPoolExecutor() as pool:
-        for some in (files[i:i + chunk] for i in range(0, len(files), chunk)):
+        nbytes, rest = list(pool.map(decoded_bytes, files)), iter(files)
+        for n in pieces(nbytes, chunk, room_for(files, nbytes)):
+            some = list(islice(rest, n))
             found = [(str(p.relative_to(folder)), im) for p,im in zip(some, pool.map(decoded, some))]
             broken += [f"{p}: {im}" for p,im in found if isinstance(im, str)]
-            paths, ims = zip(*good) if (good := [f for f in found if not isinstance(f[1], str)]) else ((), ())
-            if good and (skip_broken or not broken):
-                images = PackedImages(torch.cat([im.reshape(-1) for im in ims]), [im.shape for im in ims],
-                                      paths=paths)
+            paths, ims = [[f[i] for f in found if not isinstance(f[1], str)] for i in (0, 1)]
+            del found                                          # joined lets go of one image after the other
+            if ims and (skip_broken or not broken):
+                shapes = [im.shape for im in ims]
+                images = PackedImages(joined(ims), shapes, paths=paths)
                 rows += zip(paths, predict(run, images).tolist())
+                del images
             bar.update(len(some))
     if broken and not (skip_broken and rows):
         raise ValueError('\n  '.join([

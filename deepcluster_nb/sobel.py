@@ -8,7 +8,7 @@ __all__ = ['MEAN', 'STD', 'GREY', 'SCALE', 'SHIFT', 'check_planes', 'normalize',
 # %% ../nbs/02_sobel.ipynb #95c3c0ad
 import torch
 from torch import Tensor, nn
-from .feeding import Ragged, to_device
+from .feeding import Ragged, Views, to_device
 
 # %% ../nbs/02_sobel.ipynb #048b37c8
 MEAN, STD = (.485, .456, .406), (.229, .224, .225)   # of ImageNet's RGB values in [0, 1]
@@ -48,7 +48,7 @@ SHIFT = sum(m/s for m,s in zip(MEAN, STD)) / 3
 def to_grey(x # (B, 3, H, W), a list of (3, H, W), or Ragged; what has one plane stays as it is
            ): # one plane each, float32, on the same scale
     "Compute the grey plane that Sobel makes of an image, before mean and standard deviation."
-    if isinstance(x, list): return [to_grey(im[None])[0] for im in x]
+    if isinstance(x, list): return Views(x, to_grey)
     if isinstance(x, Ragged): return x.each(to_grey)
     check_planes(x)
     if x.shape[1] == 1: return x

@@ -1,0 +1,143 @@
+"""Large images: how much memory fit and predict take, each in a process of its own.
+
+A process says by how much its peak rises above what it holds when the package is imported; a small run
+takes 0.4 GB of that. 48 images of 1500 × 2000 are 0.43 GB of bytes, as float32 1.7, in one grey plane 0.58, and
+several copies of those stood side by side before windows were cut first. 14 files of 12 megapixels are 0.5 GB
+decoded: read at once, brought together, batched and made grey they took six times that."""
+import os, subprocess, sys
+import numpy as np, pytest, torch
+from PIL import Image
+from deepcluster_nb.augment import center_crop, random_resized_crop, ten_crop
+from deepcluster_nb.data import PackedImages, generator, joined, load_images
+from deepcluster_nb.experiments import predict_folder
+from deepcluster_nb.features import compute_features, pieces
+from deepcluster_nb.feeding import Ragged, pick_batch
+from deepcluster_nb.model import convnet
+from deepcluster_nb.sobel import network_input, to_grey
+from deepcluster_nb.training import Config, fit, load_run, predict
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+MOST = 1.5e9                    # bytes above the import
+
+def rise(code, *args): # bytes
+    begin = ('import sys, torch\n'
+             'from deepcluster_nb import experiments, training\n'
+             'from deepcluster_nb.data import PackedImages, load_images\n'
+             'def peak(): return 1024 * int(next(l for l in open("/proc/self/status") '
+             'if l.startswith("VmHWM")).split()[1])\n'
+             'torch.set_num_threads(1); start = peak()\n')
+    p = subprocess.run([sys.executable, '-c', begin + code + '\nprint(peak() - start)', *map(str, args)],
+                       capture_output=True, text=True, timeout=300, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    assert p.returncode == 0, p.stderr
+    return int(p.stdout.split()[-1])
+
+def noise(*shape, stream='noise'):
+    return torch.randint(256, shape, dtype=torch.uint8, generator=generator(0, stream))
+
+SMALL = dict(k=4, pca=4, epochs=1, passes=1, batch_size=16, device='cpu', precision='float32')
+
+@pytest.fixture(scope='module')
+def run_dir(tmp_path_factory):
+    where = tmp_path_factory.mktemp('memory')/'run'
+    fit(Config(**SMALL, n_images=64, run_dir=str(where)), echo=None)
+    return where
+
+linux = pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+
+@linux
+@pytest.mark.parametrize('sobel', [True, False])
+def test_fit_on_large_images_of_one_size(sobel):
+    code = ('images = PackedImages(torch.full((48, 3, 1500, 2000), 7, dtype=torch.uint8))\n'
+            f'training.fit(training.Config(**{SMALL}, sobel={sobel}), images, echo=None)')
+    assert rise(code) < MOST
+
+@linux
+def test_predict_on_large_photographs(run_dir, tmp_path):
+    small = np.random.default_rng(0).integers(0, 256, (14, 30, 40, 3), dtype=np.uint8)
+    (tmp_path/'photos').mkdir()
+    for i, im in enumerate(small):
+        Image.fromarray(im).resize((4000, 3000), Image.NEAREST).save(tmp_path/'photos'/f'{i:02d}.jpg')
+    code = 'rows, broken = experiments.predict_folder(*sys.argv[1:])\nassert (len(rows), broken) == (14, [])'
+    assert rise(code, run_dir, tmp_path/'photos', tmp_path/'c.csv') < MOST
+
+@linux
+def test_reading_large_photographs(tmp_path): # 20 of 12 megapixels, 0.72 GB, which stood there twice
+    for i in range(20): Image.new('RGB', (4000, 3000), (i, 2*i, 3*i)).save(tmp_path/f'{i}.bmp')
+    assert rise('load_images("folder", sys.argv[1])', tmp_path) < 1.35e9
+
+# ---------------------------------------------------------------- the same crops and clusters as before
+
+def ragged(*sizes): # PackedImages, RGB
+    shapes = [(3, h, w) for h,w in sizes]
+    return PackedImages(noise(sum(3*h*w for h,w in sizes), stream='ragged'), shapes)
+
+MIXED = ragged((40, 70), (300, 200), (64, 64), (500, 620), (33, 410))
+CROPS = [lambda im, size: random_resized_crop(im, size, generator(1, 'crop'), (.2, 1.)), center_crop,
+         lambda im, size: ten_crop(im, size).flatten(0, 1)]
+
+@pytest.mark.parametrize('size', [32, 96, 224])
+@pytest.mark.parametrize('crop', CROPS)
+def test_grey_windows_are_windows_of_grey(crop, size):
+    ims = MIXED.batch(torch.arange(len(MIXED)))
+    greys = [to_grey(im[None])[0] for im in ims]                     # all of each image, as it was
+    assert torch.equal(crop(to_grey(ims), size), crop(greys, size))
+    assert all(torch.equal(a, b) for a,b in zip(to_grey(ims), greys, strict=True))
+
+@pytest.mark.parametrize('side, listed', [(32, False), (224, False), (256, False), (300, True)])
+def test_only_large_images_of_one_size_become_a_list(side, listed):
+    images, idx = PackedImages(noise(3, 3, side, side)), torch.tensor([2, 0])
+    batch = images.batch(idx)
+    assert isinstance(batch, list) == images.listed == listed and images.size == (3, side, side)
+    assert torch.equal(torch.stack(list(batch)), images.pixels.view(3, 3, side, side)[idx])
+    assert not listed or batch[0].data_ptr() == images[2].data_ptr()                  # views, no copies
+    assert isinstance(pick_batch(images, idx), Ragged) == listed
+
+@pytest.mark.parametrize('crop', CROPS)
+@pytest.mark.parametrize('sobel', [True, False])
+@pytest.mark.parametrize('h, w', [(375, 500), (1500, 2000)])
+def test_large_images_give_the_same_crops_either_way(crop, sobel, h, w): # but for the rounding of floats
+    images = PackedImages(noise(2, 3, h, w))
+    listed, stacked = (network_input(x, lambda im: crop(im, 64), sobel)
+                       for x in (images.batch(torch.arange(2)), images.pixels.view(2, 3, h, w)))
+    assert (listed - stacked).abs().max() < 1e-3 * stacked.std()
+
+def test_features_are_the_same_in_parts(monkeypatch):
+    net, images = convnet('alexnet_small', 5), MIXED.subset(torch.arange(20) % 5)
+    done = []
+    whole = compute_features(net, images, 32, 8)
+    monkeypatch.setattr('deepcluster_nb.features.pieces', lambda nbytes, most: [1]*len(nbytes))
+    parts = compute_features(net, images, 32, 8, progress=lambda i, n: done.append((i, n)))
+    assert torch.equal(whole, parts) and done == [(8, 20), (16, 20), (20, 20)]
+
+@pytest.mark.parametrize('nbytes, most, room, wanted', [
+    ([], 4, 10, []), ([1]*9, 4, 10, [4, 4, 1]), ([6, 4, 1, 9, 3], 4, 10, [2, 2, 1]),
+    ([50, 1, 1, 50], 4, 10, [1, 2, 1]), ([0]*5, 2, 10, [2, 2, 1])])
+def test_pieces_by_bytes(nbytes, most, room, wanted): assert pieces(nbytes, most, room) == wanted
+
+def test_images_are_joined_in_their_order():
+    ims = [noise(3, 4, 5, stream=str(i)) for i in range(7)]
+    flat = torch.cat([im.flatten() for im in ims])
+    assert torch.equal(joined(ims), flat) and not ims
+
+@pytest.fixture(scope='module')
+def mixed(tmp_path_factory): # photographs of several sizes and kinds, one of them broken
+    folder = tmp_path_factory.mktemp('mixed')
+    for i, im in enumerate(MIXED):
+        Image.fromarray(im.permute(1, 2, 0).numpy()).save(folder/f'{i}.png')
+        Image.fromarray(im[0].numpy()).save(folder/f'{i}g.jpg')
+    return folder
+
+def test_clusters_do_not_depend_on_the_pieces(run_dir, mixed, tmp_path, monkeypatch):
+    wanted = predict(load_run(run_dir), load_images('folder', mixed)).tolist()
+    for room in (2e8, 4e5, 1):
+        monkeypatch.setattr('deepcluster_nb.experiments.room_for', lambda files, nbytes: room)
+        rows, broken = predict_folder(run_dir, mixed, tmp_path/f'{room}.csv')
+        assert not broken and [c for _,c in rows] == wanted
+
+def test_an_image_too_large_for_the_memory_is_named_before_any_work(run_dir, mixed, tmp_path, monkeypatch):
+    monkeypatch.setattr('deepcluster_nb.experiments.free_memory', lambda: 4e6)
+    monkeypatch.setattr('deepcluster_nb.experiments.decode', lambda p: pytest.fail('decoded'))
+    with pytest.raises(ValueError, match=r"folder: '.*3g?\.(png|jpg)' needs about .* of memory while"):
+        predict_folder(run_dir, mixed, tmp_path/'c.csv')
+    assert not list(tmp_path.iterdir())
