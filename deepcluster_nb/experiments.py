@@ -24,7 +24,8 @@ from .features import pieces
 from .pictures import training_curves
 from .probes import ProbeConfig, resolve_probe
 from .released import open_run
-from .runs import RunFolder, Stopped, amount, duration, held_by, progress_line, signals_to, write_atomic
+from .runs import (RunFolder, Stopped, amount, duration, held_by, progress_line, signals_to,
+                                 write_atomic)
 from . import pic                      # adds its clusterers
 from .training import Config, check, clusters_csv, describe, free, predict, resolve
 

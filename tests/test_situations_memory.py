@@ -1,7 +1,7 @@
 """Large images: how much memory fit and predict take, each in a process of its own.
 
 A process says by how much its peak rises above what it holds when the package is imported; a small run
-takes 0.4 GB of that. 48 images of 1500 × 2000 are 0.43 GB of bytes, as float32 1.7, in one grey plane 0.58, and
+takes 0.4 GB of that. 48 images of 1500 × 2000 are 0.43 GB of bytes, as float32 1.7, in one grey plane 0.58;
 several copies of those stood side by side before windows were cut first. 14 files of 12 megapixels are 0.5 GB
 decoded: read at once, brought together, batched and made grey they took six times that."""
 import os, subprocess, sys
