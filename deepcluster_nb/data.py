@@ -313,8 +313,9 @@ def decode(path,
         if im.mode[0] in 'IF':
             raise ValueError(f"its pixels (mode {im.mode}) do not fit into 8 bits; convert it first")
         im.load()
-        rgb = (put_upright(im) if upright else im).convert('RGB')
-        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+        if upright: im = put_upright(im)
+        pixels = np.array(im if im.mode == 'RGB' else im.convert('RGB'))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 # %% ../nbs/00_data.ipynb #9f4ec9ee
 def joined(ims:list # uint8, any shapes; emptied on the way, so that large ones never stand there twice
