@@ -58,10 +58,11 @@ class PackedImages:
             if v is not None and len(v) != n:
                 raise ValueError(f"{name}: expected {n}, one for each image, got {len(v)}")
         same = n > 0 and bool((self.shapes == self.shapes[0]).all())
-        self.size = tuple(self.shapes[0].tolist()) if same else None   # (C, H, W) where all images share it
         # exact central crops as PackedImages; how files became pixels; 'path: why' of files left out; remarks
         self.center, self.recipe, self.left_out, self.notes = None, {}, [], []
-        self.listed = not same or int(lengths[0]) > 2**18   # a batch of these is no tensor but views
+        # (C, H, W) where all images share it; where they don't or are large, a batch is a list of views
+        self.size, self.listed = (tuple(self.shapes[0].tolist()) if same else None,
+                                  not same or int(lengths[0]) > 2**18)
 
     def __len__(self): return len(self.shapes)
     def __repr__(self):
