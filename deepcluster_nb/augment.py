@@ -6,7 +6,7 @@
 __all__ = ['CENTER_BOXES', 'triangles', 'resize_weights', 'product_type', 'crop_batch', 'resize_taps', 'weigh_rows', 'crop_taps',
            'both_ways', 'image_sizes', 'check_images', 'check_boxes', 'cut_windows', 'crop_ragged', 'plain_cut',
            'crop_inside', 'resample', 'check_ranges', 'central_boxes', 'crop_boxes', 'random_resized_crop',
-           'central_square', 'exact_center', 'torchvision_center', 'center_crop', 'ten_crop']
+           'central_square', 'torchvision_center', 'center_crop', 'ten_crop']
 
 # %% ../nbs/01_augment.ipynb #182db529
 import math, torch
@@ -250,27 +250,29 @@ def central_square(sizes:Tensor, # (B, 2) height and width
     return torch.minimum(short, (short * 7/8).clamp_min(size))
 
 # %% ../nbs/01_augment.ipynb #de6434aa
-def exact_center(sizes:Tensor, size:int)->Tensor: # (B, 2) height and width → (B, 4) left, top, width, height
-    "Return the box of the central square, to a fraction of a pixel."
-    side = central_square(sizes, size)
-    return torch.cat([(sizes.flip(1) - side) / 2, side, side], 1)
+CENTER_BOXES = 'exact', 'torchvision'
 
-def torchvision_center(sizes:Tensor, size:int)->Tensor: # as for exact_center
+def torchvision_center(sizes:Tensor, # (B, 2) height and width
+                       size:int,     # pixels wanted
+                       box:str='torchvision', # the name asked for, to be checked
+                      )->Tensor:     # (B, 4) left, top, width, height
     "Return the box that torchvision's Resize to 8/7 of `size` and CenterCrop cut from the original image."
+    if box != 'torchvision': raise ValueError(f"box: expected one of {', '.join(CENTER_BOXES)}, got {box!r}")
     full, resized = sizes.flip(1), round(size * 8/7)
     whole = resized * full // sizes.amin(1, keepdim=True)             # pixels of the resized image
     step = full / whole
     return torch.cat([((whole - size) / 2).round() * step, size * step], 1)
 
-CENTER_BOXES = dict(exact=exact_center, torchvision=torchvision_center)
-
+# %% ../nbs/01_augment.ipynb #d16b0002
 def center_crop(images,            # (B, C, H, W), or a list of (C, H, W)
                 size:int,          # pixels wanted
                 box:str='exact',   # one of CENTER_BOXES
                )->Tensor:          # (B, C, size, size)
     "The clustering view: the central square."
-    if box not in CENTER_BOXES: raise ValueError(f"box: expected one of {', '.join(CENTER_BOXES)}, got {box!r}")
-    return crop_inside(images, CENTER_BOXES[box](image_sizes(images), size), size)
+    sizes = image_sizes(images)
+    side = central_square(sizes, size)
+    return crop_inside(images, torch.cat([(sizes.flip(1) - side) / 2, side, side], 1) if box == 'exact' else
+                       torchvision_center(sizes, size, box), size)
 
 # %% ../nbs/01_augment.ipynb #ed4f18f9
 def ten_crop(images,     # (B, C, H, W), or a list of (C, H, W)

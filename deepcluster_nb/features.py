@@ -71,8 +71,8 @@ def feature_batches(net,                    # with an embed method: (B, 3, H, W)
     for name,n in (('images', len(images)), ('size', size), ('batch_size', batch_size)):
         if n < 1: raise ValueError(f"{name}: expected at least 1, got {n}")
     # exact central crops, packed beside the images
-    exact = getattr(net, 'center_box', 'exact') == 'exact'
-    if exact and images.center is not None and images.center.size[-1] == size: images = images.center
+    if (images.center is not None and images.center.size[-1] == size
+        and getattr(net, 'center_box', 'exact') == 'exact'): images = images.center
     net = fold_batchnorm(net.eval())
     for idx,x in fetch_ahead(images, torch.arange(len(images)).split(batch_size), device):
         x = center_input(net, x, size)

@@ -77,10 +77,10 @@ SIZES = dict(alexnet=(223, 254), alexnet_small=(31, 134), vgg16=(224, 255), resn
 # %% ../nbs/03_model.ipynb #e67cb867
 class DeepClusterNet(nn.Module):
     "sobel → features → classifier → top_layer; only top_layer is replaced at a reassignment."
-    center_box = 'exact'   # how its central crops are cut, one of augment.CENTER_BOXES
-    def __init__(self, features, classifier, k:int, sobel:bool=True, border:str='zeros', relu:bool=False):
+    def __init__(self, features, classifier, k:int, sobel:bool=True, border:str='zeros', relu:bool=False,
+                 center_box:str='exact'): # of its central crops, one of augment.CENTER_BOXES
         super().__init__()
-        self.sobel, self.relu = Sobel(border) if sobel else None, relu
+        self.sobel, self.relu, self.center_box = Sobel(border) if sobel else None, relu, center_box
         self.features, self.classifier = features, classifier
         linear = [m for m in classifier if isinstance(m, nn.Linear)]
         width  = [m.num_features for m in features.modules() if isinstance(m, nn.BatchNorm2d)][-1]
@@ -130,8 +130,8 @@ def convnet(arch:str,          # one of ARCHS
     if arch not in ARCHS: raise ValueError(f"arch: expected one of {', '.join(ARCHS)}, got {arch!r}")
     if k < 1: raise ValueError(f"k: expected at least 1 cluster, got {k}")
     with torch.random.fork_rng(devices=[]):
-        net = DeepClusterNet(*ARCHS[arch](2 if sobel else 3, dropout), k, sobel, border, relu)
-    net.center_box = center_box
+        net = DeepClusterNet(*ARCHS[arch](2 if sobel else 3, dropout), k, sobel, border, relu,
+                             center_box)
     init_weights(net, generator(seed, 'weights'))
     return net
 

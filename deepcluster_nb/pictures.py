@@ -202,7 +202,7 @@ def gradient_ascent(net,               # a DeepClusterNet
                     size:int,          # pixels a side
                     steps:int=None, jitter:float=None, blur:float=None, # where not given, as in ASCENT
                     lr:float=.1,       # root mean square of a step; released: its length
-                    decay:float=.01,   # share of the image that a step takes away; released: λ, in the gradient
+                    decay:float=.01,   # share of the image that a step takes; released: λ, in the gradient
                     released:bool=False, # start, score and step as in the released script
                     seed:int=0,        # of the noise to start from, and the jitter
                    )->Tensor:          # (n, 1 or 3, size, size), normalised as the network's input

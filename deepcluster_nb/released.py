@@ -78,7 +78,8 @@ def check_numbers(state:dict, wrong):
         if not t.is_floating_point(): continue
         low, high = t.aminmax()
         if not (low.isfinite() and high.isfinite()):
-            raise wrong(f"has {n} with {int((~t.isfinite()).sum()):,} NaN or infinite of {t.numel():,} numbers")
+            raise wrong(f"has {n} with {int((~t.isfinite()).sum()):,} NaN or infinite "
+                        f"of {t.numel():,} numbers")
         if n.endswith('running_var') and low < 0:
             raise wrong(f"has {n} with a variance below zero, {float(low):.3g}")
     for n,t in Sobel().state_dict().items() if 'sobel.0.weight' in state else ():

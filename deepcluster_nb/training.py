@@ -44,7 +44,8 @@ class Config:
     sobel:bool = True              # grey gradients instead of RGB
     # what Sobel sees around the image: zeros, or 'replicate' for its last pixels
     border:str = 'zeros'
-    center_box:str = 'exact'       # of the crops that are clustered: 'exact', or 'torchvision' with its rounding
+    # of the crops that are clustered: 'exact', or 'torchvision' with its rounding
+    center_box:str = 'exact'
     k:int = 100                    # clusters
     pca:int = 128                  # dimensions that are clustered
     relu:bool = False              # cluster features after the last ReLU, not before
