@@ -20,7 +20,7 @@ from deepcluster_nb.released import load_released, released_state, tensors_sha25
 from deepcluster_nb.training import CLUSTERERS, Config, fit, load_run, predict, resolve
 from test_released import authors_state, write
 
-# ---------------------------------------------------------------- load_released: one error for each kind of file
+# -------------------------------------------------- load_released: one error for each kind of file
 
 def with_(**tensors): return lambda s: s | {n.replace('__', '.'): t for n,t in tensors.items()}
 def put(name, at, value): # one number of one tensor, which gets numbers of its own
@@ -56,7 +56,7 @@ MALFORMED = {                    # what is done to the authors' tensors, and wha
     'negative variance': (put('features.5.running_var', 3, -.25),
                           'has features.5.running_var with a variance below zero, -0.25'),
     'another grey': (trained_sobel, 'has sobel.0.weight unlike the fixed filters of chapter 02, by 0.267'),
-    'Sobel turned': (of('sobel.1.weight', lambda t: t.flip(0)), 'has sobel.1.weight unlike the fixed filters'),
+    'Sobel turned': (of('sobel.1.weight', lambda t: t.flip(0)), 'has sobel.1.weight unlike the fixed'),
     'Sobel with a bias': (of('sobel.1.bias', lambda t: t + 1), 'has sobel.1.bias unlike .* by 1'),
     'names that collide': (lambda s: s | {'features.module.4.bias': torch.zeros(256)},
                            "has features.4.bias twice, as 'features.4.bias' and 'features.module.4.bias'"),
@@ -99,7 +99,7 @@ def test_a_converted_file_is_checked_too(tmp_path, name, value, message): # its 
     about = dict(arch='alexnet', k=3, sobel=True, epoch=1, sha256='0'*64, tensors=tensors_sha256(state))
     save_file(state, out, dict(released=json.dumps(about)))
     with pytest.raises(ValueError, match=message): load_released(out)
-    load_released(path)                                                          # beside its original: made again
+    load_released(path)                                        # beside its original: made again
     for broken in ({}, dict(about, tensors=None), [1]):
         save_file(state, tmp_path/'other.safetensors', dict(released=json.dumps(broken)))
         with pytest.raises(ValueError, match='no whole file of load_released|is damaged'):
@@ -133,7 +133,8 @@ def test_the_exact_box_differs_where_torchvision_rounds():
            for hw in ((400, 600), (375, 500))}
     assert far[400, 600] <= 1 and far[375, 500] > 10
 
-def test_torchvisions_box_by_hand(): # 500 × 375 → 341 × 256, cut from (58, 16), Python rounding 58.5 to even
+def test_torchvisions_box_by_hand():
+    # 500 × 375 → 341 × 256, cut from (58, 16), for Python rounds 58.5 to the even number
     box, = torchvision_center(torch.tensor([[375, 500]]), 224).tolist()
     expected = [58 * 500/341, 16 * 375/256, 224 * 500/341, 224 * 375/256]
     assert box == pytest.approx(expected, abs=1e-3)
@@ -144,7 +145,7 @@ def test_the_box_is_the_runs_in_all_that_sees_its_crops(tmp_path, monkeypatch):
     views = [center_input(net, images.batch(torch.arange(24)), 32) for net in (a, b)]
     assert (views[0] - views[1]).abs().mean() > .05
     images.center = PackedImages(center_crop(images.batch(torch.arange(24)), 32).round().byte())
-    monkeypatch.setattr(images.center, 'batch', lambda *_, **__: pytest.fail('exact crops, where others count'))
+    monkeypatch.setattr(images.center, 'batch', lambda *_, **__: pytest.fail('the exact crops were read'))
     assert torch.allclose(compute_features(b, images, 32), b.eval().embed(views[1]).detach(), atol=1e-4)
     images.center = None
     c = Config(size=32, k=4, pca=4, epochs=1, passes=1, batch_size=8, precision='float32', device='cpu',
@@ -188,7 +189,8 @@ def test_real_photographs(): # 224 × 168 and views of 98 pixels: the shape and 
 @pytest.fixture(scope='module')
 def small(): return convnet('alexnet_small', 5, dropout=0., seed=1).double().eval()
 
-def ascend(net, layer, channel, x, steps, lr=3., lam=1e-5, sigma=.3): # one image, as the script is described
+def ascend(net, layer, channel, x, steps, lr=3., lam=1e-5, sigma=.3):
+    # one image, as the script is described
     convs = [i for i,m in enumerate(net.features) if isinstance(m, nn.Conv2d)]
     at = convs[int(layer[4:]) - 1]
     for step in range(steps):
@@ -217,7 +219,8 @@ def test_the_released_start_is_noise_of_128_and_20_in_three_colors(small):
 @pytest.mark.parametrize('decay', [0., 1e-5, 1.])
 def test_every_released_step_has_the_length_of_the_rate(small, lr, decay):
     x = [released(small, 'conv2', [0, 3], steps=n, lr=lr, decay=decay, blur=0) for n in range(4)]
-    for a,b in zip(x, x[1:]): assert torch.allclose((b - a).flatten(1).norm(dim=1), torch.tensor(lr).double())
+    for a,b in zip(x, x[1:]):
+        assert torch.allclose((b - a).flatten(1).norm(dim=1), torch.tensor(lr, dtype=torch.float64))
 
 def test_released_decay_turns_the_step(small): # alone it is towards zero
     x, y = (released(small, 'conv2', [0], steps=n, decay=1e6, blur=0) for n in (0, 1))
@@ -233,7 +236,7 @@ def test_released_ascent_is_that_of_the_script(small, layer):
 def test_a_silent_channel_is_scored_before_batch_norm():
     net = convnet('alexnet_small', 5, dropout=0., seed=1).double().eval()
     bn = [m for m in net.features if isinstance(m, nn.BatchNorm2d)][1]
-    bn.bias.data[3] = -1e6                                                       # its ReLU lets nothing through
+    bn.bias.data[3] = -1e6                                     # its ReLU lets nothing through
     x = released(net, 'conv2', [3, 4], steps=0)
     found = released(net, 'conv2', [3, 4], steps=3)
     expected = torch.cat([ascend(net, 'conv2', c, x[i:i+1], 3) for i,c in enumerate((3, 4))])
@@ -241,13 +244,15 @@ def test_a_silent_channel_is_scored_before_batch_norm():
     assert ((found - x).flatten(1).norm(dim=1) > 1).all()
 
 def test_our_own_ascent_is_what_it_was(small): # steps of root mean square lr, decay outside
-    a, b = (pictures.gradient_ascent(small.float(), 'conv2', [1], 32, steps=n, blur=0, jitter=0) for n in (0, 1))
+    a, b = (pictures.gradient_ascent(small.float(), 'conv2', [1], 32, steps=n, blur=0, jitter=0)
+            for n in (0, 1))
     small.double()
     assert (b - .99*a).pow(2).mean().sqrt() == pytest.approx(.1, rel=1e-4)
 
 # ---------------------------------------------------------------- PIC where points are there several times
 
-def pic_by_the_definition(x, neighbours=5, sigma=.2, alpha=.001): # dense loops; the first that is found is dropped
+def pic_by_the_definition(x, neighbours=5, sigma=.2, alpha=.001):
+    # dense loops; the first that is found is dropped
     d = torch.cdist(x.double(), x.double()).pow(2)
     d[d < 1e-9] = 0                                                              # twins are twins
     order = d.argsort(dim=1, stable=True)[:, :neighbours + 1]
@@ -266,7 +271,8 @@ def pic_by_the_definition(x, neighbours=5, sigma=.2, alpha=.001): # dense loops;
     out = list(summit)
     for i in range(n):
         if summit.count(summit[i]) == 1:
-            out[i] = next((summit[j] for j in order[i, 1:].tolist() if summit.count(summit[j]) > 1), summit[i])
+            out[i] = next((summit[j] for j in order[i, 1:].tolist() if summit.count(summit[j]) > 1),
+                          summit[i])
     return out
 
 def copies(points, n, d=16): return l2_normalize(torch.randn(points, d, generator=generator(0, 'copies'))
@@ -276,7 +282,7 @@ def copies(points, n, d=16): return l2_normalize(torch.randn(points, d, generato
 def test_pic_on_duplicates(points, n, there, here):
     x = copies(points, n)
     a = CLUSTERERS['pic_released'](x, None, 0).assign
-    assert len(a.unique()) == there and torch.equal(a.view(points, n), a.view(points, n)[:, :1].expand(-1, n))
+    assert len(a.unique()) == there and (a.view(points, n) == a.view(points, n)[:, :1]).all()
     if here: assert len(CLUSTERERS['pic'](x, None, 0).assign.unique()) == here
 
 def test_pic_released_keeps_the_loops_that_its_deletion_leaves():
@@ -286,7 +292,8 @@ def test_pic_released_keeps_the_loops_that_its_deletion_leaves():
     w, near = neighbour_graph(copies(8, 6))
     assert not (near == ids[:, None]).any() and not w.diagonal().any()
 
-@pytest.mark.parametrize('x', [copies(50, 6), copies(12, 6), copies(40, 1, 4)], ids=['50 × 6', '12 × 6', 'single'])
+@pytest.mark.parametrize('x', [copies(50, 6), copies(12, 6), copies(40, 1, 4)],
+                         ids=['50 × 6', '12 × 6', 'single'])
 def test_pic_released_is_the_definitions(x):
     a, b = pic(x, flow=power_iteration, first=True).assign, torch.tensor(pic_by_the_definition(x))
     assert torch.equal(a[:, None] == a, b[:, None] == b)
