@@ -82,7 +82,8 @@ def feature_batches(net,                    # with an embed method: (B, 3, H, W)
     for name,n in (('images', len(images)), ('size', size), ('batch_size', batch_size)):
         if n < 1: raise ValueError(f"{name}: expected at least 1, got {n}")
     # exact central crops, packed beside the images
-    if images.center is not None and images.center.size[-1] == size: images = images.center
+    if (images.center is not None and images.center.size[-1] == size
+        and getattr(net, 'center_box', 'exact') == 'exact'): images = images.center
     net = fold_batchnorm(net.eval())
     parts, crops, n = [], [], len(images)
     for idx in torch.arange(n).split(batch_size):           # large images come in several parts

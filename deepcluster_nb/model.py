@@ -77,9 +77,10 @@ SIZES = dict(alexnet=(223, 254), alexnet_small=(31, 134), vgg16=(224, 255), resn
 # %% ../nbs/03_model.ipynb #e67cb867
 class DeepClusterNet(nn.Module):
     "sobel → features → classifier → top_layer; only top_layer is replaced at a reassignment."
-    def __init__(self, features, classifier, k:int, sobel:bool=True, border:str='zeros', relu:bool=False):
+    def __init__(self, features, classifier, k:int, sobel:bool=True, border:str='zeros', relu:bool=False,
+                 center_box:str='exact'): # of its central crops, one of augment.CENTER_BOXES
         super().__init__()
-        self.sobel, self.relu = Sobel(border) if sobel else None, relu
+        self.sobel, self.relu, self.center_box = Sobel(border) if sobel else None, relu, center_box
         self.features, self.classifier = features, classifier
         linear = [m for m in classifier if isinstance(m, nn.Linear)]
         width  = [m.num_features for m in features.modules() if isinstance(m, nn.BatchNorm2d)][-1]
@@ -123,12 +124,14 @@ def convnet(arch:str,          # one of ARCHS
             seed:int=0,        # of the initial weights
             border:str='zeros',# around the image, for Sobel; or 'replicate'
             relu:bool=False,   # cluster what the last ReLU lets through, not what enters it
+           center_box:str='exact',# of central crops; or 'torchvision'
            )->DeepClusterNet:
     "Build a network with random weights: both the start of training and the baseline to beat."
     if arch not in ARCHS: raise ValueError(f"arch: expected one of {', '.join(ARCHS)}, got {arch!r}")
     if k < 1: raise ValueError(f"k: expected at least 1 cluster, got {k}")
     with torch.random.fork_rng(devices=[]):
-        net = DeepClusterNet(*ARCHS[arch](2 if sobel else 3, dropout), k, sobel, border, relu)
+        net = DeepClusterNet(*ARCHS[arch](2 if sobel else 3, dropout), k, sobel, border, relu,
+                             center_box)
     init_weights(net, generator(seed, 'weights'))
     return net
 
@@ -149,7 +152,8 @@ def center_input(net:DeepClusterNet,
                  size:int,           # pixels of the central crop
                 )->Tensor:           # (B, 1 or 3, size, size), where the images are
     "Cut central crops and prepare them as this network's input."
-    return network_input(images, lambda im: center_crop(im, size), net.sobel is not None)
+    return network_input(images, lambda im: center_crop(im, size, getattr(net, 'center_box', 'exact')),
+                         net.sobel is not None)
 
 # %% ../nbs/03_model.ipynb #f5b56362
 def calibrate_bn(net:DeepClusterNet,

@@ -15,6 +15,7 @@ from .training import CLUSTERERS
 def neighbour_graph(x:Tensor,          # (N, D) points
                     neighbours:int=5,  # of each point
                     sigma:float=.2,    # of the weights exp(−‖xᵢ − xⱼ‖²/σ²)
+                    first:bool=False,  # drop the first that is found, not the point itself
                    )->tuple: # (N, N) sparse symmetric W, (N, neighbours) their numbers, nearest first
     "Find the nearest neighbours of each point, and the symmetric graph W + Wᵀ of their weights."
     import faiss
@@ -23,7 +24,7 @@ def neighbour_graph(x:Tensor,          # (N, D) points
     index = faiss.IndexFlatL2(xs.shape[1])
     index.add(xs)
     d, near = index.search(xs, neighbours + 1)
-    own = near == np.arange(n)[:, None]
+    own = near == (near[:, :1] if first else np.arange(n)[:, None])
     own[~own.any(1), -1] = True                                    # more twins than neighbours: the last goes
     d, near = d[~own].astype(np.float64), near[~own].reshape(n, neighbours)
     w = csr_matrix((np.exp(-d.clip(0) / sigma**2), near.ravel(), np.arange(0, n*neighbours + 1, neighbours)),
@@ -85,6 +86,7 @@ def pic(x:Tensor,            # (N, D) points
         alpha:float=.001,    # share that flows along the edges
         steps:int=200,       # of the power iteration
         flow=deviations,     # or power_iteration, with its rounding
+        first:bool=False,    # as for neighbour_graph
        )->Clustering:        # centroids: the clusters' means; how many is for the points to say
     "Power iteration clustering (paper, section 4)."
     x = as_points(x, 1)
@@ -94,7 +96,7 @@ def pic(x:Tensor,            # (N, D) points
                                    ('alpha', 0 < alpha < 1, alpha, 'a number between 0 and 1'),
                                    ('steps', steps >= 1, steps, 'at least 1')):
         if not ok: raise ValueError(f"{name}: expected {expected}, got {value}")
-    w, near = neighbour_graph(x, neighbours, sigma)
+    w, near = neighbour_graph(x, neighbours, sigma, first)
     summits = np.unique(climb(w, flow(w, alpha, steps)), return_inverse=True)[1]
     assign = torch.from_numpy(join_singletons(summits, near)).to(x.device)
     sizes = torch.bincount(assign)
@@ -103,4 +105,4 @@ def pic(x:Tensor,            # (N, D) points
 
 # %% ../nbs/14_pic.ipynb #9cab6a33
 CLUSTERERS['pic']          = lambda x, config, epoch: pic(x)
-CLUSTERERS['pic_released'] = lambda x, config, epoch: pic(x, flow=power_iteration)
+CLUSTERERS['pic_released'] = lambda x, config, epoch: pic(x, flow=power_iteration, first=True)

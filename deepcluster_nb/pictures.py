@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STYLE', 'ASCENT', 'RELEASED', 'styled', 'few_colours', 'use_style', 'mosaic', 'show_tiles', 'first_filters',
            'on_grey', 'filter_tiles', 'filter_grid', 'layer_names', 'responses', 'check_channels', 'gaussian_blur',
-           'gradient_ascent', 'as_picture', 'check_images', 'crops', 'excitement', 'top_images', 'purity',
-           'cluster_montage', 'nearest_rows', 'nearest_images', 'training_curves', 'lloyd_steps', 'animate',
+           'released_scores', 'gradient_ascent', 'as_picture', 'check_images', 'crops', 'excitement', 'top_images',
+           'purity', 'cluster_montage', 'nearest_rows', 'nearest_images', 'training_curves', 'lloyd_steps', 'animate',
            'lloyd_animation', 'umap_plot']
 
 # %% ../nbs/10_pictures.ipynb #5239a723
@@ -166,9 +166,13 @@ def check_channels(net, layer:str, channels, size:int)->list: # of channel numbe
 # %% ../nbs/10_pictures.ipynb #1c34d039
 def gaussian_blur(x:Tensor,     # (B, C, H, W)
                   sigma:float,  # pixels; 0 changes nothing
+                  scipys:bool=False, # SciPy's: to four sigma, and the border's own pixels are mirrored too
                  )->Tensor:
     "Blur with a separable Gaussian and mirrored borders."
     if sigma <= 0: return x
+    if scipys:
+        from scipy.ndimage import gaussian_filter
+        return torch.from_numpy(gaussian_filter(x.cpu().numpy(), (0, 0, sigma, sigma))).to(x.device)
     r, c = max(1, round(3*sigma)), x.shape[1]
     k = torch.exp(-torch.arange(-r, r + 1., device=x.device)**2 / (2*sigma**2)); k /= k.sum()
     x = F.conv2d(F.pad(x, (r, r, r, r), 'reflect'), k.view(1, 1, 1, -1).expand(c, 1, 1, -1), groups=c)
@@ -178,8 +182,18 @@ def gaussian_blur(x:Tensor,     # (B, C, H, W)
 ASCENT = dict(conv1=dict(steps=64, jitter=1/16, blur=.5),
               conv2=dict(steps=96, jitter=1/8, blur=.5),  # jitter: share of the side
               conv3=dict(steps=128, jitter=1/8, blur=.5), deeper=dict(steps=192, jitter=1/8, blur=.6))
-# the released code's; conv1: 30,000 steps; conv5: lr 30, 3,000
-RELEASED = dict(steps=1000, lr=3., decay=1e-5, blur=.3, jitter=0, unit=False)
+# the released script's; conv1: 30,000 steps; conv5: lr 30, 3,000
+RELEASED = dict(steps=1000, lr=3., decay=1e-5, blur=.3, jitter=0, released=True)
+
+def released_scores(net, x:Tensor, layer:str, channels:Tensor)->Tensor: # (B, 3, H, W) → (B, C)
+    "Means after the ReLU; where an image's channel is silent, those of the convolution before batch norm."
+    convs, seen = [m for m in net.features if isinstance(m, nn.Conv2d)][int(layer[4:]) - 1:][:1], []
+    hooks = [m.register_forward_hook(lambda m, given, out: seen.append(out)) for m in convs]
+    try: a = responses(net, x, layer).relu().mean((2, 3))
+    finally:
+        for h in hooks: h.remove()
+    silent = a.gather(1, channels[:, None]) == 0
+    return torch.where(silent, seen[0].mean((2, 3)), a) if seen else a
 
 # %% ../nbs/10_pictures.ipynb #7b828791
 def gradient_ascent(net,               # a DeepClusterNet
@@ -187,9 +201,9 @@ def gradient_ascent(net,               # a DeepClusterNet
                     channels,          # whose images are wanted
                     size:int,          # pixels a side
                     steps:int=None, jitter:float=None, blur:float=None, # where not given, as in ASCENT
-                    lr:float=.1,       # of a step of root mean square 1
-                    decay:float=.01,   # share of the image that a step takes away
-                    unit:bool=True,    # divide each gradient by its root mean square
+                    lr:float=.1,       # root mean square of a step; released: its length
+                    decay:float=.01,   # share of the image that a step takes; released: λ, in the gradient
+                    released:bool=False, # start, score and step as in the released script
                     seed:int=0,        # of the noise to start from, and the jitter
                    )->Tensor:          # (n, 1 or 3, size, size), normalised as the network's input
     "Find images that raise one channel above the others of its layer (paper, 'Visualizations')."
@@ -198,17 +212,21 @@ def gradient_ascent(net,               # a DeepClusterNet
     for name,v in dict(how, lr=lr, decay=decay).items(): check(v >= 0, name, v, 'at least 0')
     check(size >= 8, 'size', size, 'at least 8 pixels')
     channels = check_channels(net, layer, channels, size)
-    device, g, planes = net.top_layer.weight.device, generator(seed, 'ascent'), 3 if net.sobel is None else 1
+    device, g = net.top_layer.weight.device, generator(seed, 'ascent')
+    planes, lam = 3 if net.sobel is None or released else 1, decay if released else 0.
     y, most = torch.tensor(channels, device=device), int(how['jitter'] * size)
-    x = .1*torch.randn(len(y), planes, size, size, generator=g).to(device)
+    x = torch.randn(len(y), planes, size, size, generator=g).to(device)
+    x = 128 + 20*x if released else .1*x
     for step in range(how['steps']):
         shift = torch.randint(-most, most + 1, (2,), generator=g).tolist()
         z = x.roll(shift, (2, 3)).requires_grad_()
-        a = F.leaky_relu(responses(net, z.expand(-1, 3, -1, -1), layer), .01).mean((2, 3))
-        grad, = torch.autograd.grad(-F.cross_entropy(a, y, reduction='sum'), z)
-        if unit: grad = grad / grad.pow(2).mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)
-        x = (1 - decay)*x + lr*grad.roll([-s for s in shift], (2, 3))
-        if step % 5 == 4: x = gaussian_blur(x, how['blur'])
+        a = (released_scores(net, z, layer, y) if released else
+             F.leaky_relu(responses(net, z.expand(-1, 3, -1, -1), layer), .01).mean((2, 3)))
+        grad, = torch.autograd.grad(-F.cross_entropy(a, y, reduction='sum') - lam*z.pow(2).sum(), z)
+        squares = grad.pow(2).sum((1, 2, 3), keepdim=True)
+        grad = grad / (squares if released else squares / z[0].numel()).sqrt().clamp_min(1e-12)
+        x = (x if released else (1 - decay)*x) + lr*grad.roll([-s for s in shift], (2, 3))
+        if step % 5 == (0 if released else 4): x = gaussian_blur(x, how['blur'], released)
     return x.cpu()
 
 # %% ../nbs/10_pictures.ipynb #5718cd3b

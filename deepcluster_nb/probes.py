@@ -101,7 +101,7 @@ def linear_probe(train_x:Tensor, train_y:Tensor, # (N, D) frozen features and th
                  epochs:int=0,
                  batch_size:int=128, lr:float=5., weight_decay:float=1e-5, seed:int=0,
                  device='cpu',                   # where it is trained; the features may lie elsewhere
-                )->dict: # accuracies in per cent: 'last' epoch, and 'best' as the released code reports it
+                )->dict: # accuracies in per cent: 'last' epoch, and 'best' as the released code stores it
     "Fit multinomial logistic regression on standardised features: SGD, momentum .9, cosine schedule."
     train_y, test_y = check_labels(train_y), check_labels(test_y)
     (n, d), classes = train_x.shape, int(train_y.max()) + 1

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from .data import DATASETS, PackedImages, generator, load_images
 from .feeding import Laps, compiled, fetch_ahead, resident, to_device
-from .augment import random_resized_crop
+from .augment import CENTER_BOXES, random_resized_crop
 from .sobel import network_input
 from .model import ARCHS, SIZES, DeepClusterNet, calibrate_bn, convnet, reset_top_layer
 from .features import (HalfFeatures, PCA, autocast, feature_batches, has_bfloat16, keep_memory,
@@ -44,6 +44,8 @@ class Config:
     sobel:bool = True              # grey gradients instead of RGB
     # what Sobel sees around the image: zeros, or 'replicate' for its last pixels
     border:str = 'zeros'
+    # of the crops that are clustered: 'exact', or 'torchvision' with its rounding
+    center_box:str = 'exact'
     k:int = 100                    # clusters
     pca:int = 128                  # dimensions that are clustered
     relu:bool = False              # cluster features after the last ReLU, not before
@@ -92,6 +94,7 @@ def resolve(config:Config)->Config: # a checked copy, with 'auto' replaced
     for name, known in (('dataset', DATASETS), ('arch', ARCHS), ('sampler', SAMPLERS), ('backend', BACKENDS),
                         ('clusterer', CLUSTERERS), ('lr_schedule', SCHEDULES),
                         ('head', ('fresh', 'kept', 'centroids')), ('border', ('zeros', 'replicate')),
+                        ('center_box', CENTER_BOXES),
                         ('precision', ('auto', 'float32', 'bfloat16'))):
         check(getattr(c, name) in known, name, getattr(c, name), 'one of ' + ', '.join(known))
     for name, low in dict(n_images=0, n_test=0, k=2, pca=1, epochs=0, passes=1, batch_size=2, seed=0,
@@ -128,7 +131,7 @@ def network(config)->DeepClusterNet: # on its device, with random weights
     "Build the network that a configuration names."
     c = config
     return convnet(c.arch, c.k, c.sobel, c.dropout, c.seed, c.border,
-                   c.relu).to(c.device, memory_format=torch.channels_last)
+                   c.relu, c.center_box).to(c.device, memory_format=torch.channels_last)
 
 # %% ../nbs/08_training.ipynb #6888486d
 def cluster(net, images, config, epoch:int, progress=None, folder=None

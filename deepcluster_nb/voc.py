@@ -256,7 +256,7 @@ def voc_loss(logits:Tensor, # (B, C)
     return per.masked_fill(truth == 0, 0.).sum() / len(logits)
 
 # %% ../nbs/11_voc.ipynb #656af054
-# learning rate, and steps until it is halved, of STEPS
+# learning rate, and steps until it is halved, of STEPS; all's are those of the authors' Caffe script
 RECIPES = {'fc6-8': (.003, 5_000), 'all': (.001, 20_000)}
 STEPS, SCALE = 80_000, (.1, .5)                              # SCALE: share of a photograph that a crop covers
 

@@ -36,6 +36,7 @@ def authors_state(arch, k=3, sobel=True):
         scale = (2 / torch.Size(shape[1:]).numel())**.5 if len(shape) > 1 else 1.
         state[name] = (scale * torch.randn(sum(shape),
                                            generator=generator(1, name))).as_strided(shape, [1]*len(shape))
+        if name.startswith('top_layer'): state[name] = state[name].clone()   # of the head all is in the file
     if sobel:
         dx = torch.tensor([[1., 0, -1], [2, 0, -2], [1, 0, -1]])
         state |= {'sobel.0.weight': torch.full((1, 3, 1, 1), 1/3), 'sobel.0.bias': torch.zeros(1),
