@@ -144,7 +144,7 @@ class Record:
     "What was checked, in OUT/.archives.json: an archive that did not change since is not read again."
     def __init__(self, out:Path):
         self.path = Path(out)/'.archives.json'
-        try: self.known = json.loads(self.path.read_text())
+        try: self.known = json.loads(self.path.read_text(encoding='utf-8'))
         except (OSError, ValueError): self.known = {}
 
     def check(self, path:Path, name:str, algorithm:str, published):
@@ -159,7 +159,7 @@ class Record:
                          f"{'published' if published else 'recorded here before'}; it was not opened")
         self.known[name] = {**now, algorithm: found}
         tmp = self.path.with_suffix('.tmp')
-        tmp.write_text(json.dumps(self.known, indent=1))
+        tmp.write_text(json.dumps(self.known, indent=1), encoding='utf-8')
         os.replace(tmp, self.path)
 
 # ---------------------------------------------------------------- unpacking

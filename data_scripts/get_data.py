@@ -227,7 +227,7 @@ def look(files:dict, used:list, store:Path, out:Path
     return fetched, missing, needs
 
 def get_data(args):
-    table, out = yaml.safe_load(Path(args.sources).read_text()), Path(args.out)
+    table, out = yaml.safe_load(Path(args.sources).read_text(encoding='utf-8')), Path(args.out)
     if args.name not in [*table, 'folder']:
         raise Wrong(f"NAME: expected one of {', '.join([*table, 'folder'])}, got {args.name!r}")
     if args.name == 'folder': return check_folder(out, args.decode)
@@ -332,4 +332,6 @@ def main(argv=None)->int: # exit status: 0 done, 1 failed, 2 wrong input, 130 or
         return 143 if e.args else 130
     return 0
 
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__':
+    for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors='replace')
+    sys.exit(main())

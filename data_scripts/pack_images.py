@@ -53,12 +53,15 @@ def main():
                  print(f"{a.src}: every image is as it was packed"))
     src = a.src
     if Path(src).is_file():
-        src = [line for line in Path(src).read_text().splitlines() if line] if src.endswith('.txt') else [src]
+        # names as the file system has them
+        lines = lambda: Path(src).read_text(encoding='utf-8', errors='surrogateescape').splitlines()
+        src = [line for line in lines() if line] if src.endswith('.txt') else [src]
     if isinstance(src, list) or Path(src).is_dir(): Path(a.out).parent.mkdir(parents=True, exist_ok=True)
     pack_folder(src, a.out, a.max_side, a.short_side, a.size, a.grey, a.center, a.upright, a.skip_broken,
                 a.workers, echo=lambda line: print(line, flush=True))
 
 if __name__ == '__main__':
+    for stream in (sys.stdout, sys.stderr): stream.reconfigure(errors='replace')
     try:
         main()
     except (ValueError, OSError, RuntimeError) as e:

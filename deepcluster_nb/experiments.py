@@ -26,7 +26,7 @@ from .released import open_run
 from .runs import (MEASURING, RunFolder, Stopped, duration, held_by, progress_line, signals_to,
                                  write_atomic)
 from . import pic                      # adds its clusterers
-from .training import Config, check, clusters_csv, describe, free, predict, resolve, type_wanted
+from .training import Config, check, clusters_csv, describe, free, predict, resolve
 
 # %% ../nbs/15_experiments.ipynb #f10743b4
 def experiments_folder()->Path: # nbs/experiments of the clone
@@ -584,11 +584,13 @@ def forecast(preset:str=None,    # a file in nbs/experiments/presets
     return estimate(Config(**gather('train', preset, params)[1]), n_images, seconds,
                     lambda line: print(line, file=sys.stderr, flush=True))
 
-# %% ../nbs/15_experiments.ipynb #51eaf956
-def any_text(stream):
-    "Let a stream write question marks for what its encoding does not have."
-    if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
+# %% ../nbs/15_experiments.ipynb #ca175538
+def any_text(*streams):
+    "Let the streams write question marks for what their encoding does not have."
+    for s in streams:
+        if hasattr(s, 'reconfigure'): s.reconfigure(errors='replace')
 
+# %% ../nbs/15_experiments.ipynb #51eaf956
 def main(argv=None
          # exit status: 0 done, 1 the run failed, 2 the input
          # was wrong, 130 or 143 stopped by Ctrl-C or SIGTERM
@@ -631,7 +633,7 @@ def main(argv=None
         p.add_argument('-p', action='append', default=[], metavar='key=value',
                        help='one parameter; may be repeated')
     args = parser.parse_args(argv)
-    for stream in (sys.stdout, sys.stderr): any_text(stream)
+    any_text(sys.stdout, sys.stderr)
     try:
         if args.command == 'list': print(listing(args.name)); return 0
         if args.command == 'watch': return watch(args.run, args.every, args.once, args.tensorboard)
@@ -645,12 +647,9 @@ def main(argv=None
                     if broken else []), sep='\n')
             return 0
         where = run_experiment(args.name, parse_pairs(args.name, args.p), args.out, args.preset)
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, RuntimeError, FloatingPointError, OSError) as e:
         print(f"deepcluster-nb: {e}", file=sys.stderr)
-        return 2
-    except (RuntimeError, FloatingPointError, OSError) as e:
-        print(f"deepcluster-nb: {e}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(e, (ValueError, FileNotFoundError)) else 1
     except KeyboardInterrupt as e:
         more = {'run': f"; {str(e) or 'the same command goes on from the last checkpoint'}",
                 'watch': ' watching; the run is not touched by that'}

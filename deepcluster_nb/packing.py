@@ -343,7 +343,7 @@ class Packing:
         bad, report = {i for i,_ in self.broken}, Path(f'{self.out}.broken.txt')
         if bad:
             lines = [f"{names[i]}: {why}" for i,why in self.broken]
-            report.write_text('\n'.join(lines) + '\n', errors='surrogateescape')
+            report.write_text('\n'.join(lines) + '\n', 'utf-8', 'surrogateescape')
             if not skip_broken or len(bad) == len(names):
                 raise ValueError(f"src: {len(bad):,} of {len(names):,} images can't be read "
                                  f"(all in {report}): {'; '.join(lines[:5])}{' …' if lines[5:] else ''}"

@@ -65,8 +65,9 @@ def readable(names,        # of classes or runs: whatever folders are called
 
 def in_markdown(text)->str: # also in HTML
     "Escape a name for Markdown, where it would be emphasis, a formula, a tag or a column's end."
-    return re.sub(r'[^\w\s.,:;/=%()\'"-]|_', lambda m: f'&#{ord(m[0])};',
-                  str(text).encode(errors='replace').decode())
+    def escaped(m): # MathJax reads the page once more, and finds no formula across elements
+        return '<span>$</span>' if m[0] == '$' else f'&#{ord(m[0])};'
+    return re.sub(r'[^\w\s.,:;/=%()\'"+±-]|_', escaped, str(text).encode(errors='replace').decode())
 
 # %% ../nbs/10_pictures.ipynb #f86e568b
 STYLE = 'deepcluster_nb.deepcluster'   # for plt.style.use
