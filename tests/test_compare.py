@@ -3,7 +3,6 @@ import json, re, shutil, statistics
 from dataclasses import asdict
 from pathlib import Path
 import pytest, yaml
-from deepcluster_nb.data import load_images
 from deepcluster_nb.experiments import find_runs, main, run_params
 from deepcluster_nb.runs import RunFolder
 from deepcluster_nb.training import Config, fit
