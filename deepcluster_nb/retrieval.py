@@ -169,7 +169,7 @@ def read_oxford(root,     # holds jpg/ and lab/
         image, *box = f.read_text(encoding='utf-8').split()
         if len(box) != 4:
             raise ValueError(f"queries: expected an image and four numbers in {str(f)!r}, "
-                             f"got {f.read_text()!r}")
+                             f"got {f.read_text(encoding='utf-8')!r}")
         good, ok, junk = (names(lab/f'{name}_{kind}.txt') for kind in ('good', 'ok', 'junk'))
         queries.append(known(Query(name, image.removeprefix('oxc1_'), tuple(map(float, box)), good | ok,
                                    junk), images))
@@ -243,9 +243,10 @@ def made_city(folder,          # gets jpg and lab
             pixels = paint(pixels,
                            [(c, x + size*u, y + size*v, size*r, ink) for c,u,v,r,ink in towers[tower]])
             label = folder/'lab'/f'tower{tower}_1'
-            with open(f'{label}_{kind}.txt', 'w' if n % 6 in (0, 4, 5) else 'a') as f: f.write(name + '\n')
+            with open(f'{label}_{kind}.txt', 'w' if n % 6 in (0, 4, 5) else 'a', encoding='utf-8') as f:
+                f.write(name + '\n')
             if n % 6 == 0:
-                Path(f'{label}_query.txt').write_text(
+                Path(f'{label}_query.txt').write_text(encoding='utf-8', data=
                     f'oxc1_{name} '
                     + ' '.join(f'{v:.1f}' for v in (x - 1.2*size, y - 1.2*size, x + 1.2*size, y + 1.2*size))
                     + '\n')

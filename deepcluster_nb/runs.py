@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FULL', 'SEEN', 'MEASURING', 'write_atomic', 'checksum', 'save_checkpoint', 'load_checkpoint', 'RunFolder',
            'fingerprint', 'difference', 'other_images', 'same_data', 'Stopped', 'signals_to', 'signals_noted',
-           'held_by', 'taken', 'this_process', 'Hold', 'amount', 'Guard', 'duration', 'progress_line', 'say',
-           'in_notebook', 'Progress', 'training_curves']
+           'in_notebook', 'held_by', 'taken', 'this_process', 'cell_runs', 'Hold', 'amount', 'Guard', 'duration',
+           'progress_line', 'say', 'Progress', 'training_curves']
 
 # %% ../nbs/07_runs.ipynb #72590e62
 import errno, hashlib, json, math, os, shutil, signal, socket, sys, threading, time, warnings, zlib
@@ -228,6 +228,12 @@ def signals_noted(): # → a list, empty until SIGTERM or Ctrl-C comes
         came.append(signal.Signals(number).name)
     with signals_to(note): yield came
 
+# %% ../nbs/07_runs.ipynb #38159263
+def in_notebook()->bool:
+    "Return whether this runs in a Jupyter kernel, which papermill uses too."
+    try: return get_ipython().__class__.__name__ == 'ZMQInteractiveShell'
+    except NameError: return False
+
 # %% ../nbs/07_runs.ipynb #75cc029d
 def held_by(path)->str: # 'process 123 on host since …', or '' where nobody works in that run folder
     "Say which process holds a run folder."
@@ -255,6 +261,12 @@ def this_process()->str:
     "Name this process, its machine and the time."
     return f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
 
+def cell_runs(frame)->bool:
+    "Return whether the code of a notebook's cell is under way; outside of notebooks, always."
+    if not in_notebook() or not hasattr(signal, 'setitimer'): return True
+    while frame and 'ipykernel_' not in frame.f_code.co_filename: frame = frame.f_back
+    return frame is not None
+
 MEASURING = ', measuring'   # what the holder's note ends with after the training
 
 class Hold:
@@ -263,14 +275,20 @@ class Hold:
                  kept:str,  # what a stop says: where everything is, and how to go on
                 ):
         self.lock, self.note, self.before = taken(path), Path(path)/'checkpoint'/'holder', None
-        self.note.write_text(this_process() + MEASURING, encoding='utf-8')
-        def stop(number, frame): raise Stopped(f"{signal.Signals(number).name} came: {kept}")
+        def stop(number, frame):
+            if cell_runs(frame): raise Stopped(f"{signal.Signals(number).name} came: {kept}")
+            # IPython swallows what is raised between cells: once more, when one runs
+            signal.signal(signal.SIGALRM, lambda _, frame: stop(number, frame))
+            signal.setitimer(signal.ITIMER_REAL, .1)
         if threading.current_thread() is threading.main_thread():
             self.before = signal.signal(signal.SIGTERM, stop)
+        self.note.write_text(this_process() + MEASURING, encoding='utf-8')
 
     def let_go(self): # may be called twice
         if not self.lock.is_locked: return
-        if self.before is not None: signal.signal(signal.SIGTERM, self.before)
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+            if hasattr(signal, 'setitimer'): signal.setitimer(signal.ITIMER_REAL, 0)
         self.note.unlink(missing_ok=True)
         self.lock.release()
 
@@ -361,12 +379,6 @@ def say(line:str):
     except UnicodeEncodeError:
         known = sys.stdout.encoding or 'ascii'
         print(line.encode(known, 'replace').decode(known), flush=True)
-
-# %% ../nbs/07_runs.ipynb #38159263
-def in_notebook()->bool:
-    "Return whether this runs in a Jupyter kernel, which papermill uses too."
-    try: return get_ipython().__class__.__name__ == 'ZMQInteractiveShell'
-    except NameError: return False
 
 # %% ../nbs/07_runs.ipynb #742ba359
 class Progress:
