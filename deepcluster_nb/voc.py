@@ -58,7 +58,7 @@ def made_voc(folder,        # gets VOCdevkit/VOC2007
     for split, mine in splits.items():
         (top/'ImageSets'/'Main'/f'{split}.txt').write_text(''.join(f'{m}\n' for m in mine), encoding='utf-8')
         for c in names:
-            (top/'ImageSets'/'Main'/f'{c}_{split}.txt').write_text(
+            (top/'ImageSets'/'Main'/f'{c}_{split}.txt').write_text(encoding='utf-8', data=
                 ''.join(f'{m} {marks[m].get(c, -1):2d}\n' for m in mine))
     return top
 
