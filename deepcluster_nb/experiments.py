@@ -108,7 +108,7 @@ def run_params(path)->dict: # of a run of train; what came into the kit later ha
     if not file.is_file():
         raise FileNotFoundError(f"run: no run in {str(path)!r} (no params.yaml); "
                                 "expected the folder of a run of train that has begun")
-    with suppress(yaml.YAMLError, UnicodeDecodeError): there = yaml.safe_load(file.read_text(encoding='utf-8'))
+    with suppress(yaml.YAMLError, UnicodeDecodeError): there = yaml.safe_load(file.read_text('utf-8'))
     known = asdict(Config())
     if not isinstance(there, dict) or not {'k', 'epochs', 'passes'} <= there.keys() <= known.keys():
         raise ValueError(f"run: {str(path)!r} is the folder of another experiment than train")
@@ -155,7 +155,7 @@ def check_parameters(notebook:Path, given:dict, run_dir:Path):
 def parse_pair(text:str,
                defaults={},  # name → default value: what is known is read by its type
               )->tuple:      # 'k=200' → ('k', 200)
-    "Split key=value and read the value: a parameter's by its type, another as YAML, where 1e-5 is a number too."
+    "Split key=value and read the value: a parameter's by its type, another as YAML, with 1e-5 as a number."
     key, eq, value = text.partition('=')
     if not eq: raise ValueError(f"-p: expected key=value, got {text!r}")
     if key in defaults: return key, typed(key, value, defaults[key])

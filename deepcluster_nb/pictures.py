@@ -53,12 +53,12 @@ def add_fonts(characters:set)->set: # the characters that no installed font has
 def readable(names,        # of classes or runs: whatever folders are called
              most:int=40,  # characters
             )->list:       # of texts that matplotlib draws as they are
-    "Make names safe in figures: no formulas, nothing hidden from a legend, in fonts that have their characters."
+    "Make names safe in figures: no formulas, nothing hidden from a legend, fonts that have the characters."
     texts = [' '.join(str(n).encode(errors='replace').decode().split()) for n in names]
     texts = [t if len(t) <= most else t[:most - 1] + '…' for t in texts]
     if missing := add_fonts({c for t in texts for c in t if ord(c) > 126}):
-        warnings.warn(f"no installed font has {' '.join(sorted(missing)[:20])}: question marks stand in figures "
-                      "for them; a package such as fonts-noto-cjk has most")
+        warnings.warn(f"no installed font has {' '.join(sorted(missing)[:20])}: question marks stand in "
+                      "figures for them; a package such as fonts-noto-cjk has most")
         texts = [''.join('?' if c in missing else c for c in t) for t in texts]
     # matplotlib reads $ as a formula, and hides labels with _ in front from legends
     return [(' ' * t.startswith('_') + t).replace('$', r'\$') for t in texts]

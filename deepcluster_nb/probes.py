@@ -439,7 +439,8 @@ def shared_classes(train:PackedImages, test:PackedImages
     both, either = sorted(there[0] & there[1]), there[0] | there[1]
     if len(both) < 2:
         raise ValueError("classes: expected at least two that training and test images share, got "
-                         f"{', '.join(sorted(there[0]))} in training and {', '.join(sorted(there[1]))} in test")
+                         + ' and '.join(f"{', '.join(sorted(t))} in {split}"
+                                        for t,split in zip(there, ('training', 'test'))))
     out = []
     for im in (train, test):
         number = torch.tensor([both.index(c) if c in both else -1 for c in im.classes])[im.labels]

@@ -163,7 +163,7 @@ def read_oxford(root,     # holds jpg/ and lab/
     files = sorted(lab.glob('*_query.txt'))
     if not files: raise FileNotFoundError(f"root: no *_query.txt in {str(lab)!r}; {PLACES}")
     images = {p.stem: p for p in image_files(jpg)[0] if p.stem not in BROKEN}
-    names, queries = lambda f: {l.strip() for l in f.read_text(encoding='utf-8').splitlines() if l.strip()}, []
+    names, queries = lambda f: {l.strip() for l in f.read_text('utf-8').splitlines() if l.strip()}, []
     for f in files:
         name = f.name[:-len('_query.txt')]
         image, *box = f.read_text(encoding='utf-8').split()

@@ -198,8 +198,8 @@ def same_data(folder:RunFolder, **splits): # name → images
     now = {name: fingerprint(images) for name,images in splits.items()}
     for name in now.keys() & was.keys():
         if why := difference(was[name], now[name], splits[name].paths):
-            raise ValueError(f"root: expected the {name} images that the run in {str(folder.path)!r} was made "
-                             f"with, but {why}; bring those back, or choose another folder for the run")
+            raise ValueError(f"root: expected the {name} images that the run in {str(folder.path)!r} was "
+                             f"made with, but {why}; bring those back, or choose another folder for the run")
     if not was and folder.log:
         warnings.warn(f"the run in {str(folder.path)!r} kept no fingerprint of its data: whether these are "
                       "the same images can't be told; from now on it keeps one")

@@ -392,7 +392,8 @@ def skips(config)->dict: # for load_images
 def prepare(config:Config, images=None)->tuple: # (checked config, images)
     "Check the configuration and the images, then set up threads and memory."
     c = resolve(config)
-    if images is None: images = load_images(c.dataset, c.root or None, 'train', c.n_images, c.seed, **skips(c))
+    if images is None:
+        images = load_images(c.dataset, c.root or None, 'train', c.n_images, c.seed, **skips(c))
     check(c.k <= len(images) or c.clusterer != 'kmeans', 'k', c.k,
           f"at most {len(images):,}, the number of images")
     smallest = int(images.shapes[:, 1:].min())

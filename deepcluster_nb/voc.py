@@ -49,7 +49,8 @@ def made_voc(folder,        # gets VOCdevkit/VOC2007
             objects.append((names[c], difficult, *(int(v) + 1 for v in (x - r, y - r, x + r, y + r))))
         (Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
          .save(top/'JPEGImages'/f'{name}.jpg', quality=92))
-        (top/'Annotations'/f'{name}.xml').write_text(encoding='utf-8', data=f"<annotation><filename>{name}.jpg</filename>\n"
+        (top/'Annotations'/f'{name}.xml').write_text(encoding='utf-8', data=
+            f"<annotation><filename>{name}.jpg</filename>\n"
                                                      + '\n'.join(OBJECT.format(*o) for o in objects)
                                                      + "\n</annotation>\n")
         marks[name] = {o[0]: 1 - o[1] for o in objects}
