@@ -6,7 +6,8 @@
 __all__ = ['PAPER_POOLS', 'PAPER_MAPS', 'POOLS', 'MOST_PROBED', 'conv_activations', 'pool_activation', 'probe_features',
            'check_labels', 'linear_probe', 'knn_accuracy', 'cluster_accuracy', 'cluster_measures', 'probe_crop',
            'probe_lr', 'ProbeConfig', 'resolve_probe', 'usual_size', 'Heads', 'pooled', 'probe_accuracies',
-           'last_and_best', 'train_probes', 'supervised', 'measure', 'evaluate', 'held_out']
+           'last_and_best', 'train_probes', 'supervised', 'measure', 'evaluate', 'shared_classes', 'with_note',
+           'held_out', 'measurable']
 
 # %% ../nbs/09_probes.ipynb #b43b5df7
 import math
@@ -24,7 +25,8 @@ from .model import ARCHS, center_input, convnet
 from .features import PCA, autocast, compute_features, keep_memory, l2_normalize
 from .clustering import ami, chance_nmi, kmeans, nmi
 from .runs import load_checkpoint, save_checkpoint
-from .training import Config, check, learnt, put_back, resolve, steps, train_epoch
+from .training import (Config, check, learnt, plain_types, put_back, resolve, skips, steps,
+                                     train_epoch, type_wanted)
 
 # %% ../nbs/09_probes.ipynb #e9fe5c8c
 def conv_activations(net,       # a DeepClusterNet
@@ -239,13 +241,15 @@ class ProbeConfig:
     seed:int = 0
     run_dir:str = ''           # where everything is kept; nowhere when empty
 
+    def __post_init__(self): plain_types(self)
+
 # %% ../nbs/09_probes.ipynb #ac72827c
 def resolve_probe(config:ProbeConfig)->ProbeConfig: # a checked copy, with 'auto' replaced
     "Raise an error for every impossible value, before any work starts."
     for f in fields(config):
         v = getattr(config, f.name)
         check(type(v) is f.type or (f.type is float and type(v) is int), f.name, v,
-              f"a value of type {f.type.__name__}")
+              type_wanted(f))
     check(config.arch in ARCHS, 'arch', config.arch, 'one of ' + ', '.join(ARCHS))
     shared = {f.name: getattr(config, f.name) for f in fields(Config) if hasattr(config, f.name)}
     # which knows what is possible
@@ -427,21 +431,55 @@ def evaluate(net, train:PackedImages, test:PackedImages, size:int, device='cpu',
 # %% ../nbs/09_probes.ipynb #489743a4
 MOST_PROBED = 50_000   # training images of the probes
 
+def shared_classes(train:PackedImages, test:PackedImages
+                  )->tuple: # (train, test) with the classes that both have, and a sentence on the others
+    "Match the classes of training and test images by name."
+    if train.classes == test.classes: return train, test, ''
+    there = [{im.classes[c] for c in im.labels.unique().tolist()} for im in (train, test)]
+    both, either = sorted(there[0] & there[1]), there[0] | there[1]
+    if len(both) < 2:
+        raise ValueError("classes: expected at least two that training and test images share, got "
+                         + ' and '.join(f"{', '.join(sorted(t))} in {split}"
+                                        for t,split in zip(there, ('training', 'test'))))
+    out = []
+    for im in (train, test):
+        number = torch.tensor([both.index(c) if c in both else -1 for c in im.classes])[im.labels]
+        some = im.subset((number >= 0).nonzero().flatten())
+        some.labels, some.classes = number[number >= 0], both
+        out.append(some)
+    left = sorted(either - set(both))
+    return *out, (f"probes for {len(both)} of {len(either)} classes: {', '.join(left[:10])}"
+                  f"{', …' if left[10:] else ''} {'has' if len(left) == 1 else 'have'} images in one of "
+                  "training and test only") if left else ''
+
+def with_note(config, train:PackedImages, most:int)->tuple: # (train, test, what to say about them)
+    "Find the images of the probes."
+    if most and len(train) > most: train = train.subset(pick(len(train), most, config.seed))
+    more = skips(config) if hasattr(config, 'skip_broken') else {}
+    try: test = load_images(config.dataset, config.root or None, 'test', config.n_test, config.seed, **more)
+    except ValueError as e: raise ValueError(str(e).replace('n_images', 'n_test')) from None
+    except FileNotFoundError:
+        if config.dataset not in ('folder', 'packed'): raise
+        order = torch.randperm(len(train), generator=generator(config.seed, 'held out'))
+        n = max(1, len(train) // 5)
+        return train.subset(order[n:].sort().values), train.subset(order[:n].sort().values), ''
+    if test.labels is None:
+        raise ValueError("labels: the test images have none (they lie in no class folders), "
+                         "so there is nothing to hold the probes against")
+    return shared_classes(train, test)
+
 def held_out(config, train:PackedImages,
              most:int=MOST_PROBED, # training images at most; 0: all
             )->tuple:              # (train, test), or None where there are no labels
-    "Choose images for the probes: the data set's test split; from a folder without one, a fifth held out."
-    if train.labels is None: return None
-    if most and len(train) > most: train = train.subset(pick(len(train), most, config.seed))
-    try: test = load_images(config.dataset, config.root or None, 'test', config.n_test, config.seed)
-    except ValueError as e: raise ValueError(str(e).replace('n_images', 'n_test')) from None
-    except FileNotFoundError:
-        if config.dataset != 'folder': raise
-        order = torch.randperm(len(train), generator=generator(config.seed, 'held out'))
-        n = max(1, len(train) // 5)
-        return train.subset(order[n:].sort().values), train.subset(order[:n].sort().values)
-    check_labels(test.labels)
-    if test.classes != train.classes:
-        raise ValueError(f"classes: expected those of the training images, {train.classes}, "
-                         f"in the test images, got {test.classes}")
-    return train, test
+    "Choose images for the probes: the data set's test split; where there is none, a fifth held out."
+    return None if train.labels is None else with_note(config, train, most)[:2]
+
+def measurable(config, train:PackedImages, most:int=MOST_PROBED
+              )->tuple: # ((train, test), or None where nothing can be measured, and a sentence why, or '')
+    "Find out before the training what can be measured after it; what can't is no error."
+    if train.labels is None: return None, 'no labels, so no probes'
+    try: *splits, note = with_note(config, train, most)
+    except (ValueError, FileNotFoundError) as e:
+        if str(e).startswith('n_test'): raise
+        return None, f'no probes: {e}'
+    return tuple(splits), note

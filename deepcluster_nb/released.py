@@ -35,7 +35,8 @@ def check_sha256(path,         # the file
     "Raise a ValueError where a file has not the given checksum, or not that of its first use."
     if sha256 is not None and not re.fullmatch('[0-9a-fA-F]{64}', str(sha256)):
         raise ValueError(f"sha256: expected 64 hexadecimal digits, got {sha256!r}")
-    found, noted = file_sha256(path), Path(record).read_text().split()[:1] if Path(record).exists() else []
+    found, record = file_sha256(path), Path(record)
+    noted = record.read_text(encoding='utf-8').split()[:1] if record.exists() else []
     expected, source = ((sha256.lower(), 'sha256') if sha256 else
                         (noted[0], str(record)) if noted else (found, ''))
     if found != expected:

@@ -163,13 +163,13 @@ def read_oxford(root,     # holds jpg/ and lab/
     files = sorted(lab.glob('*_query.txt'))
     if not files: raise FileNotFoundError(f"root: no *_query.txt in {str(lab)!r}; {PLACES}")
     images = {p.stem: p for p in image_files(jpg)[0] if p.stem not in BROKEN}
-    names, queries = lambda f: {l.strip() for l in f.read_text().splitlines() if l.strip()}, []
+    names, queries = lambda f: {l.strip() for l in f.read_text('utf-8').splitlines() if l.strip()}, []
     for f in files:
         name = f.name[:-len('_query.txt')]
-        image, *box = f.read_text().split()
+        image, *box = f.read_text(encoding='utf-8').split()
         if len(box) != 4:
             raise ValueError(f"queries: expected an image and four numbers in {str(f)!r}, "
-                             f"got {f.read_text()!r}")
+                             f"got {f.read_text(encoding='utf-8')!r}")
         good, ok, junk = (names(lab/f'{name}_{kind}.txt') for kind in ('good', 'ok', 'junk'))
         queries.append(known(Query(name, image.removeprefix('oxc1_'), tuple(map(float, box)), good | ok,
                                    junk), images))
@@ -243,9 +243,10 @@ def made_city(folder,          # gets jpg and lab
             pixels = paint(pixels,
                            [(c, x + size*u, y + size*v, size*r, ink) for c,u,v,r,ink in towers[tower]])
             label = folder/'lab'/f'tower{tower}_1'
-            with open(f'{label}_{kind}.txt', 'w' if n % 6 in (0, 4, 5) else 'a') as f: f.write(name + '\n')
+            with open(f'{label}_{kind}.txt', 'w' if n % 6 in (0, 4, 5) else 'a', encoding='utf-8') as f:
+                f.write(name + '\n')
             if n % 6 == 0:
-                Path(f'{label}_query.txt').write_text(
+                Path(f'{label}_query.txt').write_text(encoding='utf-8', data=
                     f'oxc1_{name} '
                     + ' '.join(f'{v:.1f}' for v in (x - 1.2*size, y - 1.2*size, x + 1.2*size, y + 1.2*size))
                     + '\n')

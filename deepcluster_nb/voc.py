@@ -49,16 +49,17 @@ def made_voc(folder,        # gets VOCdevkit/VOC2007
             objects.append((names[c], difficult, *(int(v) + 1 for v in (x - r, y - r, x + r, y + r))))
         (Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
          .save(top/'JPEGImages'/f'{name}.jpg', quality=92))
-        (top/'Annotations'/f'{name}.xml').write_text(f"<annotation><filename>{name}.jpg</filename>\n"
+        (top/'Annotations'/f'{name}.xml').write_text(encoding='utf-8', data=
+            f"<annotation><filename>{name}.jpg</filename>\n"
                                                      + '\n'.join(OBJECT.format(*o) for o in objects)
                                                      + "\n</annotation>\n")
         marks[name] = {o[0]: 1 - o[1] for o in objects}
     every = list(marks)
     splits = dict(train=every[:n], val=every[n:2*n], trainval=every[:2*n], test=every[2*n:])
     for split, mine in splits.items():
-        (top/'ImageSets'/'Main'/f'{split}.txt').write_text(''.join(f'{m}\n' for m in mine))
+        (top/'ImageSets'/'Main'/f'{split}.txt').write_text(''.join(f'{m}\n' for m in mine), encoding='utf-8')
         for c in names:
-            (top/'ImageSets'/'Main'/f'{c}_{split}.txt').write_text(
+            (top/'ImageSets'/'Main'/f'{c}_{split}.txt').write_text(encoding='utf-8', data=
                 ''.join(f'{m} {marks[m].get(c, -1):2d}\n' for m in mine))
     return top
 
@@ -79,9 +80,9 @@ def voc_labels(top:Path, split:str)->tuple: # (names, classes, (N, C) of −1 ab
     if split not in ('train', 'val', 'trainval', 'test') or not files or not (main/f'{split}.txt').is_file():
         raise FileNotFoundError("split: expected train, val, "
                                 f"trainval or test with its files in {str(main)!r}, got {split!r}")
-    names, columns = (main/f'{split}.txt').read_text().split(), []
+    names, columns = (main/f'{split}.txt').read_text(encoding='utf-8').split(), []
     for f in files:
-        marks = dict(line.split() for line in f.read_text().splitlines())
+        marks = dict(line.split() for line in f.read_text(encoding='utf-8').splitlines())
         if set(marks) != set(names) or not set(marks.values()) <= {'-1', '0', '1'}:
             raise ValueError(f"split: expected -1, 0 or 1 for each of the {len(names):,} names of "
                              f"{split}.txt in {str(f)!r}, got {len(marks):,} lines")

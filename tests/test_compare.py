@@ -3,7 +3,6 @@ import json, re, shutil, statistics
 from dataclasses import asdict
 from pathlib import Path
 import pytest, yaml
-from deepcluster_nb.data import load_images
 from deepcluster_nb.experiments import find_runs, main, run_params
 from deepcluster_nb.runs import RunFolder
 from deepcluster_nb.training import Config, fit
@@ -23,9 +22,8 @@ def measured(path, level, **more): # metrics.json with this mean of the probes o
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory): # three that are finished, and one that was stopped
     top = tmp_path_factory.mktemp('runs')
-    images = load_images('digits', n_images=60)
     for name,change,level in (('seed0', {}, 60.), ('seed1', dict(seed=1), 61.), ('ten', dict(k=6), 66.)):
-        fit(Config(**SMALL | change, run_dir=str(top/name)), images, echo=None)
+        fit(Config(**SMALL | change, run_dir=str(top/name)), echo=None)
         measured(top/name, level)
     shutil.copytree(top/'seed0', top/'stopped')
     params = yaml.safe_load((top/'stopped'/'params.yaml').read_text())

@@ -12,8 +12,8 @@ SMALL = ['-p', 'n_images=150', '-p', 'n_test=60', '-p', 'k=10', '-p', 'pca=16', 
 def table_and_folder(out, where):
     assert 'linear probe conv5' in out and 'kNN' in out and str(where/'report.html') in out
     names = {p.name for p in where.iterdir()}
-    assert names == {'params.yaml', 'log.jsonl', 'metrics.json', 'assignments', 'clusters.csv', 'checkpoint',
-                     'figures', 'notebook.ipynb', 'report.html'}
+    assert names == {'params.yaml', 'data.json', 'log.jsonl', 'metrics.json', 'assignments', 'clusters.csv',
+                     'checkpoint', 'figures', 'notebook.ipynb', 'report.html'}
     m = json.loads((where/'metrics.json').read_text())
     assert (list(m['probes']['random']) == list(m['probes']['deepcluster'])
             == [f'conv{i}' for i in range(1, 6)])

@@ -19,8 +19,8 @@ def finished(tmp_path_factory):
 
 def test_run_folder(finished):
     where, run = finished
-    assert {p.name for p in where.iterdir()} == {'params.yaml', 'log.jsonl', 'checkpoint', 'assignments',
-                                                 'figures', 'clusters.csv'}
+    assert {p.name for p in where.iterdir()} == {'params.yaml', 'data.json', 'log.jsonl', 'checkpoint',
+                                                 'assignments', 'figures', 'clusters.csv'}
     log = [json.loads(l) for l in (where/'log.jsonl').read_text().splitlines()]
     keys = ('epoch loss ln_k seconds objective nmi_prev nmi_prev_chance ami_prev nmi_labels ami_labels '
             'n_empty cluster_sizes'.split())
