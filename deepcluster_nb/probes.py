@@ -25,7 +25,7 @@ from .model import ARCHS, center_input, convnet
 from .features import PCA, autocast, compute_features, keep_memory, l2_normalize
 from .clustering import ami, chance_nmi, kmeans, nmi
 from .runs import load_checkpoint, save_checkpoint
-from .training import (Config, check, learnt, plain_types, put_back, resolve, skips, steps,
+from .training import (Config, check, learnt, PlainTypes, put_back, resolve, skips, steps,
                                      train_epoch, type_wanted)
 
 # %% ../nbs/09_probes.ipynb #e9fe5c8c
@@ -205,7 +205,7 @@ def probe_lr(lr:float, weight_decay:float, t:int)->float: # t: steps done
 
 # %% ../nbs/09_probes.ipynb #25a55481
 @dataclass
-class ProbeConfig:
+class ProbeConfig(PlainTypes):
     ("Everything that decides an evaluation; "
      "presets, the notebook `probe` and the command line use these names. The values are the paper's.")
     weights:str = ''           # a run folder or a released file; empty: the networks to compare with, alone
@@ -240,8 +240,6 @@ class ProbeConfig:
     device:str = 'auto'
     seed:int = 0
     run_dir:str = ''           # where everything is kept; nowhere when empty
-
-    def __post_init__(self): plain_types(self)
 
 # %% ../nbs/09_probes.ipynb #ac72827c
 def resolve_probe(config:ProbeConfig)->ProbeConfig: # a checked copy, with 'auto' replaced
