@@ -7,8 +7,8 @@ __all__ = ['PAGE', 'experiments_folder', 'one_of', 'parameters', 'typed', 'whole
            'run_params', 'is_run', 'find_runs', 'check_parameters', 'parse_pair', 'parse_pairs', 'run_epochs',
            'Passing', 'Watcher', 'write_report', 'signals_passed_on', 'inline_figures', 'drawn', 'kept',
            'run_experiment', 'summary', 'Look', 'look_at', 'sparkline', 'dashboard', 'event_writer', 'log_numbers',
-           'watch', 'watch_figure', 'decoded', 'decoded_bytes', 'room_for', 'predict_folder', 'listing', 'forecast',
-           'any_text', 'main']
+           'watch', 'watch_figure', 'decoded', 'decoded_bytes', 'kept_recipe', 'read_some', 'room_for',
+           'predict_folder', 'listing', 'forecast', 'any_text', 'main']
 
 # %% ../nbs/15_experiments.ipynb #450f8668
 import argparse, base64, io, json, math, os, re, shutil, signal, socket, sys, threading, time
@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np, torch, yaml
 from PIL import Image, ImageFile
 from tqdm import tqdm
-from .data import PackedImages, decode, free_memory, image_files, joined, load_images
+from .data import PackedImages, decode, free_memory, image_files, load_images
 from .features import pieces
 from .pictures import training_curves
+from .packing import read_like
 from .probes import ProbeConfig, resolve_probe
 from .released import open_run
 from .runs import (MEASURING, RunFolder, Stopped, amount, duration, held_by, progress_line,
@@ -522,6 +523,17 @@ def decoded_bytes(path)->int: # 0 where its header can't be read
     with suppress(Exception), Image.open(path) as im: return 3 * im.width * im.height
     return 0
 
+def kept_recipe(run_dir)->dict: # {}: none was kept, so images are taken as they are stored
+    "Read from a run folder how its training images came from their files."
+    file = Path(run_dir)/'data.json'
+    return json.loads(file.read_text(encoding='utf-8'))['train'].get('recipe', {}) if file.is_file() else {}
+
+def read_some(files, recipe:dict, folder)->tuple: # (PackedImages or None, [path: why] of what can't be read)
+    "Read images as a run's were read, those that can be."
+    try: images = read_like(files, recipe, root=folder, skip_broken=True)
+    except ValueError: return None, [f"{p.relative_to(folder)}: {decoded(p)}" for p in files]
+    return images, [line.removeprefix(f'{folder}/') for line in images.left_out]
+
 def room_for(files, nbytes)->int: # bytes of images that may be decoded at once
     "Raise a ValueError for an image that the free memory can't hold while it is decoded."
     free, (most, largest) = free_memory(), max(zip(nbytes, files))
@@ -548,7 +560,7 @@ def predict_folder(run_dir,                 # of a run of train
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, "
                          "which hides broken files; expected it off")
-    run = open_run(run_dir)
+    run, recipe = open_run(run_dir), kept_recipe(run_dir)
     if not (Path(run_dir)/'clusters.csv').exists():
         print("this run is not finished: its network has trained on since its clusters were made",
               file=sys.stderr)
@@ -558,15 +570,11 @@ def predict_folder(run_dir,                 # of a run of train
         nbytes, rest = list(pool.map(decoded_bytes, files)), iter(files)
         for n in pieces(nbytes, chunk, room_for(files, nbytes)):
             some = list(islice(rest, n))
-            found = [(str(p.relative_to(folder)), im) for p,im in zip(some, pool.map(decoded, some))]
-            broken += [f"{p}: {im}" for p,im in found if isinstance(im, str)]
-            paths, ims = [[f[i] for f in found if not isinstance(f[1], str)] for i in (0, 1)]
-            del found                                          # joined lets go of one image after the other
-            if ims and (skip_broken or not broken):
-                shapes = [im.shape for im in ims]
-                images = PackedImages(joined(ims), shapes, paths=paths)
-                rows += zip(paths, predict(run, images).tolist())
-                del images
+            images, left_out = read_some(some, recipe, folder)
+            broken += left_out
+            if images is not None and (skip_broken or not broken):
+                rows += zip(images.paths, predict(run, images).tolist())
+            del images
             bar.update(len(some))
     if broken and not (skip_broken and rows):
         raise ValueError('\n  '.join([

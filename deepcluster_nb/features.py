@@ -69,6 +69,7 @@ def pieces(nbytes,            # of each image, in their order
         else: out.append(1); held = b
     return out
 
+# %% ../nbs/04_features.ipynb #9d7ce5aa
 @torch.no_grad()
 def feature_batches(net,                    # with an embed method: (B, 3, H, W) → (B, D)
                     images:PackedImages,    # all N of them

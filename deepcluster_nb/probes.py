@@ -25,7 +25,7 @@ from .model import ARCHS, center_input, convnet
 from .features import PCA, autocast, compute_features, keep_memory, l2_normalize
 from .clustering import ami, chance_nmi, kmeans, nmi
 from .runs import load_checkpoint, save_checkpoint
-from .training import (Config, check, learnt, PlainTypes, put_back, resolve, skips, steps,
+from .training import (Config, check, learnt, PlainTypes, put_back, resolve, steps,
                                      train_epoch, type_wanted)
 
 # %% ../nbs/09_probes.ipynb #e9fe5c8c
@@ -453,8 +453,8 @@ def shared_classes(train:PackedImages, test:PackedImages
 def with_note(config, train:PackedImages, most:int)->tuple: # (train, test, what to say about them)
     "Find the images of the probes."
     if most and len(train) > most: train = train.subset(pick(len(train), most, config.seed))
-    more = skips(config) if hasattr(config, 'skip_broken') else {}
-    try: test = load_images(config.dataset, config.root or None, 'test', config.n_test, config.seed, **more)
+    try: test = load_images(config.dataset, config.root or None, 'test', config.n_test, config.seed,
+                            skip_broken=getattr(config, 'skip_broken', False))
     except ValueError as e: raise ValueError(str(e).replace('n_images', 'n_test')) from None
     except FileNotFoundError:
         if config.dataset not in ('folder', 'packed'): raise

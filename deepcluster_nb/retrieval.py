@@ -91,7 +91,7 @@ def learn_whitening(net, paths,      # a DeepClusterNet; image files of the othe
     if not len(paths): raise ValueError("paths: whitening needs images, got none")
     pca = PCA(dim)
     for i,path in enumerate(paths):
-        for v in region_vectors(net, decode(path), **how): pca.add(v)
+        for v in region_vectors(net, decode(path, upright=False), **how): pca.add(v)
         if progress: progress(i + 1, len(paths))
     return pca.solve()
 
@@ -109,7 +109,8 @@ def descriptors(net, paths, pca:PCA,  # a DeepClusterNet; image files
     "Compute one vector for each image."
     out = []
     for i,(path,box) in enumerate(zip(paths, boxes or [None]*len(paths))):
-        out.append(aggregate(region_vectors(net, decode(path), box=box, **how), pca))
+        # boxes count in the pixels of the file
+        out.append(aggregate(region_vectors(net, decode(path, upright=False), box=box, **how), pca))
         if progress: progress(i + 1, len(paths))
     return torch.stack(out)
 

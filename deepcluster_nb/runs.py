@@ -163,7 +163,7 @@ def fingerprint(images)->dict: # n; hexadecimal checksums of all paths, and of a
     paths = [zlib.crc32(p.encode(errors='surrogateescape')) for p in images.paths]
     contents = [zlib.crc32(images[i].contiguous().cpu().numpy() if r else b'', zlib.crc32(shape.tobytes()))
                 for i,(r,shape) in enumerate(zip(read.tolist(), images.shapes.numpy()))]
-    return dict(n=len(images)) | {name: np.array(v, dtype='<u4').tobytes().hex()
+    return dict(n=len(images), recipe=images.recipe) | {name: np.array(v, dtype='<u4').tobytes().hex()
                                   for name,v in (('paths', paths), ('contents', contents))}
 
 def difference(was:dict, now:dict, # fingerprints

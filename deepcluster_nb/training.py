@@ -6,8 +6,8 @@
 __all__ = ['SCHEDULES', 'CLUSTERERS', 'LATER', 'LOOK', 'FREE', 'PlainTypes', 'Config', 'check', 'type_wanted', 'resolve',
            'network', 'cluster', 'trunk_parameters', 'sgd', 'optimizers', 'not_finite', 'steps', 'train_epoch',
            'centroid_head', 'new_head', 'agreement', 'describe', 'momenta', 'learnt', 'put_back', 'snapshot', 'restore',
-           'saved_clusters', 'free', 'resume', 'as_npy', 'clusters_csv', 'Run', 'skips', 'prepare', 'space', 'fit',
-           'predict', 'load_run']
+           'saved_clusters', 'free', 'resume', 'as_npy', 'clusters_csv', 'Run', 'prepare', 'space', 'fit', 'predict',
+           'load_run']
 
 # %% ../nbs/08_training.ipynb #8d8fb548
 import csv, importlib, io, math, os, time, warnings
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np, torch, yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .data import DATASETS, PackedImages, generator, load_images
+from .data import DATASETS, PackedImages, check_sizes, generator, load_images
 from .feeding import Laps, compiled, fetch_ahead, resident, to_device
 from .augment import CENTER_BOXES, random_resized_crop
 from .sobel import network_input
@@ -387,19 +387,15 @@ class Run:
     config:Config          # checked, 'auto' replaced
 
 # %% ../nbs/08_training.ipynb #a967a8b5
-def skips(config)->dict: # for load_images
-    "Pass on that broken images are left out, where they are."
-    return dict(skip_broken=True) if config.skip_broken else {}
-
 def prepare(config:Config, images=None)->tuple: # (checked config, images)
     "Check the configuration and the images, then set up threads and memory."
     c = resolve(config)
     if images is None:
-        images = load_images(c.dataset, c.root or None, 'train', c.n_images, c.seed, **skips(c))
+        images = load_images(c.dataset, c.root or None, 'train', c.n_images, c.seed,
+                             skip_broken=c.skip_broken)
     check(c.k <= len(images) or c.clusterer != 'kmeans', 'k', c.k,
           f"at most {len(images):,}, the number of images")
-    smallest = int(images.shapes[:, 1:].min())
-    check(smallest >= 8, 'dataset', f"an image of {smallest} pixels", "images of at least 8 pixels a side")
+    check_sizes(images)
     if c.threads > 0: torch.set_num_threads(c.threads)
     if c.device == 'cpu': keep_memory()
     return c, images
