@@ -387,12 +387,15 @@ class Run:
     config:Config          # checked, 'auto' replaced
 
 # %% ../nbs/08_training.ipynb #a967a8b5
-def prepare(config:Config, images=None)->tuple: # (checked config, images)
+def prepare(config:Config, images=None,
+            echo=None, # called with what there is to say about the images
+           )->tuple:   # (checked config, images)
     "Check the configuration and the images, then set up threads and memory."
     c = resolve(config)
     if images is None:
         images = load_images(c.dataset, c.root or None, 'train', c.n_images, c.seed,
                              skip_broken=c.skip_broken)
+        for line in images.notes if echo else (): echo(line)
     check(c.k <= len(images) or c.clusterer != 'kmeans', 'k', c.k,
           f"at most {len(images):,}, the number of images")
     check_sizes(images)
@@ -418,7 +421,7 @@ def fit(config:Config,  # what to do
        )->Run:
     ("DeepCluster (paper, section 3): cluster the features, train on the cluster ids, again and again. "
      "Continues a run that was stopped.")
-    c, images = prepare(config, images)
+    c, images = prepare(config, images, echo)
     net = network(c)
     check(c.pca <= net.dim, 'pca', c.pca, f"at most {net.dim}, the features' dimension")
     folder = RunFolder(c.run_dir, asdict(config), free(c.run_dir, asdict(config))) if c.run_dir else None

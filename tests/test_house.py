@@ -143,3 +143,10 @@ def test_comments_of_exported_cells_hold_no_backticks(path): # nbdev makes links
 def test_sources_that_are_shown_are_not_folded(path): # nbdev folds them itself; the key twice stops Quarto
     assert [c for c in code_cells(path)
             if re.search(r'^#\| *exports\b', c, re.M) and re.search(r'^#\| *code-fold', c, re.M)] == []
+
+def test_the_tests_of_situations_are_there():
+    rows = re.findall(r'^\| (\d+) \|.*', (ROOT/'tests'/'situations.md').read_text(), re.M)
+    named = re.findall(r'`(test_\w+)`', (ROOT/'tests'/'situations.md').read_text())
+    code = '\n'.join(p.read_text() for p in (ROOT/'tests').glob('test_situations_*.py'))
+    assert rows == [str(i) for i in range(1, 20)] and len(named) > 40
+    assert [n for n in named if not re.search(rf'^def {n}\(', code, re.M)] == []

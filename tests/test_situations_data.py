@@ -289,3 +289,43 @@ def test_nothing_but_other_files(tmp_path):
     make(tmp_path, 'a/1.mp4 a/2.doc')
     with pytest.raises(FileNotFoundError, match=r'no images in .*passed over in .*\.mp4 1, \.doc 1'):
         read(tmp_path)
+
+# ---------------------------------------------------------------- a run, and new images for it
+
+def photographs(folder, n=24): # half of them stored lying, with a note to turn them
+    folder.mkdir()
+    for i in range(n):
+        pixels = np.random.default_rng(i).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+        im = Image.fromarray(pixels).resize((72, 48), Image.BICUBIC)
+        note = Image.Exif()
+        if i % 2:
+            note[0x112] = 6                                                     # lies on its left side
+            im = im.transpose(Image.Transpose.ROTATE_90)
+        im.save(folder/f'{i:02}.png', exif=note)
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_predict_reads_new_images_as_the_run_read_its_own(tmp_path, packed):
+    from deepcluster_nb.experiments import predict_folder
+    from deepcluster_nb.training import Config, fit
+    photographs(tmp_path/'photos')
+    root = tmp_path/'photos'
+    if packed:
+        (tmp_path/'packed').mkdir()
+        root = tmp_path/'packed'
+        pack_folder(tmp_path/'photos', root/'train.safetensors', max_side=40)
+    config = Config(dataset='packed' if packed else 'folder', root=str(root), k=4, pca=4, epochs=1, passes=1,
+                    batch_size=8, device='cpu', precision='float32', run_dir=str(tmp_path/'run'))
+    run = fit(config, echo=None)
+    rows, broken = predict_folder(tmp_path/'run', tmp_path/'photos', tmp_path/'c.csv')
+    assert broken == [] and [c for _, c in rows] == run.clustering.assign.tolist()
+
+def test_how_a_folder_was_read_is_echoed(tmp_path):
+    from deepcluster_nb.training import Config, fit
+    photographs(tmp_path/'photos')
+    (tmp_path/'photos'/'notes.txt').write_text('x')
+    (tmp_path/'photos'/'film.mp4').write_text('x')
+    lines = []
+    with pytest.warns(UserWarning):
+        fit(Config(dataset='folder', root=str(tmp_path/'photos'), k=4, pca=4, epochs=0, batch_size=8, device='cpu'),
+            echo=lines.append)
+    assert any('.mp4' in l for l in lines)
