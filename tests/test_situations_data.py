@@ -326,6 +326,6 @@ def test_how_a_folder_was_read_is_echoed(tmp_path):
     (tmp_path/'photos'/'film.mp4').write_text('x')
     lines = []
     with pytest.warns(UserWarning):
-        fit(Config(dataset='folder', root=str(tmp_path/'photos'), k=4, pca=4, epochs=0, batch_size=8, device='cpu'),
-            echo=lines.append)
+        fit(Config(dataset='folder', root=str(tmp_path/'photos'), k=4, pca=4, epochs=0, batch_size=8,
+                   device='cpu'), echo=lines.append)
     assert any('.mp4' in l for l in lines)
