@@ -58,8 +58,7 @@ class PackedImages:
             if v is not None and len(v) != n:
                 raise ValueError(f"{name}: expected {n}, one for each image, got {len(v)}")
         same = n > 0 and bool((self.shapes == self.shapes[0]).all())
-        # exact central crops as PackedImages; how files became pixels; 'path: why' of files left out; remarks
-        self.center, self.recipe, self.left_out, self.notes = None, {}, [], []
+        self.center, self.recipe, self.left_out, self.notes = None, {}, [], []  # crops, reading, gaps, remarks
         # (C, H, W) where all images share it; where they don't or are large, a batch is a list of views
         self.size, self.listed = (tuple(self.shapes[0].tolist()) if same else None,
                                   not same or int(lengths[0]) > 2**18)
@@ -376,7 +375,7 @@ def read_images(paths,                   # image files, in the order wanted
     shapes = [im.shape for im in kept]
     del ims
     res = PackedImages(joined(kept), shapes,
-                       None if labels is None else [int(labels[i]) for i in rows], classes,
+                       None if labels is None else torch.as_tensor(labels)[rows], classes,
                        [Path(paths[i]).relative_to(root) if root else paths[i] for i in rows])
     res.recipe, res.left_out = dict(grey=False, upright=upright), broken
     return res
