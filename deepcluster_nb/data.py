@@ -58,7 +58,7 @@ class PackedImages:
             if v is not None and len(v) != n:
                 raise ValueError(f"{name}: expected {n}, one for each image, got {len(v)}")
         same = n > 0 and bool((self.shapes == self.shapes[0]).all())
-        self.center, self.recipe, self.left_out, self.notes = None, {}, [], []  # crops, reading, gaps, remarks
+        self.center, self.recipe, self.left_out, self.notes = None, {}, [], []  # reading and its gaps
         # (C, H, W) where all images share it; where they don't or are large, a batch is a list of views
         self.size, self.listed = (tuple(self.shapes[0].tolist()) if same else None,
                                   not same or int(lengths[0]) > 2**18)

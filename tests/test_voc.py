@@ -59,7 +59,7 @@ def test_missing_data_say_how_to_get_them(tmp_path, top):
 def test_a_lost_photograph_is_named(tmp_path):
     where = made_voc(tmp_path, 3)
     (where/'JPEGImages'/'000002.jpg').unlink()
-    with pytest.raises(ValueError, match='1 of 3 images.*000002.jpg'): read_voc(tmp_path, 'train')
+    with pytest.raises(ValueError, match='(?s)1 of 3 images.*000002.jpg'): read_voc(tmp_path, 'train')
 
 # --- average precision
 
