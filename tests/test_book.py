@@ -1,7 +1,6 @@
 """What Quarto, a browser or a newcomer would stumble over, found without them: options that stop the build,
 boxes that don't close, links inside code, pale text, chapters out of order, notebooks without the kit."""
-import json, re
-from pathlib import Path
+import re
 import pytest, yaml
 from test_site import built, processed  # noqa: F401 (fixtures)
 from test_site import QUARTO, ROOT, SETTINGS, SITE, STORED
