@@ -264,7 +264,9 @@ def this_process()->str:
 def cell_runs(frame)->bool:
     "Return whether the code of a notebook's cell is under way; outside of notebooks, always."
     if not in_notebook() or not hasattr(signal, 'setitimer'): return True
-    while frame and 'ipykernel_' not in frame.f_code.co_filename: frame = frame.f_back
+    # a cell's code has the file …/ipykernel_PID/…; the kernel's own outermost frame is ipykernel_launcher.py
+    while frame and not Path(frame.f_code.co_filename).parent.name.startswith('ipykernel_'):
+        frame = frame.f_back
     return frame is not None
 
 MEASURING = ', measuring'   # what the holder's note ends with after the training

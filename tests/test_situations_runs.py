@@ -4,14 +4,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 import numpy as np, pytest, torch, yaml
 from PIL import Image
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbformat.v4 import new_code_cell, new_notebook
 from deepcluster_nb import experiments, pictures
 from deepcluster_nb.data import PackedImages, load_images
 from deepcluster_nb.experiments import (experiments_folder, find_runs, gather, kept, main, parse_pairs,
-                                        predict_folder, read_preset, run_experiment, write_report)
+                                        predict_folder, read_preset, run_experiment)
 from deepcluster_nb.pictures import in_markdown, readable
 from deepcluster_nb.probes import measurable
 from deepcluster_nb.runs import Hold, RunFolder, held_by, same_data
-from deepcluster_nb.training import Config, fit, load_run, resolve
+from deepcluster_nb.training import Config, fit, resolve
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 ROOT = Path(__file__).parent.parent
@@ -416,6 +419,18 @@ def test_while_it_is_measured_a_run_is_held_and_a_stop_says_what_is_kept(tmp_pat
     assert err == ("deepcluster-nb: stopped; SIGTERM came: the training is finished and kept in "
                    f"{str(where)!r}; the same command measures it\n") and p.returncode == 130
     assert held_by(where) == '' and (where/'clusters.csv').exists() and not (where/'metrics.json').exists()
+
+def test_a_stop_between_two_cells_waits_for_the_next(tmp_path):
+    RunFolder(tmp_path, {})
+    hold = f'from deepcluster_nb.runs import Hold; import os, time; Hold({str(tmp_path)!r}, "kept"); os.getpid()'
+    cells = [new_code_cell(hold), new_code_cell('time.sleep(20)')]
+    client = NotebookClient(new_notebook(cells=cells), kernel_name='python3')
+    with client.setup_kernel():
+        client.execute_cell(cells[0], 0)
+        os.kill(int(cells[0].outputs[0].data['text/plain']), signal.SIGTERM)
+        time.sleep(.5)
+        with pytest.raises(CellExecutionError, match='Stopped: SIGTERM came: kept'):
+            client.execute_cell(cells[1], 1)
 
 def test_a_hold_is_one_processes_and_can_be_let_go(tmp_path):
     folder = RunFolder(tmp_path, {})
