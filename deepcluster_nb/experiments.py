@@ -236,12 +236,13 @@ def write_report(notebook:Path, html:Path)->int: # figures on it
 @contextmanager
 def signals_passed_on(run_dir:Path):
     ("SIGTERM and Ctrl-C go to the process that trains. "
-     "Where none does, and at the second Ctrl-C, they stop everything.")
+     "Where none does (any more), and at the second Ctrl-C, they stop everything.")
     came = []
     def pass_on(number, frame):
         came.append(signal.Signals(number).name)
         holder = held_by(run_dir)
-        if came.count('SIGINT') > 1 or not holder.startswith('process '): raise KeyboardInterrupt
+        trains = holder.startswith('process ') and not holder.endswith(MEASURING)
+        if came.count('SIGINT') > 1 or not trains: raise KeyboardInterrupt
         os.kill(int(holder.split()[1]), signal.SIGTERM)
     try:
         with signals_to(pass_on): yield

@@ -416,8 +416,8 @@ def test_while_it_is_measured_a_run_is_held_and_a_stop_says_what_is_kept(tmp_pat
         p.send_signal(signal.SIGINT)
         out, err = p.communicate(timeout=60)
     finally: p.kill()
-    assert err == ("deepcluster-nb: stopped; SIGTERM came: the training is finished and kept in "
-                   f"{str(where)!r}; the same command measures it\n") and p.returncode == 130
+    assert err == ("deepcluster-nb: stopped; the training is finished and kept in "
+                   f"{str(where)!r}; the same command goes on from there\n") and p.returncode == 130
     assert held_by(where) == '' and (where/'clusters.csv').exists() and not (where/'metrics.json').exists()
 
 def test_a_stop_between_two_cells_waits_for_the_next(tmp_path):
