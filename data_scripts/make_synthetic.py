@@ -38,7 +38,7 @@ def synthetic(i:int, seed:int, size:tuple, classes:int, ragged=False, rgb=False
 def make(out, n:int, size, classes:int, seed:int=0, ragged=False, rgb=False, show=False):
     "Stream n images into a packed file; one image is in memory at a time."
     from tqdm import tqdm
-    from deepcluster_nb.packing import PackedWriter, check_space
+    from deepcluster_nb.fast.packing import PackedWriter, check_space
     from deepcluster_nb.runs import amount
     size = tuple(size) if len(size) == 2 else (size[0],)*2
     for name,v,low in (('n', n, 1), ('size', min(size), 8), ('classes', classes, 1)):

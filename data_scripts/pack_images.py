@@ -49,7 +49,7 @@ def listed(file): # paths, a line each, to the byte: names need not be UTF-8, no
 
 def main():
     a = arguments()
-    from deepcluster_nb.packing import pack_folder, verify_packed
+    from deepcluster_nb.fast.packing import pack_folder, verify_packed
     if a.verify:
         bad = verify_packed(a.src, show=True)
         for path in bad: print(path)

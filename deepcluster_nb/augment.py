@@ -12,7 +12,7 @@ __all__ = ['CENTER_BOXES', 'triangles', 'resize_weights', 'product_type', 'crop_
 import math, torch
 from torch import Tensor
 from torch.nn import functional as F
-from .feeding import Ragged, Views, to_device, windows
+from .fast.feeding import Ragged, Views, to_device, windows
 
 # %% ../nbs/01_augment.ipynb #6a1141e9
 def triangles(start:Tensor,  # (B,) first pixel of the window, may be fractional

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from .data import generator
 from .features import has_bfloat16
-from .feeding import free_there, seconds
-from .small_maps import TILES
+from .fast.feeding import free_there, seconds
+from .fast.small_maps import TILES
 
 # %% ../nbs/05_clustering.ipynb #9825f77e
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from .data import PackedImages, find_folder, generator, image_files, load_images
-from .feeding import fits, resident
+from .fast.feeding import fits, resident
 from .augment import center_crop
 from .sobel import normalize
 from .features import PCA, autocast, compute_features, keep_memory, l2_normalize

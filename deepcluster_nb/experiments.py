@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .data import decode, free_memory, image_files, load_images
 from .features import pieces
 from .pictures import training_curves
-from .packing import read_like
+from .fast.packing import read_like
 from .probes import ProbeConfig, resolve_probe
 from .released import open_run
 from .runs import (MEASURING, RunFolder, Stopped, amount, duration, held_by, progress_line,

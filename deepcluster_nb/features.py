@@ -14,7 +14,7 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from .data import PackedImages
-from .feeding import fetch_ahead, free_there
+from .fast.feeding import fetch_ahead, free_there
 from .model import center_input
 
 # %% ../nbs/04_features.ipynb #3695120a

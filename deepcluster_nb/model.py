@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from .augment import center_crop
 from .data import generator
-from .feeding import to_device
-from .small_maps import AdaptiveMaxPool2d, Conv2d
+from .fast.feeding import to_device
+from .fast.small_maps import AdaptiveMaxPool2d, Conv2d
 from .sobel import Sobel, network_input
 
 # %% ../nbs/03_model.ipynb #0990b8a5

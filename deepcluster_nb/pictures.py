@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .augment import center_crop
 from .clustering import nearest, repair_empty, torch_kmeans
 from .data import PackedImages, generator
-from .feeding import to_device
+from .fast.feeding import to_device
 from .features import l2_normalize
 from .runs import training_curves as draw_log
 from .model import center_input

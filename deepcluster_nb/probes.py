@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .data import PackedImages, generator, load_images, pick
-from .feeding import fits, to_device
+from .fast.feeding import fits, to_device
 from .augment import (center_crop, central_square, image_sizes, random_resized_crop, resample,
                                     ten_crop)
 from .sobel import normalize

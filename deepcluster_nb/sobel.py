@@ -8,7 +8,7 @@ __all__ = ['MEAN', 'STD', 'GREY', 'SCALE', 'SHIFT', 'check_planes', 'normalize',
 # %% ../nbs/02_sobel.ipynb #95c3c0ad
 import torch
 from torch import Tensor, nn
-from .feeding import Ragged, Views, to_device
+from .fast.feeding import Ragged, Views, to_device
 
 # %% ../nbs/02_sobel.ipynb #048b37c8
 MEAN, STD = (.485, .456, .406), (.229, .224, .225)   # of ImageNet's RGB values in [0, 1]

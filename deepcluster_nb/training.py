@@ -18,7 +18,7 @@ import numpy as np, torch, yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .data import DATASETS, PackedImages, check_sizes, generator, load_images
-from .feeding import Laps, compiled, fetch_ahead, resident, to_device
+from .fast.feeding import Laps, compiled, fetch_ahead, resident, to_device
 from .augment import CENTER_BOXES, random_resized_crop
 from .sobel import network_input
 from .model import ARCHS, SIZES, DeepClusterNet, calibrate_bn, convnet, reset_top_layer

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from PIL import Image
 from .data import OUTLINES, PackedImages, check_memory, generator, pick, read_images
-from .feeding import to_device
+from .fast.feeding import to_device
 from .augment import random_resized_crop
 from .sobel import normalize
 from .features import autocast, l2_normalize

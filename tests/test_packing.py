@@ -5,10 +5,10 @@ from pathlib import Path
 from unittest.mock import patch
 import numpy as np, pytest, torch
 from PIL import Image
-from deepcluster_nb import packing
+from deepcluster_nb.fast import packing
 from deepcluster_nb.augment import center_crop, crop_batch, crop_boxes, image_sizes, resample
 from deepcluster_nb.data import PackedImages, center_path, generator, image_files, load_images
-from deepcluster_nb.packing import Journal, PackedWriter, pack_folder, verify_packed
+from deepcluster_nb.fast.packing import Journal, PackedWriter, pack_folder, verify_packed
 
 SCRIPTS = Path(__file__).parent.parent/'data_scripts'
 FEW = dict(workers=0, echo=None)
@@ -29,7 +29,7 @@ def tree(tmp_path_factory): return make_tree(tmp_path_factory.mktemp('images'))
 def left(folder, name='x'): return sorted(p.name for p in folder.glob(f'{name}*'))
 
 # a run of pack_images.py that syncs after every few images
-DRIVER = ("import runpy, sys, deepcluster_nb.packing as p; p.SYNC, p.CHUNK = 0, 4; sys.argv = sys.argv[1:]; "
+DRIVER = ("import runpy, sys, deepcluster_nb.fast.packing as p; p.SYNC, p.CHUNK = 0, 4; sys.argv = sys.argv[1:]; "
           "runpy.run_path(sys.argv[0], run_name='__main__')")
 def command(*args): return [sys.executable, '-c', DRIVER, str(SCRIPTS/'pack_images.py'), *map(str, args)]
 

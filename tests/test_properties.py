@@ -7,12 +7,12 @@ from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.extra.numpy import arrays
 from deepcluster_nb.augment import center_crop, crop_boxes, image_sizes, resample, ten_crop
-from deepcluster_nb.feeding import Ragged
+from deepcluster_nb.fast.feeding import Ragged
 from deepcluster_nb.clustering import (ami, chance_nmi, contenders, entropy, kmeans, nmi, repair_empty,
                                        torch_kmeans)
 from deepcluster_nb.data import PackedImages, generator
 from deepcluster_nb.features import PCA, HalfFeatures, l2_normalize
-from deepcluster_nb.packing import PackedWriter, verify_packed
+from deepcluster_nb.fast.packing import PackedWriter, verify_packed
 from deepcluster_nb.probes import cluster_accuracy, knn_accuracy, linear_probe
 from deepcluster_nb.runs import load_checkpoint, save_checkpoint
 from deepcluster_nb.sampling import (balanced_draws, loss_weights, released_sample, shuffled_sample,

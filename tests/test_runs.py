@@ -178,7 +178,7 @@ def test_reading_ahead_changes_nothing(monkeypatch): # as for a GPU, but on the 
                                                 plain.net.state_dict().values()))
 
 def test_an_error_while_reading_ahead_is_raised():
-    from deepcluster_nb.feeding import fetch_ahead
+    from deepcluster_nb.fast.feeding import fetch_ahead
     class Broken(PackedImages):
         def batch(self, idx):
             if 7 in idx: raise OSError('the disk is gone')

@@ -529,7 +529,7 @@ SHOWN = '### fetch_ahead {#fetch_ahead}'
      [])])
 def test_names_without_a_place_are_found(cells, bad):
     from inspect import signature
-    from deepcluster_nb.feeding import fetch_ahead
+    from deepcluster_nb.fast.feeding import fetch_ahead
     parameters = ', '.join(signature(fetch_ahead).parameters)
     for c in cells: c['source'] = c['source'].replace('ARGUMENTS', parameters)
     syms = {'deepcluster_nb.feeding': {

@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from PIL import Image, ImageOps
 from deepcluster_nb.data import (EXTENSIONS, PackedImages, check_sizes, decode, find_folder, image_files,
                                  list_broken, load_images, read_images)
-from deepcluster_nb.packing import pack_folder, packing_of, read_like, verify_packed
+from deepcluster_nb.fast.packing import pack_folder, packing_of, read_like, verify_packed
 
 SCRIPTS = Path(__file__).parent.parent/'data_scripts'
 FEW = dict(workers=0, echo=None)
