@@ -4,33 +4,40 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ['data', 'feeding', 'small_maps', 'augment', 'sobel', 'model', 'features', 'clustering', 'sampling',
-         'runs', 'training', 'probes', 'pictures', 'voc', 'retrieval', 'packing', 'pic', 'released',
+ORDER = ['data', 'augment', 'sobel', 'model', 'features', 'clustering', 'sampling', 'training',
+         'fast.images', 'fast.feeding', 'fast.crops', 'fast.small_maps', 'fast.features', 'fast.kmeans',
+         'sources', 'fast.packing', 'runs', 'fit', 'probes', 'pictures', 'voc', 'retrieval', 'pic', 'released',
          'estimate', 'experiments', 'book']
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
 def code_cells(path):
     return [''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code']
 
+def source(module): # of one of ORDER
+    return (ROOT/'deepcluster_nb'/f"{module.replace('.', '/')}.py").read_text()
+
 def imported(module): # the kit's modules that one imports anywhere, also inside functions
-    tree = ast.parse((ROOT/'deepcluster_nb'/f'{module}.py').read_text())
-    froms = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module]
-    return {n.module.split('.')[-1] for n in froms if n.level == 1 or n.module.startswith('deepcluster_nb.')}
+    froms = [n for n in ast.walk(ast.parse(source(module))) if isinstance(n, ast.ImportFrom) and n.module]
+    inside = 'fast.' if module.startswith('fast.') else ''
+    return {inside*(n.level == 1) + n.module.removeprefix('deepcluster_nb.') for n in froms
+            if n.level or n.module.startswith('deepcluster_nb.')}
 
 @pytest.mark.parametrize('module', ORDER)
 def test_modules_import_only_backwards(module):
     assert imported(module) <= set(ORDER[:ORDER.index(module)])
 
 def test_every_module_is_in_the_order():
-    assert {p.stem for p in (ROOT/'deepcluster_nb').glob('*.py')} - {'__init__', '_modidx'} == set(ORDER)
+    folder = ROOT/'deepcluster_nb'
+    there = {'.'.join(p.relative_to(folder).with_suffix('').parts) for p in folder.rglob('[a-z]*.py')}
+    assert there == set(ORDER)
 
 def test_public_functions_say_what_they_do():
     bare = []
     for m in ORDER:
-        source = (ROOT/'deepcluster_nb'/f'{m}.py').read_text()
-        for node in ast.parse(source).body:
+        text = source(m)
+        for node in ast.parse(text).body:
             if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith('_'): continue
-            signature = source.splitlines()[node.lineno - 1:node.body[0].lineno]
+            signature = text.splitlines()[node.lineno - 1:node.body[0].lineno]
             if not ast.get_docstring(node) and not any('#' in l for l in signature):  # docments count
                 bare.append(f'{m}.{node.name}')
     assert not bare
@@ -43,7 +50,7 @@ def test_nothing_heavy_is_imported_at_the_start():
 
 def test_no_global_randomness_and_no_pickle():
     for m in ORDER:
-        code = (ROOT/'deepcluster_nb'/f'{m}.py').read_text()
+        code = source(m)
         assert not re.search(
             r'np\.random\.(seed|rand|choice|permutation)|weights_only=False|pickle\.load|allow_pickle=True',
             code), m
@@ -109,7 +116,7 @@ def test_imports_stand_in_cells_of_their_own(path):
 
 WIDE = 110
 OURS = [p for folder in ('deepcluster_nb', 'tests', 'exercises', 'data_scripts', 'images')
-        for p in sorted((ROOT/folder).glob('*.py')) if p.name != '_modidx.py']
+        for p in sorted((ROOT/folder).rglob('[a-z]*.py'))]
 # a field of an f-string can't be broken before Python 3.12
 ONE_FIELD = ("f\"{', '.join(map(repr, list(saved)[:5]))",
              "f\"{', '.join(str(f.relative_to(root)) for f in again")
