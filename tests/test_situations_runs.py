@@ -422,7 +422,8 @@ def test_while_it_is_measured_a_run_is_held_and_a_stop_says_what_is_kept(tmp_pat
 
 def test_a_stop_between_two_cells_waits_for_the_next(tmp_path):
     RunFolder(tmp_path, {})
-    hold = f'from deepcluster_nb.runs import Hold; import os, time; Hold({str(tmp_path)!r}, "kept"); os.getpid()'
+    hold = ('from deepcluster_nb.runs import Hold; import os, time; '
+            f'Hold({str(tmp_path)!r}, "kept"); os.getpid()')
     cells = [new_code_cell(hold), new_code_cell('time.sleep(20)')]
     client = NotebookClient(new_notebook(cells=cells), kernel_name='python3')
     with client.setup_kernel():
