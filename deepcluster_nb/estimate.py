@@ -23,8 +23,9 @@ from .features import PCA, autocast, compute_features, keep_memory, l2_normalize
 from .clustering import Clustering, kmeans
 from .sampling import SAMPLERS
 from .runs import amount, duration, save_checkpoint
-from .training import (Config, agreement, check, network, resolve, sgd, train_epoch,
-                                     trunk_parameters)
+from .fit import Config, agreement, check, network, resolve
+from .training import sgd, trunk_parameters
+from .fast.training import train_epoch
 from .probes import MOST_PROBED, conv_activations, knn_accuracy, linear_probe, pool_activation
 
 # %% ../nbs/19_estimate.ipynb #c7fa19ba

@@ -29,8 +29,7 @@ from .probes import ProbeConfig, resolve_probe
 from .released import open_run
 from .runs import (MEASURING, RunFolder, Stopped, amount, duration, held_by, progress_line,
                                  signals_to, write_atomic)
-from . import pic                      # adds its clusterers
-from .training import Config, check, clusters_csv, describe, free, predict, resolve
+from .fit import Config, check, clusters_csv, describe, may_differ, predict, resolve
 
 # %% ../nbs/15_experiments.ipynb #f10743b4
 def experiments_folder()->Path: # nbs/experiments of the clone
@@ -153,7 +152,7 @@ def check_parameters(notebook:Path, given:dict, run_dir:Path):
     if who := held_by(run_dir):
         raise ValueError(f"run_dir: {str(run_dir)!r} is in use by {who}; "
                          "let it finish, or choose another folder")
-    if (run_dir/'params.yaml').exists(): RunFolder(run_dir, values, free(run_dir, values))
+    if (run_dir/'params.yaml').exists(): RunFolder(run_dir, values, may_differ(run_dir, values))
 
 # %% ../nbs/15_experiments.ipynb #5af89d8d
 def parse_pair(text:str,

@@ -25,8 +25,9 @@ from .model import ARCHS, center_input, convnet
 from .features import PCA, autocast, compute_features, keep_memory, l2_normalize
 from .clustering import ami, chance_nmi, kmeans, nmi
 from .runs import load_checkpoint, save_checkpoint
-from .training import (Config, check, learnt, PlainTypes, put_back, resolve, steps,
-                                     train_epoch, type_wanted)
+from .fit import Config, check, state_tensors, PlainTypes, load_state, resolve, type_wanted
+from .training import batches
+from .fast.training import train_epoch
 
 # %% ../nbs/09_probes.ipynb #e9fe5c8c
 def conv_activations(net,       # a DeepClusterNet
@@ -343,12 +344,13 @@ def train_probes(net,                # frozen
                           nesterov=c.nesterov)
     saved = load_checkpoint(folder) if folder else None
     first, tests = (saved[0], saved[3]['tests']) if saved else (0, [])
-    if saved: put_back(heads, (opt,), saved[2])
+    if saved: load_state(heads, (opt,), saved[2])
     for epoch in range(first, c.epochs):
         heads.train()
-        batches = steps(torch.randperm(len(train), generator=generator(c.seed, 'probe', epoch)), c.batch_size)
-        for step,idx in enumerate(batches):
-            g, t = generator(c.seed, 'probe crop', epoch, step), epoch*len(batches) + step
+        order = torch.randperm(len(train), generator=generator(c.seed, 'probe', epoch))
+        steps = batches(order, c.batch_size)
+        for step,idx in enumerate(steps):
+            g, t = generator(c.seed, 'probe crop', epoch, step), epoch*len(steps) + step
             opt.param_groups[0]['lr'] = (probe_lr(c.lr, c.weight_decay, t) if c.schedule == 'released' else
                                          c.lr * .1**(3*epoch // c.epochs))
             x = to_device(train.batch(idx), c.device)
@@ -357,12 +359,12 @@ def train_probes(net,                # frozen
             loss = sum(F.cross_entropy(l, y[to_device(idx, c.device)])
                        for l in heads(pooled(net, normalize(x), c)).values())
             opt.zero_grad(); loss.backward(); opt.step()
-            if after: after(step + 1, len(batches), epoch, tests)
+            if after: after(step + 1, len(steps), epoch, tests)
         if not loss.isfinite():
             raise FloatingPointError(f"the probes' loss is not finite in epoch {epoch}; try a smaller lr")
         if (epoch + 1) % c.test_every == 0 or epoch + 1 == c.epochs:
             tests.append(probe_accuracies(net, heads, test, c))
-        if folder: save_checkpoint(folder, epoch + 1, learnt(heads, (opt,)), dict(tests=tests))
+        if folder: save_checkpoint(folder, epoch + 1, state_tensors(heads, (opt,)), dict(tests=tests))
     return last_and_best(tests)
 
 # %% ../nbs/09_probes.ipynb #720e5297
@@ -382,14 +384,14 @@ def supervised(train:PackedImages, # with labels
     opt = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr, .9, weight_decay=weight_decay,
                           fused=True)
     saved = load_checkpoint(folder) if folder else None
-    if saved: put_back(net, (opt,), saved[2])
+    if saved: load_state(net, (opt,), saved[2])
     for epoch in range(saved[0] if saved else 0, config.supervised):
         # where train_epoch looks
         opt.defaults['lr'] = lr * (1 + math.cos(math.pi*epoch/config.supervised)) / 2
         order = torch.randperm(len(train), generator=generator(c.seed, 'supervised', epoch))
         train_epoch(net, train, order, y, (opt,), c, epoch,
                     after and (lambda done, n, *_: after(done, n, epoch)))
-        if folder: save_checkpoint(folder, epoch + 1, learnt(net, (opt,)), {})
+        if folder: save_checkpoint(folder, epoch + 1, state_tensors(net, (opt,)), {})
     return net.eval()
 
 # %% ../nbs/09_probes.ipynb #1367e05d

@@ -17,7 +17,7 @@ from .data import generator
 from .model import DeepClusterNet, convnet, init_weights
 from .runs import write_atomic
 from .sobel import Sobel
-from .training import load_run
+from .fit import load_run
 
 # %% ../nbs/13_released.ipynb #96172de7
 def file_sha256(path)->str:

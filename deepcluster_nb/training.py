@@ -98,10 +98,12 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int,
 def deepcluster(images,        # training images, an Images
                 config:Config,
                 device='cpu',  # where the network is trained
+                net=None,      # trained in place; made as the configuration says where not given
                 labels=None,   # (N,) class ids to compare the clusters with; training never sees them
                )->tuple:       # (network, Clustering of its features, list of a dict for each reassignment)
     "DeepCluster (paper, section 3): cluster the features, train on the cluster ids, again and again."
-    net = convnet(config.arch, config.k, config.sobel, config.dropout, config.seed).to(device)
+    if net is None: net = convnet(config.arch, config.k, config.sobel, config.dropout, config.seed)
+    net = net.to(device)
     trunk_opt, prev, log = sgd(trunk_parameters(net), config, config.momentum), None, []
     for epoch in range(config.epochs):
         clustering, pca = cluster(net, images, config, epoch)

@@ -20,7 +20,8 @@ from .fast.feeding import to_device
 from .augment import random_resized_crop
 from .sobel import normalize
 from .features import autocast, l2_normalize
-from .training import learnt, put_back, steps
+from .fit import state_tensors, load_state
+from .training import batches
 
 # %% ../nbs/11_voc.ipynb #4583b888
 OBJECT = """<object><name>{}</name><pose>Unspecified</pose><truncated>0</truncated><difficult>{}</difficult>
@@ -302,16 +303,16 @@ def finetune(net, images:PackedImages, # from transfer_net; labels (N, C) of −
     "Train classification as the released code does: SGD, momentum .9, batch norm in evaluation mode."
     learning = [p for p in net.parameters() if p.requires_grad]
     opt = torch.optim.SGD(learning, 1., .9, weight_decay=weight_decay)
-    if start[1]: put_back(net, (opt,), start[1])
-    per, batches = len(steps(torch.arange(len(images)), batch_size)), None
+    if start[1]: load_state(net, (opt,), start[1])
+    per, parts = len(batches(torch.arange(len(images)), batch_size)), None
     net.train(); net.features.eval()                                    # dropout on, batch norm off
     with torch.random.fork_rng():
         for step in range(start[0], n):
             epoch, i = divmod(step, per)
-            if batches is None or i == 0:
-                batches = steps(torch.randperm(len(images), generator=generator(seed, 'voc order', epoch)),
-                                batch_size)
-            g, idx = generator(seed, 'voc step', step), batches[i]
+            if parts is None or i == 0:
+                order = torch.randperm(len(images), generator=generator(seed, 'voc order', epoch))
+                parts = batches(order, batch_size)
+            g, idx = generator(seed, 'voc step', step), parts[i]
             torch.manual_seed(g.initial_seed())
             x = normalize(random_resized_crop(to_device(images.batch(idx), device), size, g, SCALE, (1., 1.)))
             with autocast(precision, device): logits = net(x.contiguous(memory_format=torch.channels_last))
@@ -322,7 +323,7 @@ def finetune(net, images:PackedImages, # from transfer_net; labels (N, C) of −
             opt.zero_grad(); loss.backward()
             nn.utils.clip_grad_norm_(learning, clip)
             opt.step()
-            if after: after(step + 1, n, lambda: learnt(net, (opt,)))
+            if after: after(step + 1, n, lambda: state_tensors(net, (opt,)))
     return net.eval()
 
 # %% ../nbs/11_voc.ipynb #86db36f1

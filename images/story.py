@@ -13,7 +13,8 @@ from deepcluster_nb.model import convnet
 from deepcluster_nb.pictures import STYLE, nearest_rows
 from deepcluster_nb.sampling import uniform_sample
 from deepcluster_nb.sobel import Sobel, normalize
-from deepcluster_nb.training import Config, cluster, fit, resolve
+from deepcluster_nb.fit import Config, fit, resolve
+from deepcluster_nb.fast.training import cluster
 
 HERE = Path(__file__).parent
 CONFIG = Config(arch='alexnet_small', size=32, k=12, pca=32, epochs=8, batch_size=64, min_scale=.3,

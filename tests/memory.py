@@ -4,24 +4,25 @@ Each N is a process of its own: one epoch of a small network on N made images of
 in a memory-mapped file. The slope is held against 4 bytes × d, what the points of k-means take,
 and 2 bytes × D, what the features would take in half precision (4 × D in single)."""
 import argparse, json, subprocess, sys, tempfile
+from dataclasses import replace
 from pathlib import Path
 
 def one(n, folder): # resident bytes before, and the peaks of the two phases
     import torch
-    from deepcluster_nb import training
+    from deepcluster_nb import fit as whole
     from deepcluster_nb.data import PackedImages
     torch.set_num_threads(2)
     images = PackedImages.load(folder/f'{n}.safetensors')
     status = lambda key: (
         int(next(l for l in open('/proc/self/status') if l.startswith(key)).split()[1]) * 1024)
-    start, cluster, peaks = status('VmRSS'), training.cluster, []
+    start, parts, peaks = status('VmRSS'), whole.PARTS['fast'], []
     def note(): # the peak since the last note
         peaks.append(status('VmHWM')); Path('/proc/self/clear_refs').write_text('5')
     def watched(*args, **kwargs):
-        note(); res = cluster(*args, **kwargs); note()
+        note(); res = parts.cluster(*args, **kwargs); note()
         return res
-    training.cluster = watched
-    run = training.fit(training.Config(size=32, k=50, pca=256, epochs=1, passes=1, batch_size=64,
+    whole.PARTS['fast'] = replace(parts, cluster=watched)
+    run = whole.fit(whole.Config(size=32, k=50, pca=256, epochs=1, passes=1, batch_size=64,
                                        run_dir=str(folder/f'run{n}')),
                        images, echo=None)
     return dict(n=n, start=start, clustering=max(peaks[1], peaks[3]), training=peaks[2], file=n * 16 * 16,

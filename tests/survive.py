@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from deepcluster_nb.runs import load_checkpoint
-from deepcluster_nb.training import Config, fit
+from deepcluster_nb.fit import Config, fit
 
 SMALL = Config(dataset='digits', n_images=160, k=8, pca=16, epochs=2, passes=1, batch_size=40,
                precision='float32', device='cpu', checkpoint_minutes=0.)

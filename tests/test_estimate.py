@@ -6,7 +6,7 @@ from deepcluster_nb.data import generator
 from deepcluster_nb.estimate import Estimate, estimate, kept_bytes, long, material, sample, sample_clustering
 from deepcluster_nb.experiments import main
 from deepcluster_nb.runs import amount
-from deepcluster_nb.training import Config, resolve
+from deepcluster_nb.fit import Config, resolve
 
 KINDS = dict(features=[2., 3., 4.], pca=[.1, .1], axes=[5.], kmeans=[1.], training=[6., 8.], books=[.01],
              saving=[1e-3], probe=[.5], pair=[.002])

@@ -5,7 +5,7 @@ from importlib import import_module
 from pathlib import Path
 import pytest, yaml
 from deepcluster_nb.experiments import main
-from deepcluster_nb.training import Config, resolve
+from deepcluster_nb.fit import Config, resolve
 
 ROOT = Path(__file__).parent.parent
 NBS, PAGE = ROOT/'nbs', ROOT/'nbs'/'23_coverage.ipynb'

@@ -8,16 +8,20 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from deepcluster_nb import augment, features, probes, training
-from deepcluster_nb.fast import feeding
+from deepcluster_nb import augment, features, probes
+from deepcluster_nb.fast import feeding, training
 from deepcluster_nb.augment import (center_crop, crop_batch, crop_boxes, crop_ragged, image_sizes,
                                     random_resized_crop, resample)
 from deepcluster_nb.data import PackedImages, generator, load_images
 from deepcluster_nb.clustering import nmi
 from deepcluster_nb.features import feature_batches
 from deepcluster_nb.fast.feeding import Ragged, pick_batch, resident
+from deepcluster_nb.model import convnet
+from deepcluster_nb.sampling import loss_weights
 from deepcluster_nb.sobel import network_input
-from deepcluster_nb.training import Config, fit, sgd, train_epoch, trunk_parameters
+from deepcluster_nb.fit import PARTS, Config, fit
+from deepcluster_nb.training import sgd, trunk_parameters
+from deepcluster_nb.fast.training import train_epoch
 
 class FakeGPU(TorchDispatchMode):
     ("A device 'cuda' that takes every order. Counts the numbers that Python asks it for, "
@@ -69,7 +73,7 @@ def there(ragged, channels=3, n=24): # images in the fake GPU's memory
     return images
 
 def network_there(sobel=True):
-    with torch.device('cuda'): net = training.convnet('alexnet_small', 5, sobel, .5)
+    with torch.device('cuda'): net = convnet('alexnet_small', 5, sobel, .5)
     assert net.top_layer.weight.is_cuda
     return net
 
@@ -82,11 +86,12 @@ def test_training_asks_for_nothing_between_two_looks(gpu, monkeypatch, ragged, s
     def backward(loss):
         for p in net.parameters(): p.grad = torch.empty_like(p) if p.requires_grad else None
     monkeypatch.setattr(Tensor, 'backward', backward)
-    monkeypatch.setitem(training.LOOK, 'cuda', 4)
+    monkeypatch.setitem(training.CHECK_EVERY, 'cuda', 4)
     gpu.numbers = gpu.copies = 0
-    seen = []
-    train_epoch(net, images, torch.arange(40) % len(images), torch.arange(len(images)) % 5, opts, c, 0,
-                lambda done, n, total, sound: seen.append((gpu.numbers, gpu.copies)))
+    seen, labels = [], torch.arange(len(images)) % 5
+    train_epoch(net, images, torch.arange(40) % len(images), labels, opts, c, 0,
+                loss_weights(labels, 5) if sampler == 'weighted' else None,
+                lambda done, n, total, check: seen.append((gpu.numbers, gpu.copies)))
     assert gpu.convolved == {getattr(torch, precision)}
     looked = [1, 1, 1, 1, 2, 2, 2, 2, 3, 4]                             # at steps 0, 4 and 8, and at the last
     start = seen[0][1]
@@ -135,7 +140,7 @@ def test_features_and_pca_ask_once(gpu, marks, monkeypatch, ragged, sobel, preci
         def cpu(self): assert self.x.is_cuda and self.x.shape == (1100, 4); return self
     monkeypatch.setitem(training.CLUSTERERS, 'kmeans', clusterer)
     monkeypatch.setattr(features, 'free_there', lambda device: 2**40)
-    training.cluster(net, images, Config(pca=4, device='cuda', precision=precision), 0,
+    training.cluster(net, images, Config(pca=4, device='cuda', precision=precision), 0, None,
                      lambda done, n: seen.append((gpu.numbers, gpu.copies)))
     *batches, (numbers, copies) = seen
     assert gpu.convolved == {getattr(torch, precision)}
@@ -207,7 +212,8 @@ def test_a_resident_run_is_the_same_run(monkeypatch, ragged): # the way of a GPU
                               [(3, 32 - i % 3, 32) for i in range(60)], images.labels, images.classes)
     c = Config(arch='alexnet_small', k=5, pca=8, epochs=1, passes=1, batch_size=16, precision='float32')
     plain = fit(c, images, echo=None)
-    monkeypatch.setattr(training, 'resident', lambda images, device: resident(images, device, room=10**6))
+    on_gpu = replace(PARTS['fast'], place=lambda images, device: resident(images, device, room=10**6))
+    monkeypatch.setitem(PARTS, 'fast', on_gpu)
     for module in (training, features):
         monkeypatch.setattr(module, 'fetch_ahead', lambda images, batches, device:
                             ((idx, pick_batch(images, idx)) for idx in batches))

@@ -84,7 +84,7 @@ def test_guides_define_nothing_and_lead_to_the_chapters(name):
 def test_train_takes_the_names_of_config():
     from dataclasses import asdict
     from deepcluster_nb.experiments import experiments_folder, parameters
-    from deepcluster_nb.training import Config
+    from deepcluster_nb.fit import Config
     assert parameters(experiments_folder()/'train.ipynb') == asdict(Config())
 
 @pytest.mark.parametrize('preset', sorted((ROOT/'nbs'/'experiments'/'presets').glob('*.yaml')),

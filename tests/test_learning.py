@@ -2,7 +2,7 @@
  "The measured gains are in the README.")
 from deepcluster_nb.model import convnet
 from deepcluster_nb.probes import evaluate, held_out
-from deepcluster_nb.training import Config, fit
+from deepcluster_nb.fit import Config, fit
 
 def gains(config): # (conv3, conv4, conv5, kNN) in points over the same network with random weights
     run = fit(config, echo=None)

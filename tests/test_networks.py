@@ -7,7 +7,8 @@ from deepcluster_nb.data import generator, load_images
 from deepcluster_nb.experiments import experiments_folder, gather
 from deepcluster_nb.model import ARCHS, SIZES, calibrate_bn, convnet, reset_top_layer
 from deepcluster_nb.probes import conv_activations, pool_activation, probe_features
-from deepcluster_nb.training import Config, fit, load_run, predict, resolve, trunk_parameters
+from deepcluster_nb.fit import Config, fit, load_run, predict, resolve
+from deepcluster_nb.training import trunk_parameters
 
 DIMS  = dict(alexnet=4096, alexnet_small=1024, vgg16=4096, resnet18=512, resnet50=2048)
 CONVS = dict(alexnet=5, alexnet_small=5, vgg16=13, resnet18=5, resnet50=5)

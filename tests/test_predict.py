@@ -4,7 +4,7 @@ import numpy as np, pytest
 from PIL import Image
 from deepcluster_nb.data import load_images
 from deepcluster_nb.experiments import predict_folder
-from deepcluster_nb.training import Config, fit, load_run, predict
+from deepcluster_nb.fit import Config, fit, load_run, predict
 
 def command(*args, cwd): # → (exit status, stdout, stderr)
     p = subprocess.run([sys.executable,

@@ -19,7 +19,7 @@ from deepcluster_nb.probes import (Heads, ProbeConfig, cluster_measures, conv_ac
                                    supervised, train_probes)
 from deepcluster_nb.runs import load_checkpoint
 from deepcluster_nb.sobel import normalize
-from deepcluster_nb.training import Config
+from deepcluster_nb.fit import Config
 
 QUICK = resolve_probe(ProbeConfig(size=32, epochs=3, batch_size=16, lr=.1, weight_decay=.01,
                                   layers='conv2 conv5', device='cpu', precision='float32'))
@@ -246,7 +246,7 @@ def pairs(**more): return [x for k,v in (TINY | more).items() for x in ('-p', f'
 
 @pytest.fixture(scope='module')
 def run_of_train(tmp_path_factory):
-    from deepcluster_nb.training import fit
+    from deepcluster_nb.fit import fit
     where = tmp_path_factory.mktemp('train')/'r'
     fit(Config(n_images=40, k=4, pca=8, epochs=1, passes=1, batch_size=16, device='cpu', precision='float32',
                threads=1, run_dir=str(where)),

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from deepcluster_nb.data import generator
 from deepcluster_nb.model import convnet
 from deepcluster_nb.released import file_sha256, load_released, load_weights, read_converted
-from deepcluster_nb.training import Config, fit
+from deepcluster_nb.fit import Config, fit
 
 # position, stride, padding, pool behind
 CONVS = dict(alexnet=[(0, 4, 2, (3, 2)), (4, 1, 2, (3, 2)), (8, 1, 1, None), (11, 1, 1, None),

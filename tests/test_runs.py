@@ -7,7 +7,7 @@ from deepcluster_nb import training
 from deepcluster_nb.data import PackedImages, load_images
 from deepcluster_nb.runs import load_checkpoint
 from survive import sha256
-from deepcluster_nb.training import Config, fit, load_run, predict, resolve
+from deepcluster_nb.fit import Config, fit, load_run, predict, resolve
 
 TINY = Config(dataset='digits', n_images=200, k=10, pca=16, epochs=3, passes=1, batch_size=50,
               precision='float32', device='cpu')
@@ -47,7 +47,7 @@ def test_global_random_state_does_not_matter_and_is_not_touched(finished, tmp_pa
 def test_killed_and_continued_ends_in_the_same_sha256(finished, tmp_path, wait_for):
     config = replace(TINY, run_dir=str(tmp_path/'k'))
     code = (f"import torch; torch.set_num_threads({torch.get_num_threads()}); "
-            f"from deepcluster_nb.training import *; fit(Config(**{asdict(config)!r}), echo=None)")
+            f"from deepcluster_nb.fit import *; fit(Config(**{asdict(config)!r}), echo=None)")
     p = subprocess.Popen([sys.executable, '-c', code])
     end = time.time() + 120
     while not list((tmp_path/'k').glob(wait_for)) and p.poll() is None and time.time() < end: time.sleep(.002)
@@ -109,7 +109,7 @@ def test_no_cuda(tmp_path):
         fit(replace(TINY, device='cuda', run_dir=str(tmp_path/'r')))
 
 def test_precision_that_the_device_lacks(tmp_path, monkeypatch):
-    monkeypatch.setattr('deepcluster_nb.training.has_bfloat16', lambda device: False)
+    monkeypatch.setattr('deepcluster_nb.fit.has_bfloat16', lambda device: False)
     with pytest.raises(ValueError, match="precision: expected 'float32' or 'auto', .* no bfloat16"):
         fit(replace(TINY, precision='bfloat16', run_dir=str(tmp_path/'r')))
     assert resolve(replace(TINY, precision='auto')).precision == 'float32' and not (tmp_path/'r').exists()
@@ -166,7 +166,8 @@ def test_a_last_batch_of_one_image(tmp_path):
 
 def test_reading_ahead_changes_nothing(monkeypatch): # as for a GPU, but on the CPU
     from functools import partial
-    from deepcluster_nb import features, training
+    from deepcluster_nb import features
+    from deepcluster_nb.fast import training
     config = Config(n_images=120, k=5, pca=8, epochs=1, passes=1, batch_size=40, precision='float32',
                     device='cpu')
     plain = fit(config, echo=None)

@@ -120,7 +120,7 @@ def test_a_folder_that_may_not_be_opened_is_said(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings('ignore:passed over')
 def test_runs_inside_the_data_never_see_each_other(tmp_path):
-    from deepcluster_nb.training import Config, fit
+    from deepcluster_nb.fit import Config, fit
     for i in range(12): picture(tmp_path/'p'/'ab'[i % 2]/f'{i:02}.png', i, (32, 32))
     def paths(run_dir):
         fit(Config(dataset='folder', root=str(tmp_path/'p'), k=3, pca=4, epochs=1, passes=1, batch_size=4,
@@ -306,7 +306,7 @@ def photographs(folder, n=24): # half of them stored lying, with a note to turn 
 @pytest.mark.parametrize('packed', [False, True])
 def test_predict_reads_new_images_as_the_run_read_its_own(tmp_path, packed):
     from deepcluster_nb.experiments import predict_folder
-    from deepcluster_nb.training import Config, fit
+    from deepcluster_nb.fit import Config, fit
     photographs(tmp_path/'photos')
     root = tmp_path/'photos'
     if packed:
@@ -320,7 +320,7 @@ def test_predict_reads_new_images_as_the_run_read_its_own(tmp_path, packed):
     assert broken == [] and [c for _, c in rows] == run.clustering.assign.tolist()
 
 def test_how_a_folder_was_read_is_echoed(tmp_path):
-    from deepcluster_nb.training import Config, fit
+    from deepcluster_nb.fit import Config, fit
     photographs(tmp_path/'photos')
     (tmp_path/'photos'/'notes.txt').write_text('x')
     (tmp_path/'photos'/'film.mp4').write_text('x')

@@ -14,7 +14,7 @@ from deepcluster_nb.features import compute_features, pieces
 from deepcluster_nb.fast.feeding import Ragged, pick_batch
 from deepcluster_nb.model import convnet
 from deepcluster_nb.sobel import network_input, to_grey
-from deepcluster_nb.training import Config, fit, load_run, predict
+from deepcluster_nb.fit import Config, fit, load_run, predict
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -22,7 +22,7 @@ MOST = 1.5e9                    # bytes above the import
 
 def rise(code, *args): # bytes
     begin = ('import sys, torch\n'
-             'from deepcluster_nb import experiments, training\n'
+             'from deepcluster_nb import experiments, fit as training\n'
              'from deepcluster_nb.data import PackedImages, load_images\n'
              'def peak(): return 1024 * int(next(l for l in open("/proc/self/status") '
              'if l.startswith("VmHWM")).split()[1])\n'

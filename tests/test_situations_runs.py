@@ -14,7 +14,7 @@ from deepcluster_nb.experiments import (experiments_folder, find_runs, gather, k
 from deepcluster_nb.pictures import in_markdown, readable
 from deepcluster_nb.probes import measurable
 from deepcluster_nb.runs import Hold, RunFolder, held_by, same_data
-from deepcluster_nb.training import Config, fit, resolve
+from deepcluster_nb.fit import Config, fit, resolve
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 ROOT = Path(__file__).parent.parent
@@ -451,9 +451,9 @@ def test_a_stop_says_what_is_kept(trained, tmp_path):
     assert kept(tmp_path/'choices').startswith('what was finished is kept in')
 
 def test_pic_needs_no_import_and_ascii_alone_ends_no_training(tmp_path):
-    code = ("import sys; from deepcluster_nb.training import CLUSTERERS, LATER, Config, fit, load_run; "
+    code = ("import sys; from deepcluster_nb.fit import Config, fit, load_run; "
             "fit(Config(clusterer='pic', n_images=60, pca=8, epochs=1, passes=1, run_dir=sys.argv[1])); "
-            "assert sys.modules.pop('deepcluster_nb.pic'); [CLUSTERERS.pop(name) for name in LATER]; "
+            "assert sys.modules.pop('deepcluster_nb.pic'); "
             "print(load_run(sys.argv[1]).config.clusterer)")
     p = subprocess.run([sys.executable, '-c', code, tmp_path/'r'], capture_output=True, text=True,
                        env=dict(os.environ, PYTHONIOENCODING='ascii'))

@@ -7,7 +7,7 @@ from deepcluster_nb.data import generator, load_images
 from deepcluster_nb.features import autocast
 from deepcluster_nb.model import convnet
 from deepcluster_nb.fast.small_maps import AdaptiveMaxPool2d, Conv2d, PatchGradient
-from deepcluster_nb.training import Config, fit
+from deepcluster_nb.fit import Config, fit
 
 def rand(*shape, scale=1., dtype=torch.float32):
     return (scale * torch.randn(*shape, generator=generator(0, 'rand', *shape))).to(dtype)

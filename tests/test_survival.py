@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest, torch
 from deepcluster_nb import features, runs
 from deepcluster_nb.runs import load_checkpoint, save_checkpoint
-from deepcluster_nb.training import fit, space
+from deepcluster_nb.fit import fit
+from deepcluster_nb.fit import disk_space
 from survive import SMALL, sha256
 
 @pytest.fixture(scope='module')
@@ -69,7 +70,7 @@ def test_a_pickle_in_a_checkpoints_place_is_not_executed(two_checkpoints, tmp_pa
 
 def start(config, more='pass'): # in a process of its own
     code = (f"import torch; torch.set_num_threads({torch.get_num_threads()}); "
-            f"from deepcluster_nb.training import *; {more}; fit(Config(**{asdict(config)!r}), echo=None)")
+            f"from deepcluster_nb.fit import *; {more}; fit(Config(**{asdict(config)!r}), echo=None)")
     return subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True)
 
 def wait_for(run_dir, pattern, p, seconds=60):
@@ -92,8 +93,8 @@ def test_signals_save_and_end(tmp_path, whole, number):
 
 def test_the_second_start_is_told_who_holds_the_run(tmp_path, whole):
     config = replace(SMALL, epochs=1, run_dir=str(tmp_path/'r'))
-    p = start(config, "import deepcluster_nb.training as t, time; slow = t.train_epoch; "
-                      "t.train_epoch = lambda *a, **k: (time.sleep(30), slow(*a, **k))[1]")
+    p = start(config, "import deepcluster_nb.fit as f, time; parts = f.PARTS['fast']; slow = parts.train_epoch; "
+                      "parts.train_epoch = lambda *a, **k: (time.sleep(30), slow(*a, **k))[1]")
     try:
         wait_for(tmp_path/'r', 'assignments/epoch_000.npy', p)
         with pytest.raises(ValueError, match=rf"run_dir: .* is in use by process {p.pid} on .* since 20\d\d"):
@@ -132,7 +133,7 @@ def test_no_run_takes_more_room_than_it_asked_for(tmp_path, monkeypatch):
         rename(new, old)
     monkeypatch.setattr(runs.os, 'replace', measured)
     run = fit(config, echo=None)
-    size, more = space(run.net, run.config, len(run.images))
+    size, more = disk_space(run.net, run.config, len(run.images))
     assert 3.9*size < max(most) <= 4*size + more
 
 def test_a_full_disk_under_the_features(tmp_path, monkeypatch, whole):
@@ -141,7 +142,7 @@ def test_a_full_disk_under_the_features(tmp_path, monkeypatch, whole):
         def write(self, data): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         def close(self): pass
     monkeypatch.setattr(features.tempfile, 'TemporaryFile', lambda dir: Full())
-    monkeypatch.setattr('deepcluster_nb.training.HalfFeatures',
+    monkeypatch.setattr('deepcluster_nb.fast.training.HalfFeatures',
                         lambda n, folder: features.HalfFeatures(n, folder, room=0))
     with pytest.raises(OSError, match='run_dir: the disk of .* is full; what was saved is whole'):
         fit(config, echo=None)
@@ -152,7 +153,7 @@ def test_a_full_disk_under_the_features(tmp_path, monkeypatch, whole):
 @pytest.mark.parametrize('spoil', ['loss', 'gradient'])
 def test_not_a_number_stops_before_the_update(tmp_path, monkeypatch, spoil):
     config = replace(SMALL, run_dir=str(tmp_path/'r'))
-    from deepcluster_nb import training
+    from deepcluster_nb.fast import training
     calls, cross_entropy = [], training.F.cross_entropy
     class Spoilt(torch.autograd.Function):
         @staticmethod
@@ -173,15 +174,15 @@ def test_not_a_number_stops_before_the_update(tmp_path, monkeypatch, spoil):
 
 def test_between_two_looks_nothing_is_updated_or_saved(tmp_path, monkeypatch):
     "As on a GPU, which is asked only now and then: the bad step is the second of four."
-    from deepcluster_nb import training
-    not_finite, calls = training.not_finite, []
+    from deepcluster_nb.fast import training
+    flag, calls = training.nonfinite_flag, []
     def second_is_bad(loss, params):
         params = list(params)
         calls.append([p.detach().clone() for p in params])
-        return not_finite(loss, params) + (len(calls) == 2)
-    monkeypatch.setattr(training, 'not_finite', second_is_bad)
+        return flag(loss, params) + (len(calls) == 2)
+    monkeypatch.setattr(training, 'nonfinite_flag', second_is_bad)
     config = replace(SMALL, epochs=1, checkpoint_minutes=1e6, run_dir=str(tmp_path/'seldom'))
-    monkeypatch.setitem(training.LOOK, 'cpu', 50)
+    monkeypatch.setitem(training.CHECK_EVERY, 'cpu', 50)
     with pytest.raises(FloatingPointError, match='epoch 0, step 1, images'): fit(config, echo=None)
     assert (len(calls) == 4 and all(torch.equal(a, b) for a,b in zip(calls[1], calls[3]))
             and not all(torch.equal(a, b) for a,b in zip(calls[0], calls[1])))

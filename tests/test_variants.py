@@ -4,14 +4,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 import numpy as np, pytest, torch, yaml
 from torch import nn
-import deepcluster_nb.pic                     # adds its clusterers
-from deepcluster_nb import training
+from deepcluster_nb.fast import training as fast
+from deepcluster_nb.fit import PARTS
+from deepcluster_nb.switches import new_head
 from deepcluster_nb.augment import center_crop
 from deepcluster_nb.data import PackedImages, load_images
 from deepcluster_nb.model import ARCHS, SIZES, calibrate_bn, conv_stack, convnet
 from deepcluster_nb.runs import load_checkpoint
 from deepcluster_nb.sobel import Sobel, normalize
-from deepcluster_nb.training import Config, fit, load_run, network, optimizers, predict, resolve
+from deepcluster_nb.fit import Config, fit, load_run, network, optimizers, predict, resolve
 from survive import sha256
 
 def tiny(planes, dropout): # (features, classifier): a network that trains in no time
@@ -30,7 +31,7 @@ TINY = Config(dataset='digits', arch='tiny', n_images=120, k=6, pca=8, epochs=2,
 NEW = 'lr_schedule', 'border', 'relu', 'calibrate', 'head', 'head_momentum', 'clusterer'
 
 def seen(monkeypatch, config): # what every epoch of training begins with, its learning rates, and the Run
-    epochs, rates, train, step = [], [], training.train_epoch, torch.optim.SGD.step
+    epochs, rates, train, step = [], [], fast.train_epoch, torch.optim.SGD.step
     def spy(net, images, idx, assign, opts, *args):
         epochs.append(dict(start={n: t.clone() for n,t in net.state_dict().items()}, idx=idx, assign=assign,
                            momentum=[o.defaults['momentum'] for o in opts], opts=opts,
@@ -43,7 +44,8 @@ def seen(monkeypatch, config): # what every epoch of training begins with, its l
         rates.append(self.param_groups[0]['lr'])
         return step(self, *args, **kwargs)
     with monkeypatch.context() as m:
-        m.setattr(training, 'train_epoch', spy); m.setattr(torch.optim.SGD, 'step', note)
+        m.setitem(PARTS, 'fast', replace(PARTS['fast'], train_epoch=spy))
+        m.setattr(torch.optim.SGD, 'step', note)
         run = fit(config, echo=None)
     return epochs, rates, run
 
@@ -90,9 +92,9 @@ def test_head_momentum(monkeypatch, base):
 def test_a_head_from_centroids_knows_its_clusters(arch, relu):
     c = resolve(replace(TINY, arch=arch, head='centroids', relu=relu))
     images, net = load_images('digits', n_images=120), network(c)
-    clustering, pca, _ = training.cluster(net, images, c, 0)
+    clustering, pca = fast.cluster(net, images, c, 0)
     before = {n: t.clone() for n,t in net.state_dict().items()}
-    training.new_head(net, optimizers(net, c), clustering, pca, c, 1)
+    new_head(net, optimizers(net, c), clustering, pca, c, 1)
     assert {n[:9] for n in same(net.state_dict(), before)} == {'top_layer'}
     with torch.no_grad(): logits = net.eval()(normalize(center_crop(images.batch(torch.arange(120)), c.size)))
     right = float((logits.argmax(1) == clustering.assign).float().mean())

@@ -7,7 +7,7 @@ import pytest
 from deepcluster_nb import experiments
 from deepcluster_nb.experiments import dashboard, log_numbers, look_at, main, sparkline, watch, watch_figure
 from deepcluster_nb.runs import Guard, Progress, RunFolder
-from deepcluster_nb.training import Config, describe
+from deepcluster_nb.fit import Config, describe
 
 EPOCHS = 4
 
