@@ -12,7 +12,7 @@ from contextlib import suppress
 from itertools import pairwise
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_weights
 from .data import PackedImages
 from .feeding import fetch_ahead, free_there
 from .model import center_input
@@ -39,14 +39,18 @@ def return_memory():
 def fold_batchnorm(net          # in evaluation mode
                   )->nn.Module: # a copy
     "Fold batch norm into the layer before it, wherever one directly follows the other."
-    net = copy.deepcopy(net)
+    folded = {}                                          # what stands in the copy for a layer of that id
     for seq in [m for m in net.modules() if isinstance(m, nn.Sequential)]:
-        for (i,a),(j,b) in pairwise(list(seq.named_children())):
+        for a,b in pairwise(seq):
             if isinstance(b, nn.BatchNorm2d) and isinstance(a, nn.Conv2d): fused = fuse_conv_bn_eval(a, b)
-            elif isinstance(b, nn.BatchNorm1d) and isinstance(a, nn.Linear): fused = fuse_linear_bn_eval(a, b)
+            elif isinstance(b, nn.BatchNorm1d) and isinstance(a, nn.Linear):
+                fused = nn.Linear(a.in_features, a.out_features, device='meta') # one copy of a large matrix
+                fused.weight, fused.bias = fuse_linear_bn_weights(a.weight, a.bias, b.running_mean,
+                                                                  b.running_var, b.eps, b.weight, b.bias)
+                fused.eval()
             else: continue
-            setattr(seq, i, fused); setattr(seq, j, nn.Identity())
-    return net
+            folded[id(a)], folded[id(b)] = fused, nn.Identity()
+    return copy.deepcopy(net, folded)
 
 # %% ../nbs/04_features.ipynb #02d80b1e
 def autocast(precision:str,   # 'float32' or 'bfloat16'
