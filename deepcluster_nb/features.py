@@ -73,7 +73,6 @@ def pieces(nbytes,            # of each image, in their order
         else: out.append(1); held = b
     return out
 
-# %% ../nbs/04_features.ipynb #9d7ce5aa
 def at_once(net, x:Tensor,  # with an embed method; (B, C, H, W) of its input
             room:float=None # bytes that activations may take; 80 % of what is free where x is
            )->int:          # at least 1
@@ -87,6 +86,7 @@ def at_once(net, x:Tensor,  # with an embed method; (B, C, H, W) of its input
     while n > 1 and n*max(held) > room: n = -(-n // 2)
     return n
 
+# %% ../nbs/04_features.ipynb #9d7ce5aa
 @torch.no_grad()
 def feature_batches(net,                    # with an embed method: (B, 3, H, W) → (B, D)
                     images:PackedImages,    # all N of them
