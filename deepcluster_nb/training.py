@@ -220,6 +220,10 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int,
         for step,(b,x) in enumerate(fetch_ahead(images, batches[first:], device), first):
             g = generator(config.seed, 'step', epoch, step)
             torch.manual_seed(g.initial_seed())
+            for o in opts:      # the last gradients make room before the next activations need it
+                o.zero_grad()
+                o.param_groups[0]['lr'] = (o.defaults['lr']
+                                           * SCHEDULES[config.lr_schedule](step / len(batches)))
             x = network_input(x, lambda im: random_resized_crop(im, config.size, g, (config.min_scale, 1.)),
                               net.sobel is not None)
             with autocast(config.precision, device):
@@ -227,10 +231,6 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int,
             y = to_device(assign[b], device)
             loss = (F.cross_entropy(logits.float(), y) if weights is None else
                     (F.cross_entropy(logits.float(), y, reduction='none') * weights[y]).mean())
-            for o in opts:
-                o.zero_grad()
-                o.param_groups[0]['lr'] = (o.defaults['lr']
-                                           * SCHEDULES[config.lr_schedule](step / len(batches)))
             loss.backward()
             # counts the steps since the first bad one
             bad += (bad + not_finite(loss, net.parameters())).clamp_max(1)
@@ -461,6 +461,8 @@ def fit(config:Config,  # what to do
                 after('training', done, n, lambda: (sound(), save(epoch, done, total=total)))
             record['loss'] = train_epoch(net, near, idx, clustering.assign, opts, c, epoch, each, step, total)
             step, total = 0, 0.
+            for o in opts: o.zero_grad()                   # memory for the next clustering
+            return_memory()
             log.append(record)
             if folder: folder.append(record); guard(lambda: save(epoch + 1), due=True)
             if echo: echo(describe(record, c.epochs))
