@@ -94,17 +94,30 @@ def crop_taps(images,       # (B, C, H, W), or a list of (C, H, W) or Views, whi
                        image_sizes(images).flip(1).T.flatten(), size, flips)
     (px, py), (wx, wy) = (t.chunk(2) for t in taps)
     if isinstance(images, Tensor): return both_ways(images, px, wx, py, wy)
-    return torch.cat([both_ways(im[None], *t)
-                      for im,*t in zip(images, *(t.split(1) for t in (px, wx, py, wy)))])
+    whole, then = (images.images, images.then) if isinstance(images, Views) else (images, None)
+    crops = None
+    for i,(im,*t) in enumerate(zip(whole, *(t.split(1) for t in (px, wx, py, wy)))):
+        crop = both_ways(im[None], *t, then)
+        # one block for all: small ones between large temporaries would leave holes that none fits in
+        if crops is None: crops = crop.new_empty(len(images), *crop.shape[1:])
+        crops[i] = crop[0]
+    return crops
 
 def both_ways(images:Tensor, # (B, C, H, W)
-              px, wx, py, wy # pixels and weights of resize_taps, across and down
-             )->Tensor:      # (B, C, size, size)
+              px, wx, py, wy, # pixels and weights of resize_taps, across and down
+              then=None,     # what becomes of pixels first: (B, C, h, w) → (B, c, h, w)
+              room:int=2**18, # pixels of a plane that are floats at a time
+             )->Tensor:      # (B, c, size, size)
     "Resample a batch with its taps, first down the columns, then along the rows."
-    B, C, H, W = images.shape
-    x = weigh_rows(images.transpose(1, 2).flatten(2).float(), py, wy)                         # (B, size, C·W)
+    B, _, H, W = images.shape
+    def down(x): # (B, C, H, w) → (B, size, c, w)
+        x = (then(x) if then else x).transpose(1, 2)
+        return weigh_rows(x.flatten(2).float(), py, wy).view(B, -1, *x.shape[2:])
+    # a large plane in strips of its columns
+    x = down(images) if H*W <= room else torch.cat([down(s) for s in images.split(max(1, room // H), 3)], 3)
+    C = x.shape[2]
     # (B, size, C·size), columns first
-    x = weigh_rows(x.view(B, -1, C, W).permute(0, 3, 2, 1).flatten(2), px, wx)
+    x = weigh_rows(x.permute(0, 3, 2, 1).flatten(2), px, wx)
     return x.view(B, x.shape[1], C, -1).permute(0, 2, 3, 1)
 
 # %% ../nbs/01_augment.ipynb #9138e651

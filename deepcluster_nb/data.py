@@ -21,7 +21,6 @@ import numpy as np, torch
 from torch import Tensor
 from PIL import Image, ImageFile
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 # %% ../nbs/00_data.ipynb #9e76b303
@@ -98,13 +97,26 @@ class PackedImages:
     def save(self, path):
         ("Write one safetensors file that `load` can memory-map: "
          "first under another name, so that `path` is whole or absent.")
-        as_bytes = torch.frombuffer(bytearray(json.dumps(self.paths), 'utf8'), dtype=torch.uint8)
-        tensors = dict(pixels=torch.cat([im.reshape(-1) for im in self]), shapes=self.shapes.contiguous(),
-                       paths=as_bytes)
-        if self.labels is not None: tensors['labels'] = self.labels.contiguous()
-        save_file(tensors, f'{path}.tmp',
-                  metadata=dict(classes=json.dumps(self.classes),
-                                packing=json.dumps(self.recipe and dict(self.recipe, center=None))))
+        if not len(self): raise ValueError("images: expected at least one to save, got none")
+        header, at = {'__metadata__': dict(classes=json.dumps(self.classes), packing=json.dumps(
+            self.recipe and dict(self.recipe, center=None)))}, 0
+        # int64 first: safetensors wants it at multiples of 8; pixels are written image by image
+        tables = dict(labels=self.labels, shapes=self.shapes) if self.labels is not None else dict(
+            shapes=self.shapes)
+        tables = {name: t.numpy().tobytes() for name,t in tables.items()}
+        tables['paths'] = json.dumps(self.paths).encode()
+        for name,size in [*((name, len(b)) for name,b in tables.items()),
+                          ('pixels', int(self.shapes.prod(1).sum()))]:
+            long = name in ('labels', 'shapes')
+            header[name] = dict(dtype='I64' if long else 'U8', data_offsets=[at, at + size],
+                                shape=list(getattr(self, name).shape) if long else [size])
+            at += size
+        text = json.dumps(header).encode()
+        text = text.ljust(-(-len(text) // 8) * 8)
+        with open(f'{path}.tmp', 'wb') as f:
+            f.write(len(text).to_bytes(8, 'little') + text)
+            for b in tables.values(): f.write(b)
+            for im in self: f.write(im.contiguous().cpu().numpy())
         os.replace(f'{path}.tmp', path)
 
     @classmethod

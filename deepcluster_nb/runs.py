@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FULL', 'SEEN', 'MEASURING', 'write_atomic', 'checksum', 'save_checkpoint', 'load_checkpoint', 'RunFolder',
-           'fingerprint', 'difference', 'other_images', 'same_data', 'Stopped', 'signals_to', 'signals_noted',
-           'in_notebook', 'held_by', 'taken', 'this_process', 'cell_runs', 'Hold', 'amount', 'Guard', 'duration',
-           'progress_line', 'say', 'Progress', 'training_curves']
+           'fingerprint', 'FileBytes', 'difference', 'other_images', 'same_data', 'Stopped', 'signals_to',
+           'signals_noted', 'in_notebook', 'held_by', 'taken', 'this_process', 'cell_runs', 'Hold', 'amount', 'Guard',
+           'duration', 'progress_line', 'say', 'Progress', 'training_curves']
 
 # %% ../nbs/17_runs.ipynb #72590e62
 import errno, hashlib, json, math, os, shutil, signal, socket, sys, threading, time, warnings, zlib
@@ -165,6 +165,14 @@ def fingerprint(images)->dict: # n; hexadecimal checksums of all paths, and of a
                 for i,(r,shape) in enumerate(zip(read.tolist(), images.shapes.numpy()))]
     return dict(n=len(images), recipe=images.recipe) | {name: np.array(v, dtype='<u4').tobytes().hex()
                                   for name,v in (('paths', paths), ('contents', contents))}
+
+class FileBytes:
+    "Files as a fingerprint takes them for images: their bytes, nothing decoded."
+    def __init__(self, files:dict): # name → path
+        self.paths, self.files, self.recipe = list(files), list(files.values()), {}
+        self.shapes = torch.tensor([[1, 1, Path(f).stat().st_size] for f in self.files])
+    def __len__(self): return len(self.files)
+    def __getitem__(self, i:int): return torch.from_numpy(np.fromfile(self.files[i], np.uint8))
 
 def difference(was:dict, now:dict, # fingerprints
                paths,              # of the images now

@@ -1,6 +1,6 @@
 ("Instance retrieval: regions, whitening, the judges' files, average precision with junk, "
  "and the experiment through the command.")
-import json
+import json, shutil
 from fractions import Fraction
 import numpy as np, pytest, torch
 from PIL import Image
@@ -257,6 +257,33 @@ def test_own_folder(tmp_path, city):
     m = json.loads((tmp_path/'run'/'metrics.json').read_text())
     assert (list(m['queries']['random']) == ['city0_000000.jpg']
             and set(m['mAP']) == {'random', 'random, calibrated', 'blind'})
+
+def test_a_run_goes_on_with_the_files_it_began_with(tmp_path, city, capsys):
+    shutil.copytree(city/'jpg', tmp_path/'a'); shutil.copytree(city/'jpg', tmp_path/'white')
+    names = sorted(p.name for p in (tmp_path/'a').iterdir())
+    asks = lambda *found: (tmp_path/'q.csv').write_text(f"query,positive\n{names[0]},{';'.join(found)}\n")
+    def again():
+        got = main(['run', 'retrieval', '--out', str(tmp_path/'run'), *TINY, '-p', 'data=folder',
+                    '-p', 'epochs=0', '-p', f"root={tmp_path/'a'}", '-p', f"queries={tmp_path/'q.csv'}",
+                    '-p', f"pca_root={tmp_path/'white'}"])
+        return got, capsys.readouterr().err.strip()
+    asks(names[1])
+    assert again()[0] == 0
+    kept = (tmp_path/'run'/'runs.json').read_bytes()
+    def refused(what, why):
+        got, err = again()
+        assert got != 0 and f"root: expected the {what} images" in err and why in err
+        assert len(err.splitlines()) == 1 and (tmp_path/'run'/'runs.json').read_bytes() == kept
+    asks(names[1], names[2])
+    refused('searched', "1 of 24 images have other contents, the first is 'q.csv'")
+    asks(names[1])
+    shutil.copy(tmp_path/'a'/names[2], tmp_path/'a'/names[3])
+    refused('searched', f"1 of 24 images have other contents, the first is '{names[3]}'")
+    shutil.copy(city/'jpg'/names[3], tmp_path/'a')
+    (tmp_path/'white'/names[1]).unlink()
+    refused('whitening', 'it had 23 images and now there are 22')
+    shutil.copy(city/'jpg'/names[1], tmp_path/'white')
+    assert again()[0] == 0
 
 def test_missing_city_is_one_line_and_leaves_nothing(tmp_path, capsys):
     assert main(['run', 'retrieval', '--preset', 'retrieval_oxford5k', '-p', f'root={tmp_path}',

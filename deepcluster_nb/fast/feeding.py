@@ -163,6 +163,7 @@ def fetch_ahead(images:PackedImages,  # what is read from
                 device,               # where the images go
                 ahead:int=None,       # batches fetched in advance; twice the threads for a GPU, 0 for a CPU
                 threads:int=None,     # that read; half of the cores, at most 8
+                room:int=2**31,       # bytes fetched in advance, but for one batch
                # iterator of (B,) numbers and uint8 images on the device,
                # in order: (B, C, H, W), a list, or on a GPU Ragged
                ):
@@ -183,14 +184,19 @@ def fetch_ahead(images:PackedImages,  # what is read from
     ahead = (0 if side is None else 2*threads) if ahead is None else ahead
     if not ahead: yield from ((idx, arrived(*fetch(idx))) for idx in batches); return
     with ThreadPoolExecutor(threads) as pool:
-        waiting = deque()
+        waiting, held = deque(), 0
         try:
             for idx in batches:
-                waiting.append((idx, pool.submit(fetch, idx)))
-                if len(waiting) > ahead: first, x = waiting.popleft(); yield first, arrived(*x.result())
-            while waiting: first, x = waiting.popleft(); yield first, arrived(*x.result())
+                nbytes = int(images.shapes[idx].prod(1).sum())
+                waiting.append((idx, nbytes, pool.submit(fetch, idx)))
+                held += nbytes
+                while len(waiting) > ahead or held > room and len(waiting) > 1:
+                    first, nbytes, x = waiting.popleft()
+                    held -= nbytes
+                    yield first, arrived(*x.result())
+            while waiting: first, _, x = waiting.popleft(); yield first, arrived(*x.result())
         finally:
-            for _,x in waiting: x.cancel()
+            for *_,x in waiting: x.cancel()
 
 # %% ../../nbs/fast/17_feeding.ipynb #aa4b0d22
 def compiled(net
