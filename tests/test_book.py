@@ -397,7 +397,7 @@ HOME = [source(c) for c in STORED['index.ipynb'].cells if c['cell_type'] == 'mar
 def test_home_page_begins_with_what_where_and_how():
     "What it is, the picture and the commands stand side by side (styles.css), the ladder below: one screen."
     first, ladder, *_ = '\n'.join(HOME).split('\n## ')
-    what, found, commands = re.split(r'<div class="(?:found|commands)">', first.split('<div class="what">')[1])
+    what, found, commands = re.split('<div class="(?:found|commands)">', first.split('<div class="what">')[1])
     assert 'images/found.png' in found and 'make demo' in commands and 'make test' in commands
     assert len(re.findall(r'\w+', re.sub(r'\(http[^)]*\)', '', what))) <= 80
     assert max(map(len, listings(commands)[0][0][1].splitlines())) <= 62      # half of the page's width
@@ -412,7 +412,8 @@ def test_a_phone_shows_whole_columns_of_the_picture():
     assert im.shape[0] == height and (im[:, width] > 250).all() and not (im[:, width - 5] > 250).all()
 
 def results(page, kind): # of all cells, one by one
-    return [''.join(o['data'][kind]) for c in page.cells for o in c.get('outputs', []) if kind in o.get('data', {})]
+    shown = [o.get('data', {}) for c in page.cells for o in c.get('outputs', [])]
+    return [''.join(data[kind]) for data in shown if kind in data]
 
 @pytest.mark.parametrize('name', [n for n in STORED if n[:2] in '02 05 08 09 16 19'.split()])
 def test_results_are_no_dictionaries(name): # but tables, words or numbers
@@ -420,8 +421,8 @@ def test_results_are_no_dictionaries(name): # but tables, words or numbers
 
 def test_tables_give_room_to_the_longest_column():
     for name, page in STORED.items():
-        texts = [source(c) for c in page.cells if c['cell_type'] == 'markdown'] + results(page, 'text/markdown')
-        for t in texts:
+        texts = [source(c) for c in page.cells if c['cell_type'] == 'markdown']
+        for t in texts + results(page, 'text/markdown'):
             tables = re.findall(r'^(\|.*\|)\n(\|[-:| ]+\|)\n((?:\|.*\|\n?)+)', prose(t), re.M)
             for head, dashes, body in tables:
                 lines = [head, *body.splitlines()]
