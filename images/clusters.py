@@ -31,33 +31,34 @@ def row_of(folder, paths, side=64, gap=4): # a strip of images, side by side
         strip[:, left:left + side] = tile
     return strip
 
-def save(fig, path):
-    fig.savefig(picture := io.BytesIO(), dpi=100, facecolor='white')
+def save(fig, path, dpi=100):
+    fig.savefig(picture := io.BytesIO(), dpi=dpi, facecolor='white')
     plt.close(fig)
     Image.open(picture).convert('RGB').quantize(256).save(path, optimize=True)
 
-def rows(fig, found, folder, cols, n, rect):
+def rows(fig, found, folder, n, rect, fontsize=9.5):
     "A cluster a line, n images of each; rect: left, bottom, width and height as shares of the figure."
     left, bottom, width, height = rect
-    grid = fig.add_gridspec(len(found)//cols, cols, left=left, bottom=bottom, right=left + width,
-                            top=bottom + height, wspace=.25, hspace=.1)
-    for i, (name, share, paths) in enumerate(found):
-        ax = fig.add_subplot(grid[i % (len(found)//cols), i // (len(found)//cols)])
+    grid = fig.add_gridspec(len(found), 1, left=left, bottom=bottom, right=left + width, top=bottom + height,
+                            hspace=.06)
+    for ax, (name, share, paths) in zip(grid.subplots().flat, found):
         ax.imshow(row_of(folder, paths[:n]), interpolation='antialiased')
         ax.set(xticks=[], yticks=[])
-        ax.set_ylabel(f'{name}\n{share:.0%}', rotation=0, ha='right', va='center', fontsize=9.5, color='.2')
+        ax.set_ylabel(f'{name}\n{share:.0%}', rotation=0, ha='right', va='center', fontsize=fontsize,
+                      linespacing=1, color='.2')
         for s in ax.spines.values(): s.set_visible(False)
 
 def main(run, folder):
     found = purest(run)
     with plt.style.context(STYLE):
-        fig = plt.figure(figsize=(9.6, 2.5))
-        rows(fig, found, folder, 2, 9, (.08, .01, .915, .98))
-        save(fig, HERE/'found.png')
+        # narrow, to stand beside the commands; a phone shows six columns of it, larger
+        fig = plt.figure(figsize=(3.8, 3.44))
+        rows(fig, found, folder, 9, (.184, 0, .816, 1), fontsize=7.5)
+        save(fig, HERE/'found.png', dpi=150)
         fig = plt.figure(figsize=(12, 6.3))
         for y, size, color, words in zip((.85, .77, .08), (44, 22, 17), ('#17497f', '.25', '.25'), TEXT):
             fig.text(.05, y, words, fontsize=size, color=color)
-        rows(fig, found[:6], folder, 1, 13, (.125, .15, .825, .56))
+        rows(fig, found[:6], folder, 13, (.125, .15, .825, .56))
         save(fig, HERE/'card.png')
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """What Quarto, a browser or a newcomer would stumble over, found without them: options that stop the build,
 boxes that don't close, links inside code, pale text, chapters out of order, notebooks without the kit."""
 import re
+import numpy as np
 import pytest, yaml
 from test_site import built, processed  # noqa: F401 (fixtures)
 from test_site import QUARTO, ROOT, SETTINGS, SITE, STORED
@@ -394,13 +395,34 @@ def test_no_two_pages_have_one_title():
 HOME = [source(c) for c in STORED['index.ipynb'].cells if c['cell_type'] == 'markdown']
 
 def test_home_page_begins_with_what_where_and_how():
-    what, commands, *_ = '\n'.join(HOME).split('\n## ')
-    assert 'images/found.png' in what and 'make demo' in commands and 'make test' in commands
-    assert len(re.findall(r'\w+', re.sub(r'\(http[^)]*\)', '', what))) <= 160
+    "What it is, the picture and the commands stand side by side (styles.css), the ladder below: one screen."
+    first, ladder, *_ = '\n'.join(HOME).split('\n## ')
+    what, found, commands = re.split('<div class="(?:found|commands)">', first.split('<div class="what">')[1])
+    assert 'images/found.png' in found and 'make demo' in commands and 'make test' in commands
+    assert len(re.findall(r'\w+', re.sub(r'\(http[^)]*\)', '', what))) <= 80
+    assert max(map(len, listings(commands)[0][0][1].splitlines())) <= 62      # half of the page's width
+    rungs = re.findall(r'^\| (\d.*)$', ladder, re.M)
+    assert ladder.startswith('The ladder\n') and len(rungs) == 5 and max(map(len, rungs)) <= 80
+    for part in ('what', 'found', 'commands'): assert f'.home > .{part} {{ grid-area: {part}; }}' in CSS
+
+def test_a_phone_shows_whole_columns_of_the_picture():
+    from PIL import Image
+    width, height = map(int, re.search(r'found img {[^}]*aspect-ratio: (\d+) / (\d+)', CSS).groups())
+    im = np.asarray(Image.open(ROOT/'images'/'found.png').convert('L'))
+    assert im.shape[0] == height and (im[:, width] > 250).all() and not (im[:, width - 5] > 250).all()
+
+def results(page, kind): # of all cells, one by one
+    shown = [o.get('data', {}) for c in page.cells for o in c.get('outputs', [])]
+    return [''.join(data[kind]) for data in shown if kind in data]
+
+@pytest.mark.parametrize('name', [n for n in STORED if n[:2] in '02 05 08 09 16 19'.split()])
+def test_results_are_no_dictionaries(name): # but tables, words or numbers
+    assert [t[:60] for t in results(STORED[name], 'text/plain') if re.match(r'\(?\{', t)] == []
 
 def test_tables_give_room_to_the_longest_column():
     for name, page in STORED.items():
-        for t in (source(c) for c in page.cells if c['cell_type'] == 'markdown'):
+        texts = [source(c) for c in page.cells if c['cell_type'] == 'markdown']
+        for t in texts + results(page, 'text/markdown'):
             tables = re.findall(r'^(\|.*\|)\n(\|[-:| ]+\|)\n((?:\|.*\|\n?)+)', prose(t), re.M)
             for head, dashes, body in tables:
                 lines = [head, *body.splitlines()]
