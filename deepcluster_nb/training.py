@@ -24,7 +24,8 @@ from .sobel import network_input
 from .model import ARCHS, SIZES, DeepClusterNet, calibrate_bn, convnet, reset_top_layer
 from .features import (HalfFeatures, PCA, autocast, feature_batches, has_bfloat16, keep_memory,
                                      l2_normalize, return_memory)
-from .clustering import BACKENDS, Clustering, ami, chance_nmi, entropy, kmeans, nearest, nmi
+from .fast.kmeans import BACKENDS, kmeans, nearest
+from .clustering import Clustering, ami, chance_nmi, entropy, nmi
 from .sampling import SAMPLERS, loss_weights
 from .runs import Guard, Progress, RunFolder, load_checkpoint, same_data, say
 
