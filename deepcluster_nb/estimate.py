@@ -20,7 +20,8 @@ from .fast.feeding import fits, resident
 from .augment import center_crop
 from .sobel import normalize
 from .features import PCA, autocast, compute_features, keep_memory, l2_normalize
-from .clustering import Clustering, kmeans
+from .clustering import Clustering
+from .fast.kmeans import kmeans
 from .sampling import SAMPLERS
 from .runs import amount, duration, save_checkpoint
 from .fit import Config, agreement, check, network, resolve

@@ -8,7 +8,9 @@ __all__ = ['neighbour_graph', 'power_iteration', 'deviations', 'climb', 'join_si
 # %% ../nbs/14_pic.ipynb #26922f8c
 import numpy as np, torch
 from torch import Tensor
-from .clustering import Clustering, Sums, as_points
+from .clustering import Clustering, as_points
+from .fast.kmeans import Sums
+from .fast.training import CLUSTERERS
 
 # %% ../nbs/14_pic.ipynb #3e97a7b3
 def neighbour_graph(x:Tensor,          # (N, D) points

@@ -18,7 +18,8 @@ import numpy as np, torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .augment import center_crop
-from .clustering import nearest, repair_empty, torch_kmeans
+from .fast.kmeans import nearest, torch_kmeans
+from .clustering import repair_empty
 from .data import PackedImages, generator
 from .fast.feeding import to_device
 from .features import l2_normalize

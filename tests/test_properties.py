@@ -1,6 +1,7 @@
 ("What must hold for any input: hypothesis looks for one where it does not. "
  "The same examples every time; nothing is stored.")
 import itertools, math, tempfile
+from functools import partial
 import numpy as np, pytest, torch
 from PIL import Image
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
@@ -8,8 +9,9 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.extra.numpy import arrays
 from deepcluster_nb.augment import center_crop, crop_boxes, image_sizes, resample, ten_crop
 from deepcluster_nb.fast.feeding import Ragged
-from deepcluster_nb.clustering import (ami, chance_nmi, contenders, entropy, kmeans, nmi, repair_empty,
-                                       torch_kmeans)
+from deepcluster_nb import clustering
+from deepcluster_nb.clustering import ami, chance_nmi, entropy, nmi, repair_empty
+from deepcluster_nb.fast.kmeans import contenders, kmeans, torch_kmeans
 from deepcluster_nb.data import PackedImages, generator
 from deepcluster_nb.features import PCA, HalfFeatures, l2_normalize
 from deepcluster_nb.fast.packing import PackedWriter, verify_packed
@@ -100,11 +102,14 @@ def check_clustering(x, c, k):
     assert (own <= d.min(1).values + 1e-5*scale).all()                          # nobody has a nearer centroid
     assert c.objective[-1] == pytest.approx(float(own.sum()), rel=1e-3, abs=1e-5*scale*len(x))
 
-@pytest.mark.parametrize('backend', ['torch', 'faiss'])
+EVERY = {'plain': clustering.kmeans, 'torch': kmeans, 'faiss': partial(kmeans, backend='faiss')}
+every = pytest.mark.parametrize('backend', EVERY)
+
+@every
 @given(clusterings(), st.integers(0, 6))
 def test_everybody_is_with_the_nearest(backend, case, niter):
     x, k, seed = case
-    c = kmeans(x, k, niter, seed, backend=backend)
+    c = EVERY[backend](x, k, niter, seed)
     check_clustering(x, c, k)
     assert len(c.objective) == 1 + (niter if k < len(x) else 0)
 
@@ -115,17 +120,19 @@ def test_the_objective_rises_only_after_a_repair(case):
     def repair(centroids, sizes):
         repaired.append(bool((sizes == 0).any()))
         repair_empty(centroids, sizes)
-    c = torch_kmeans(x, 8, x[torch.randperm(len(x), generator=generator(seed))[:k]], repair)
-    scale = float(x.double().pow(2).sum())
-    assert all(after <= before + 1e-5*scale
-               for before,after,r in zip(c.objective, c.objective[1:], repaired) if not r)
+    start, scale = x[torch.randperm(len(x), generator=generator(seed))[:k]], float(x.double().pow(2).sum())
+    for run in (lambda: clustering.lloyd(x, start, 8, repair), lambda: torch_kmeans(x, 8, start, repair)):
+        repaired.clear()
+        c = run()
+        assert all(after <= before + 1e-5*scale
+                   for before,after,r in zip(c.objective, c.objective[1:], repaired) if not r)
 
 @given(clusterings())
 def test_one_cluster_is_the_mean(case):
     x, _, seed = case
     scale = float(x.double().pow(2).sum())
-    for backend in ('torch', 'faiss'):
-        c = kmeans(x, 1, 2, seed, backend=backend)
+    for f in EVERY.values():
+        c = f(x, 1, 2, seed)
         torch.testing.assert_close(c.centroids[0].double(), x.double().mean(0), rtol=1e-4,
                                    atol=1e-5*scale**.5)
         assert c.objective[-1] == pytest.approx(float((x.double() - x.double().mean(0)).pow(2).sum()),
@@ -134,17 +141,17 @@ def test_one_cluster_is_the_mean(case):
 @given(clusterings())
 def test_as_many_clusters_as_points(case):
     x, _, seed = case
-    for backend in ('torch', 'faiss'):
-        c = kmeans(x, len(x), 5, seed, backend=backend)
+    for backend,f in EVERY.items():
+        c = f(x, len(x), 5, seed)
         assert c.objective == [pytest.approx(0, abs=1e-5*float(x.pow(2).sum()))]
-        if len(x.unique(dim=0)) == len(x) and backend == 'torch': check_clustering(x, c, len(x))
+        if len(x.unique(dim=0)) == len(x) and backend != 'faiss': check_clustering(x, c, len(x))
 
 @given(st.integers(1, 6), st.integers(2, 8), st.integers(1, 4), st.data())
 def test_copies(distinct, copies, d, data): # more clusters than different points, too
     x = noise(distinct, distinct, d).repeat(copies, 1)
     k = data.draw(st.integers(1, len(x)))
-    for backend in ('torch', 'faiss'):
-        c = kmeans(x, k, 10, data.draw(st.integers(0, 3)), backend=backend)
+    for f in EVERY.values():
+        c = f(x, k, 10, data.draw(st.integers(0, 3)))
         check_clustering(x, c, k)
         assert len(c.assign.unique()) <= distinct                                       # copies stay together
 

@@ -190,7 +190,7 @@ def test_an_error_while_reading_ahead_is_raised():
     assert got == [[0, 1, 2], [3, 4, 5]]
 
 def test_a_gpu_is_asked_for_the_same_bits_again(): # by whatever is imported of the kit
-    code = ("import deepcluster_nb.clustering; from torch.backends import cuda, cudnn; "
+    code = ("import deepcluster_nb.fast.feeding; from torch.backends import cuda, cudnn; "
             "print(cudnn.deterministic, cudnn.allow_tf32, cuda.matmul.allow_tf32, "
             "cuda.matmul.allow_bf16_reduced_precision_reduction, "
             "cuda.matmul.allow_fp16_reduced_precision_reduction)")

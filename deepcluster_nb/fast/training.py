@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from ..data import generator
 from ..augment import random_resized_crop
-from ..clustering import Clustering, kmeans
+from ..clustering import Clustering
+from .kmeans import kmeans
 from .feeding import Laps, compiled, fetch_ahead, to_device
 from ..features import HalfFeatures, PCA, autocast, feature_batches, l2_normalize
 from ..sobel import network_input
