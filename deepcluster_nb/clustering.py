@@ -15,7 +15,7 @@ import numpy as np, torch
 from torch import Tensor
 from torch.nn import functional as F
 from .data import generator
-from .features import has_bfloat16
+from .fast.features import has_bfloat16
 from .fast.feeding import free_there, seconds
 from .fast.small_maps import TILES
 

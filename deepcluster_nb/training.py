@@ -22,8 +22,9 @@ from .fast.feeding import Laps, compiled, fetch_ahead, resident, to_device
 from .augment import CENTER_BOXES, random_resized_crop
 from .sobel import network_input
 from .model import ARCHS, SIZES, DeepClusterNet, calibrate_bn, convnet, reset_top_layer
-from .features import (HalfFeatures, PCA, autocast, feature_batches, has_bfloat16, keep_memory,
-                                     l2_normalize, return_memory)
+from .fast.features import (HalfFeatures, PCA, autocast, feature_batches, has_bfloat16,
+                                          keep_memory, return_memory)
+from .features import l2_normalize
 from .clustering import BACKENDS, Clustering, ami, chance_nmi, entropy, kmeans, nearest, nmi
 from .sampling import SAMPLERS, loss_weights
 from .runs import Guard, Progress, RunFolder, load_checkpoint, same_data, say
