@@ -30,7 +30,7 @@ def has_setting(name, value):
     return True
 
 def there(name):
-    if m := re.fullmatch(r'\[(\d\d)\]\((\1_\w+\.ipynb)\)', name): return (NBS/m[2]).is_file()
+    if m := re.fullmatch(r'\[(\d\d)\]\(((?:fast/)?\1_\w+\.ipynb)\)', name): return (NBS/m[2]).is_file()
     name = name.strip('`')
     if m := re.fullmatch(r'(test_\w+)::(test_\w+)', name):
         return ((ROOT/'tests'/f'{m[1]}.py').is_file()
@@ -40,8 +40,8 @@ def there(name):
     if m := re.fullmatch(r'deepcluster-nb (\w+)', name): return has_command(m[1])
     if m := re.fullmatch(r'(\w+): ([\w.]+)', name): return has_setting(m[1], yaml.safe_load(m[2]))
     if m := re.fullmatch(r'(\w+)\.(\w+)', name):
-        return ((ROOT/'deepcluster_nb'/f'{m[1]}.py').is_file()
-                and hasattr(import_module(f'deepcluster_nb.{m[1]}'), m[2]))
+        return any(hasattr(import_module(f'deepcluster_nb.{room}{m[1]}'), m[2]) for room in ('', 'fast.')
+                   if (ROOT/'deepcluster_nb'/room.strip('.')/f'{m[1]}.py').is_file())
     return False
 
 def test_everything_that_is_named_is_there(capsys):
