@@ -19,7 +19,8 @@ from .data import PackedImages, find_folder, generator, image_files, load_images
 from .fast.feeding import fits, resident
 from .augment import center_crop
 from .sobel import normalize
-from .features import PCA, autocast, compute_features, keep_memory, l2_normalize
+from .fast.features import PCA, autocast, compute_features, keep_memory
+from .features import l2_normalize
 from .clustering import Clustering
 from .fast.kmeans import kmeans
 from .sampling import SAMPLERS

@@ -22,7 +22,8 @@ from .augment import CENTER_BOXES
 from .data import DATASETS, PackedImages, check_sizes, generator, load_images
 from .fast.feeding import Laps, resident
 from .model import ARCHS, SIZES, DeepClusterNet, calibrate_bn, convnet, reset_top_layer
-from .features import PCA, feature_batches, has_bfloat16, keep_memory, l2_normalize, return_memory
+from .fast.features import PCA, feature_batches, has_bfloat16, keep_memory, return_memory
+from .features import l2_normalize
 from .fast.kmeans import BACKENDS, nearest
 from .clustering import Clustering, ami, chance_nmi, entropy, nmi
 from .sampling import SAMPLERS, loss_weights

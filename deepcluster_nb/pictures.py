@@ -24,7 +24,7 @@ from .data import PackedImages, generator
 from .fast.feeding import to_device
 from .features import l2_normalize
 from .runs import training_curves as draw_log
-from .model import center_input
+from .fast.features import center_input
 from .fit import check
 
 # %% ../nbs/10_pictures.ipynb #d5e9ab5b

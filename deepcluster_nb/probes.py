@@ -21,8 +21,10 @@ from .fast.feeding import fits, to_device
 from .augment import (center_crop, central_square, image_sizes, random_resized_crop, resample,
                                     ten_crop)
 from .sobel import normalize
-from .model import ARCHS, center_input, convnet
-from .features import PCA, autocast, compute_features, keep_memory, l2_normalize
+from .model import ARCHS, convnet
+from .fast.features import center_input
+from .fast.features import PCA, autocast, compute_features, keep_memory
+from .features import l2_normalize
 from .clustering import ami, chance_nmi, nmi
 from .fast.kmeans import kmeans
 from .runs import load_checkpoint, save_checkpoint

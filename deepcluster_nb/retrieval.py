@@ -17,7 +17,8 @@ from PIL import Image
 from .data import OUTLINES, decode, image_files
 from .augment import resize_weights
 from .sobel import normalize
-from .features import PCA, autocast, l2_normalize
+from .fast.features import PCA, autocast
+from .features import l2_normalize
 
 # %% ../nbs/12_retrieval.ipynb #dd5304fd
 def rmac_regions(h:int, w:int,   # of the map

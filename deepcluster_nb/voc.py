@@ -19,7 +19,8 @@ from .data import OUTLINES, PackedImages, check_memory, generator, pick, read_im
 from .fast.feeding import to_device
 from .augment import random_resized_crop
 from .sobel import normalize
-from .features import autocast, l2_normalize
+from .fast.features import autocast
+from .features import l2_normalize
 from .fit import state_tensors, load_state
 from .training import batches
 

@@ -4,7 +4,8 @@ import pytest, torch
 from deepcluster_nb import clustering as plain
 from deepcluster_nb.data import generator, load_images
 from deepcluster_nb.fast.kmeans import kmeans as fast
-from deepcluster_nb.features import PCA, l2_normalize
+from deepcluster_nb.fast.features import PCA
+from deepcluster_nb.features import l2_normalize
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from deepcluster_nb import augment, features, probes
-from deepcluster_nb.fast import feeding, training
+from deepcluster_nb import augment, probes
+from deepcluster_nb.fast import features, feeding, training
 from deepcluster_nb.augment import (center_crop, crop_batch, crop_boxes, crop_ragged, image_sizes,
                                     random_resized_crop, resample)
 from deepcluster_nb.data import PackedImages, generator, load_images
 from deepcluster_nb.clustering import nmi
-from deepcluster_nb.features import feature_batches
+from deepcluster_nb.fast.features import feature_batches
 from deepcluster_nb.fast.feeding import Ragged, pick_batch, resident
 from deepcluster_nb.model import convnet
 from deepcluster_nb.sampling import loss_weights

@@ -5,7 +5,7 @@ import numpy as np, pytest
 from PIL import Image
 from deepcluster_nb.data import load_images
 from deepcluster_nb.experiments import main
-from deepcluster_nb.features import compute_features
+from deepcluster_nb.fast.features import compute_features
 from deepcluster_nb.model import convnet
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,8 @@ from torchvision.transforms import v2
 from deepcluster_nb.augment import center_crop, ten_crop
 from deepcluster_nb.data import generator, load_images
 from deepcluster_nb.experiments import experiments_folder, gather, main, parameters
-from deepcluster_nb.features import PCA, l2_normalize
+from deepcluster_nb.fast.features import PCA
+from deepcluster_nb.features import l2_normalize
 from deepcluster_nb.fast.kmeans import kmeans
 from deepcluster_nb.model import convnet
 from deepcluster_nb.probes import (Heads, ProbeConfig, cluster_measures, conv_activations, held_out,

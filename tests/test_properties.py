@@ -13,7 +13,8 @@ from deepcluster_nb import clustering
 from deepcluster_nb.clustering import ami, chance_nmi, entropy, nmi, repair_empty
 from deepcluster_nb.fast.kmeans import contenders, kmeans, torch_kmeans
 from deepcluster_nb.data import PackedImages, generator
-from deepcluster_nb.features import PCA, HalfFeatures, l2_normalize
+from deepcluster_nb.fast.features import PCA, HalfFeatures
+from deepcluster_nb.features import l2_normalize
 from deepcluster_nb.fast.packing import PackedWriter, verify_packed
 from deepcluster_nb.probes import cluster_accuracy, knn_accuracy, linear_probe
 from deepcluster_nb.runs import load_checkpoint, save_checkpoint

@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.ops import roi_pool
 from deepcluster_nb.data import decode
 from deepcluster_nb.experiments import main
-from deepcluster_nb.features import PCA
+from deepcluster_nb.fast.features import PCA
 from deepcluster_nb.model import convnet
 from deepcluster_nb.retrieval import (BROKEN, aggregate, descriptors, learn_whitening, made_city, ranked_ap,
                                       read_oxford, read_queries, region_vectors, rmac, rmac_regions, scaled,

@@ -166,8 +166,7 @@ def test_a_last_batch_of_one_image(tmp_path):
 
 def test_reading_ahead_changes_nothing(monkeypatch): # as for a GPU, but on the CPU
     from functools import partial
-    from deepcluster_nb import features
-    from deepcluster_nb.fast import training
+    from deepcluster_nb.fast import features, training
     config = Config(n_images=120, k=5, pca=8, epochs=1, passes=1, batch_size=40, precision='float32',
                     device='cpu')
     plain = fit(config, echo=None)

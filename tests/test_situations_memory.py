@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from deepcluster_nb.augment import both_ways, center_crop, random_resized_crop, resize_taps, ten_crop
 from deepcluster_nb.data import PackedImages, generator, joined, load_images
 from deepcluster_nb.experiments import predict_folder
-from deepcluster_nb.features import at_once, compute_features, pieces
+from deepcluster_nb.features import at_once
+from deepcluster_nb.fast.features import compute_features
+from deepcluster_nb.book import pieces
 from deepcluster_nb.fast.feeding import Ragged, fetch_ahead, pick_batch
 from deepcluster_nb.model import convnet
 from deepcluster_nb.sobel import network_input, to_grey
@@ -116,7 +118,7 @@ def test_features_are_the_same_in_parts(monkeypatch):
     net, images = convnet('alexnet_small', 5), MIXED.subset(torch.arange(20) % 5)
     done = []
     whole = compute_features(net, images, 32, 8)
-    monkeypatch.setattr('deepcluster_nb.features.pieces', lambda nbytes, most: [1]*len(nbytes))
+    monkeypatch.setattr('deepcluster_nb.fast.features.pieces', lambda nbytes, most: [1]*len(nbytes))
     parts = compute_features(net, images, 32, 8, progress=lambda i, n: done.append((i, n)))
     assert torch.equal(whole, parts) and done == [(8, 20), (16, 20), (20, 20)]
 

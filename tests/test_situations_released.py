@@ -13,8 +13,9 @@ from torchvision.transforms import functional as tvf
 from deepcluster_nb import pictures
 from deepcluster_nb.augment import CENTER_BOXES, center_crop, torchvision_center
 from deepcluster_nb.data import PackedImages, generator
-from deepcluster_nb.features import compute_features, l2_normalize
-from deepcluster_nb.model import center_input, convnet
+from deepcluster_nb.fast.features import center_input, compute_features
+from deepcluster_nb.features import l2_normalize
+from deepcluster_nb.model import convnet
 from deepcluster_nb.pic import neighbour_graph, pic, power_iteration
 from deepcluster_nb.released import load_released, released_state, tensors_sha256
 from deepcluster_nb.fast.training import clusterer

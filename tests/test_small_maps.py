@@ -4,7 +4,7 @@ import pytest, torch
 from torch import nn
 from deepcluster_nb.fast import small_maps
 from deepcluster_nb.data import generator, load_images
-from deepcluster_nb.features import autocast
+from deepcluster_nb.fast.features import autocast
 from deepcluster_nb.model import convnet
 from deepcluster_nb.fast.small_maps import AdaptiveMaxPool2d, Conv2d, PatchGradient
 from deepcluster_nb.fit import Config, fit

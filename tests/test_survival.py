@@ -4,7 +4,8 @@ import errno, json, os, pickle, random, re, signal, subprocess, sys, time, warni
 from dataclasses import asdict, replace
 from pathlib import Path
 import pytest, torch
-from deepcluster_nb import features, runs
+from deepcluster_nb import runs
+from deepcluster_nb.fast import features
 from deepcluster_nb.runs import load_checkpoint, save_checkpoint
 from deepcluster_nb.fit import fit
 from deepcluster_nb.fit import disk_space

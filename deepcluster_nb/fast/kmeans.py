@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from ..clustering import Clustering, as_points, repair_empty, repair_random, starting_points
 from ..data import generator
-from ..features import has_bfloat16
+from .features import has_bfloat16
 from .feeding import free_there, seconds
 from .small_maps import TILES
 
