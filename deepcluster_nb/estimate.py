@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from .data import PackedImages, find_folder, generator, image_files, load_images
 from .fast.feeding import fits, resident
-from .augment import center_crop
-from .sobel import normalize
+from .fast.crops import center_crop, normalize
 from .features import PCA, autocast, compute_features, keep_memory, l2_normalize
 from .clustering import Clustering, kmeans
 from .sampling import SAMPLERS

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .augment import center_crop
+from .fast.crops import center_crop
 from .clustering import nearest, repair_empty, torch_kmeans
 from .data import PackedImages, generator
 from .fast.feeding import to_device

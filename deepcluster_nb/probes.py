@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from .data import PackedImages, generator, load_images, pick
 from .fast.feeding import fits, to_device
-from .augment import (center_crop, central_square, image_sizes, random_resized_crop, resample,
-                                    ten_crop)
-from .sobel import normalize
+from .fast.crops import (center_crop, image_sizes, random_resized_crop, resample, ten_crop,
+                                       normalize)
+from .augment import central_square
 from .model import ARCHS, center_input, convnet
 from .features import PCA, autocast, compute_features, keep_memory, l2_normalize
 from .clustering import ami, chance_nmi, kmeans, nmi

@@ -16,7 +16,7 @@ from torch import Tensor
 from PIL import Image
 from .data import OUTLINES, decode, image_files
 from .augment import resize_weights
-from .sobel import normalize
+from .fast.crops import normalize
 from .features import PCA, autocast, l2_normalize
 
 # %% ../nbs/12_retrieval.ipynb #dd5304fd

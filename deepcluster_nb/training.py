@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from .data import DATASETS, PackedImages, check_sizes, generator, load_images
 from .fast.feeding import Laps, compiled, fetch_ahead, resident, to_device
-from .augment import CENTER_BOXES, random_resized_crop
-from .sobel import network_input
+from .augment import CENTER_BOXES
+from .fast.crops import random_resized_crop, network_input
 from .model import ARCHS, SIZES, DeepClusterNet, calibrate_bn, convnet, reset_top_layer
 from .features import (HalfFeatures, PCA, autocast, feature_batches, has_bfloat16, keep_memory,
                                      l2_normalize, return_memory)

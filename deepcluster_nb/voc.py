@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from PIL import Image
 from .data import OUTLINES, PackedImages, check_memory, generator, pick, read_images
 from .fast.feeding import to_device
-from .augment import random_resized_crop
-from .sobel import normalize
+from .fast.crops import random_resized_crop, normalize
 from .features import autocast, l2_normalize
 from .training import learnt, put_back, steps
 

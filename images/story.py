@@ -6,13 +6,13 @@ import matplotlib; matplotlib.use('Agg')
 import matplotlib.pyplot as plt, torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from deepcluster_nb.augment import random_resized_crop, resample
+from deepcluster_nb.fast.crops import random_resized_crop, resample, normalize
 from deepcluster_nb.data import PackedImages, generator
 from deepcluster_nb.features import PCA, compute_features, l2_normalize
 from deepcluster_nb.model import convnet
 from deepcluster_nb.pictures import STYLE, nearest_rows
 from deepcluster_nb.sampling import uniform_sample
-from deepcluster_nb.sobel import Sobel, normalize
+from deepcluster_nb.sobel import Sobel
 from deepcluster_nb.training import Config, cluster, fit, resolve
 
 HERE = Path(__file__).parent

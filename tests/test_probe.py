@@ -8,7 +8,7 @@ from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_s
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
-from deepcluster_nb.augment import center_crop, ten_crop
+from deepcluster_nb.fast.crops import center_crop, ten_crop, normalize
 from deepcluster_nb.data import generator, load_images
 from deepcluster_nb.experiments import experiments_folder, gather, main, parameters
 from deepcluster_nb.features import PCA, l2_normalize
@@ -18,7 +18,6 @@ from deepcluster_nb.probes import (Heads, ProbeConfig, cluster_measures, conv_ac
                                    knn_accuracy, pool_activation, probe_crop, probe_lr, resolve_probe,
                                    supervised, train_probes)
 from deepcluster_nb.runs import load_checkpoint
-from deepcluster_nb.sobel import normalize
 from deepcluster_nb.training import Config
 
 QUICK = resolve_probe(ProbeConfig(size=32, epochs=3, batch_size=16, lr=.1, weight_decay=.01,

@@ -7,13 +7,12 @@ decoded: read at once, brought together, batched and made grey they took six tim
 import os, subprocess, sys
 import numpy as np, pytest, torch
 from PIL import Image
-from deepcluster_nb.augment import center_crop, random_resized_crop, ten_crop
+from deepcluster_nb.fast.crops import center_crop, random_resized_crop, ten_crop, network_input, to_grey
 from deepcluster_nb.data import PackedImages, generator, joined, load_images
 from deepcluster_nb.experiments import predict_folder
 from deepcluster_nb.features import compute_features, pieces
 from deepcluster_nb.fast.feeding import Ragged, pick_batch
 from deepcluster_nb.model import convnet
-from deepcluster_nb.sobel import network_input, to_grey
 from deepcluster_nb.training import Config, fit, load_run, predict
 
 pytestmark = pytest.mark.usefixtures('one_thread')

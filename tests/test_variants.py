@@ -6,11 +6,11 @@ import numpy as np, pytest, torch, yaml
 from torch import nn
 import deepcluster_nb.pic                     # adds its clusterers
 from deepcluster_nb import training
-from deepcluster_nb.augment import center_crop
+from deepcluster_nb.fast.crops import center_crop, normalize
 from deepcluster_nb.data import PackedImages, load_images
 from deepcluster_nb.model import ARCHS, SIZES, calibrate_bn, conv_stack, convnet
 from deepcluster_nb.runs import load_checkpoint
-from deepcluster_nb.sobel import Sobel, normalize
+from deepcluster_nb.sobel import Sobel
 from deepcluster_nb.training import Config, fit, load_run, network, optimizers, predict, resolve
 from survive import sha256
 
