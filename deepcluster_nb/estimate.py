@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from .data import PackedImages, find_folder, generator, image_files, load_images
 from .fast.feeding import fits, resident
-from .augment import center_crop
+from .fast.crops import center_crop
 from .sobel import normalize
 from .fast.features import PCA, autocast, compute_features, keep_memory
 from .features import l2_normalize

@@ -13,11 +13,12 @@ from functools import partial
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from .augment import center_crop
+from .fast.crops import network_input
 from .data import generator
 from .fast.features import center_input
 from .fast.feeding import to_device
 from .fast.small_maps import AdaptiveMaxPool2d, Conv2d
-from .sobel import Sobel, network_input
+from .sobel import Sobel
 
 # %% ../nbs/03_model.ipynb #0990b8a5
 def conv_stack(layers, planes:int)->nn.Sequential:

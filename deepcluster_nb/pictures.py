@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .augment import center_crop
+from .fast.crops import center_crop
 from .fast.kmeans import nearest, torch_kmeans
 from .clustering import repair_empty
 from .data import PackedImages, generator

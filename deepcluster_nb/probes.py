@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from .data import PackedImages, generator, load_images, pick
 from .fast.feeding import fits, to_device
-from .augment import (center_crop, central_square, image_sizes, random_resized_crop, resample,
-                                    ten_crop)
+from .fast.crops import center_crop, random_resized_crop, resample, ten_crop
+from .augment import central_square, image_sizes
 from .sobel import normalize
 from .model import ARCHS, convnet
 from .fast.features import center_input

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from PIL import Image
 from .data import OUTLINES, PackedImages, check_memory, generator, pick, read_images
 from .fast.feeding import to_device
-from .augment import random_resized_crop
+from .fast.crops import random_resized_crop
 from .sobel import normalize
 from .fast.features import autocast
 from .features import l2_normalize

@@ -10,15 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from deepcluster_nb import augment, probes
 from deepcluster_nb.fast import features, feeding, training
-from deepcluster_nb.augment import (center_crop, crop_batch, crop_boxes, crop_ragged, image_sizes,
-                                    random_resized_crop, resample)
+from deepcluster_nb.fast.crops import center_crop, crop_batch, crop_ragged, random_resized_crop, resample
+from deepcluster_nb.augment import crop_boxes, image_sizes
 from deepcluster_nb.data import PackedImages, generator, load_images
 from deepcluster_nb.clustering import nmi
 from deepcluster_nb.fast.features import feature_batches
 from deepcluster_nb.fast.feeding import Ragged, pick_batch, resident
 from deepcluster_nb.model import convnet
 from deepcluster_nb.sampling import loss_weights
-from deepcluster_nb.sobel import network_input
+from deepcluster_nb.fast.crops import network_input
 from deepcluster_nb.fit import PARTS, Config, fit
 from deepcluster_nb.training import sgd, trunk_parameters
 from deepcluster_nb.fast.training import train_epoch
@@ -181,11 +181,11 @@ def test_half_precision_is_within_half_a_grey_level(monkeypatch, ragged):
     images = load_images('shapes', n_images=40)
     images = (Ragged.of([im[:, i % 5:, i % 3:] for i,im in enumerate(images)]) if ragged else
               images.batch(torch.arange(40)))
-    boxes, real = crop_boxes(image_sizes(images), generator(0)), augment.crop_batch
-    plain = augment.crop_ragged(images, boxes, 24) if ragged else crop_batch(images, boxes, 24)
-    monkeypatch.setattr(augment, 'crop_batch', lambda *args: real(*args[:5], torch.float16))
-    half = (augment.crop_ragged(images, boxes, 24) if ragged else
-            augment.crop_batch(images, boxes, 24, None, None))
+    boxes, real = crop_boxes(image_sizes(images), generator(0)), crops.crop_batch
+    plain = crops.crop_ragged(images, boxes, 24) if ragged else crop_batch(images, boxes, 24)
+    monkeypatch.setattr(crops, 'crop_batch', lambda *args: real(*args[:5], torch.float16))
+    half = (crops.crop_ragged(images, boxes, 24) if ragged else
+            crops.crop_batch(images, boxes, 24, None, None))
     assert 0 < (half - plain).abs().max() < .44                                  # 3/16 + 2/8, chapter 01
 
 def test_a_panorama_does_not_make_all_frames_wide():

@@ -100,8 +100,7 @@ def test_calibration_moves_statistics_only(arch, sobel):
 
 def test_batch_norm_of_a_resnet_by_hand():
     net, images = convnet('resnet18', 7), load_images('shapes', n_images=8)
-    from deepcluster_nb.augment import center_crop
-    from deepcluster_nb.sobel import normalize
+    from deepcluster_nb.fast.crops import center_crop, normalize
     with torch.no_grad():
         first = net.features.conv1(net.sobel(normalize(center_crop(images.batch(torch.arange(8)), 32))))
     calibrate_bn(net, images, 32, batch_size=8)

@@ -6,7 +6,8 @@ from unittest.mock import patch
 import numpy as np, pytest, torch
 from PIL import Image
 from deepcluster_nb.fast import packing
-from deepcluster_nb.augment import center_crop, crop_batch, crop_boxes, image_sizes, resample
+from deepcluster_nb.fast.crops import center_crop, crop_batch, image_sizes, resample
+from deepcluster_nb.augment import crop_boxes
 from deepcluster_nb.data import PackedImages, center_path, generator, image_files, load_images
 from deepcluster_nb.fast.packing import Journal, PackedWriter, pack_folder, verify_packed
 

@@ -7,7 +7,10 @@ from PIL import Image
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.extra.numpy import arrays
-from deepcluster_nb.augment import center_crop, crop_boxes, image_sizes, resample, ten_crop
+from deepcluster_nb import augment
+from deepcluster_nb.augment import crop_boxes
+from deepcluster_nb.pictures import crops as fast_crops
+from deepcluster_nb.fast.crops import resample
 from deepcluster_nb.fast.feeding import Ragged
 from deepcluster_nb import clustering
 from deepcluster_nb.clustering import ami, chance_nmi, entropy, nmi, repair_empty
@@ -313,6 +316,8 @@ def test_half_features_come_back_as_they_were_added(x, cuts, in_file):
 
 # --- crops
 
+both = pytest.mark.parametrize('m', [augment, fast_crops], ids=['plain', 'fast'])
+
 @st.composite
 def crops(draw): # (image, box, size): boxes in sixteenths of a pixel
     c, h, w, seed = (draw(st.sampled_from([1, 3])), draw(st.integers(1, 48)), draw(st.integers(1, 48)),
@@ -336,11 +341,12 @@ def pillow(image, box, size): # channel by channel
         (size, size), Image.BILINEAR, (left, top, left + width, top + height))) for p in image]
     return torch.from_numpy(np.stack(planes)).float()
 
+@both
 @settings(max_examples=150)
 @given(crops())
-def test_crops_are_pillows(case):
+def test_crops_are_pillows(m, case):
     image, box, size = case
-    assert (resample(image[None], box[None], size)[0].round() - pillow(*case)).abs().max() <= 1
+    assert (m.resample(image[None], box[None], size)[0].round() - pillow(*case)).abs().max() <= 1
 
 @given(crops(), crops())
 def test_matrices_are_taps(a, b):
@@ -351,32 +357,35 @@ def test_matrices_are_taps(a, b):
     torch.testing.assert_close(resample(Ragged.of(images), boxes, size, flip),
                                resample(images, boxes, size, flip), rtol=0, atol=256*1e-5)
 
+@both
 @given(crops())
-def test_crops_in_a_list_and_in_a_batch(case): # of the window alone, and of the whole image
+def test_crops_in_a_list_and_in_a_batch(m, case): # of the window alone, and of the whole image
     image, box, size = case
     flip = torch.tensor([True])
-    torch.testing.assert_close(resample([image], box[None], size, flip),
-                               resample(image[None], box[None], size, flip), rtol=0, atol=256*1e-5)
+    torch.testing.assert_close(m.resample([image], box[None], size, flip),
+                               m.resample(image[None], box[None], size, flip), rtol=0, atol=256*1e-5)
 
+@both
 @given(crops())
-def test_mirrored_twice_and_bounds(case):
+def test_mirrored_twice_and_bounds(m, case):
     image, box, size = case
-    view, mirrored = (resample(image[None], box[None], size, torch.tensor([f])) for f in (False, True))
+    view, mirrored = (m.resample(image[None], box[None], size, torch.tensor([f])) for f in (False, True))
     torch.testing.assert_close(mirrored.flip(-1), view, rtol=0, atol=256*1e-5)
-    torch.testing.assert_close(resample(mirrored, torch.tensor([[0., 0, size, size]]), size,
+    torch.testing.assert_close(m.resample(mirrored, torch.tensor([[0., 0, size, size]]), size,
                                         torch.tensor([True])),
                                view, rtol=0, atol=256*1e-5)
     assert image.min() - .01 <= view.min() and view.max() <= image.max() + .01
-    torch.testing.assert_close(resample(torch.full_like(image, 77)[None], box[None], size),
+    torch.testing.assert_close(m.resample(torch.full_like(image, 77)[None], box[None], size),
                                torch.full_like(view, 77.), rtol=0, atol=1e-3)
 
+@both
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), seeds, st.data())
-def test_a_window_of_the_output_size_is_a_copy(h, w, size, seed, data):
+def test_a_window_of_the_output_size_is_a_copy(m, h, w, size, seed, data):
     size = min(h, w, size)
     left, top = data.draw(st.integers(0, w - size)), data.draw(st.integers(0, h - size))
     image = torch.randint(0, 256, (2, 3, h, w), generator=generator(seed, 'image')).byte()
     boxes = torch.tensor([[left, top, size, size]]).repeat(2, 1)
-    copied, mirrored = resample(image, boxes, size, torch.tensor([False, True]))
+    copied, mirrored = m.resample(image, boxes, size, torch.tensor([False, True]))
     window = image[:, :, top:top + size, left:left + size].float()
     assert torch.equal(copied, window[0]) and torch.equal(mirrored, window[1].flip(-1))
 
@@ -390,14 +399,15 @@ def test_random_boxes(sizes, seed, low):
     assert ((boxes[:, :2] >= 0).all() and (boxes[:, 2:] >= 1).all()
             and (boxes[:, :2] + boxes[:, 2:] <= sizes.flip(1)).all())
 
+@both
 @few
 @given(st.integers(8, 60), st.integers(8, 60), st.integers(4, 32), seeds)
-def test_ten_views(h, w, size, seed):
+def test_ten_views(m, h, w, size, seed):
     image = torch.randint(0, 256, (1, 3, h, w), generator=generator(seed, 'image')).byte()
-    views = ten_crop(image, size)[0]
+    views = m.ten_crop(image, size)[0]
     torch.testing.assert_close(views[5:], views[:5].flip(-1), rtol=0, atol=256*1e-5)
-    torch.testing.assert_close(views[4:5], center_crop(image, size), rtol=0, atol=256*1e-5)
-    assert torch.equal(image_sizes(image), torch.tensor([[h, w]]))
+    torch.testing.assert_close(views[4:5], m.center_crop(image, size), rtol=0, atol=256*1e-5)
+    assert torch.equal(m.image_sizes(image), torch.tensor([[h, w]]))
 
 # --- what is written and read again
 

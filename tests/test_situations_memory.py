@@ -9,15 +9,15 @@ import os, subprocess, sys, time
 import numpy as np, pytest, torch
 from PIL import Image
 from safetensors.torch import load_file
-from deepcluster_nb.augment import both_ways, center_crop, random_resized_crop, resize_taps, ten_crop
+from deepcluster_nb.fast.crops import both_ways, center_crop, random_resized_crop, resize_taps, ten_crop
 from deepcluster_nb.data import PackedImages, generator, joined, load_images
 from deepcluster_nb.experiments import predict_folder
-from deepcluster_nb.features import at_once
+from deepcluster_nb.fast.features import at_once
 from deepcluster_nb.fast.features import compute_features
-from deepcluster_nb.book import pieces
+from deepcluster_nb.fast.features import pieces
 from deepcluster_nb.fast.feeding import Ragged, fetch_ahead, pick_batch
 from deepcluster_nb.model import convnet
-from deepcluster_nb.sobel import network_input, to_grey
+from deepcluster_nb.fast.crops import network_input, to_grey
 from deepcluster_nb.fit import Config, fit, load_run, predict
 
 pytestmark = pytest.mark.usefixtures('one_thread')

@@ -11,7 +11,8 @@ from torch import nn
 from torchvision import transforms as tv
 from torchvision.transforms import functional as tvf
 from deepcluster_nb import pictures
-from deepcluster_nb.augment import CENTER_BOXES, center_crop, torchvision_center
+from deepcluster_nb.augment import CENTER_BOXES, torchvision_center
+from deepcluster_nb.fast.crops import center_crop
 from deepcluster_nb.data import PackedImages, generator
 from deepcluster_nb.fast.features import center_input, compute_features
 from deepcluster_nb.features import l2_normalize

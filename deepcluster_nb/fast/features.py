@@ -14,11 +14,11 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_weights
 from .. import features as plain
-from ..augment import center_crop
+from .crops import center_crop
 from ..data import PackedImages, free_memory
 from .feeding import fetch_ahead, free_there
 from ..features import check_features
-from ..sobel import network_input
+from .crops import network_input
 
 # %% ../../nbs/fast/22_features.ipynb #c3e41d02
 def center_input(net,                # a DeepClusterNet

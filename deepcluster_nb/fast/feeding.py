@@ -21,7 +21,7 @@ torch.backends.cudnn.deterministic = True                                       
 torch.backends.cudnn.allow_tf32 = False                                         # float32 means float32
 # sums in float32: chapter 05 counts on it
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False       # and chapter 01
+torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False       # and fast.crops
 
 # %% ../../nbs/fast/17_feeding.ipynb #1a09807a
 def windows(boxes:Tensor, # (B, 4) left, top, width, height in pixels

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ..data import (SPLITS, PackedImages, center_path, image_files, list_broken, put_upright,
                                  read_images, sample_sizes)
 from ..augment import central_square
-from ..sobel import GREY
+from .crops import GREY
 from ..runs import amount
 
 # %% ../../nbs/fast/16_packing.ipynb #9890a124

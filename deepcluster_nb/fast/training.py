@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from ..data import generator
-from ..augment import random_resized_crop
+from .crops import random_resized_crop
 from ..clustering import Clustering
 from .kmeans import kmeans
 from .feeding import Laps, compiled, fetch_ahead, to_device
 from .features import HalfFeatures, PCA, autocast, feature_batches
 from ..features import l2_normalize
-from ..sobel import network_input
+from .crops import network_input
 from ..switches import SCHEDULES
 from ..training import batches
 
