@@ -14,19 +14,18 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from .augment import center_crop
 from .data import generator
-from .fast.feeding import to_device
-from .fast.small_maps import AdaptiveMaxPool2d, Conv2d
-from .sobel import Sobel, network_input
+from .sobel import Sobel, network_input, normalize
 
 # %% ../nbs/03_model.ipynb #0990b8a5
 def conv_stack(layers, planes:int)->nn.Sequential:
     "Stack conv → batch norm → ReLU for each (width, kernel, stride, padding); modules stay as they are."
     mods = []
     for l in layers:
-        if isinstance(l, nn.Module): mods.append(l)
+        if isinstance(l, nn.Module):
+            mods.append(l)
         else:
-            width, kernel, stride, pad = l
-            mods += [Conv2d(planes, width, kernel, stride, pad), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            width, *geometry = l
+            mods += [nn.Conv2d(planes, width, *geometry), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
             planes = width
     return nn.Sequential(*mods)
 
@@ -43,7 +42,7 @@ def alexnet(planes:int, dropout:float)->tuple: # (features, classifier)
 def alexnet_small(planes:int, dropout:float)->tuple: # (features, classifier)
     "Build five convolutions for 32 to 64 px; indices as in AlexNet."
     features = conv_stack([(64, 3, 2, 1), nn.MaxPool2d(2), (192, 3, 1, 1), nn.MaxPool2d(2),
-                           (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1), AdaptiveMaxPool2d(4)], planes)
+                           (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1), nn.AdaptiveMaxPool2d(4)], planes)
     classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(256*4*4, 1024), nn.BatchNorm1d(1024),
                                nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(1024, 1024),
                                nn.BatchNorm1d(1024), nn.ReLU(inplace=True))
@@ -157,14 +156,13 @@ def center_input(net:DeepClusterNet,
 
 # %% ../nbs/03_model.ipynb #f5b56362
 def calibrate_bn(net:DeepClusterNet,
-                 images,             # PackedImages
+                 images,             # with len and batch, as Images
                  size:int,           # pixels of the central crop
                  batch_size:int=128, # each batch counts the same
                 ):
     "Give batch norm the statistics of these images, all layers in one pass; no weight is touched."
-    device = net.top_layer.weight.device
-    batches = torch.arange(len(images)).split(batch_size)
-    views = (center_input(net, to_device(images.batch(idx), device), size) for idx in batches)
-    trunk = nn.Sequential(net.features, nn.Flatten(),
-                          *[m for m in net.classifier if not isinstance(m, nn.Dropout)]).train(net.training)
-    update_bn((v if net.sobel is None else net.sobel(v) for v in views), trunk)
+    layers = [net.sobel, net.features, nn.Flatten(), *net.classifier]
+    trunk = nn.Sequential(*[m for m in layers if m is not None and not isinstance(m, nn.Dropout)])
+    views = (normalize(center_crop(images.batch(idx), size, net.center_box)).to(net.top_layer.weight.device)
+             for idx in torch.arange(len(images)).split(batch_size))
+    update_bn(views, trunk.train(net.training))

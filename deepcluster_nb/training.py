@@ -22,6 +22,7 @@ from .fast.feeding import Laps, compiled, fetch_ahead, resident, to_device
 from .augment import CENTER_BOXES, random_resized_crop
 from .sobel import network_input
 from .model import ARCHS, SIZES, DeepClusterNet, calibrate_bn, convnet, reset_top_layer
+from .fast.small_maps import with_small_maps
 from .features import (HalfFeatures, PCA, autocast, feature_batches, has_bfloat16, keep_memory,
                                      l2_normalize, return_memory)
 from .clustering import BACKENDS, Clustering, ami, chance_nmi, entropy, kmeans, nearest, nmi
@@ -149,8 +150,8 @@ def resolve(config:Config)->Config: # a checked copy, with 'auto' replaced
 def network(config)->DeepClusterNet: # on its device, with random weights
     "Build the network that a configuration names."
     c = config
-    return convnet(c.arch, c.k, c.sobel, c.dropout, c.seed, c.border,
-                   c.relu, c.center_box).to(c.device, memory_format=torch.channels_last)
+    net = convnet(c.arch, c.k, c.sobel, c.dropout, c.seed, c.border, c.relu, c.center_box)
+    return with_small_maps(net).to(c.device, memory_format=torch.channels_last)
 
 # %% ../nbs/08_training.ipynb #6888486d
 def cluster(net, images, config, epoch:int, progress=None, folder=None
