@@ -116,21 +116,21 @@ def init_weights(net:nn.Module, g:torch.Generator):
         if m.bias is not None: nn.init.zeros_(m.bias)
 
 # %% ../nbs/03_model.ipynb #7a8845d6
-def convnet(arch:str,          # one of ARCHS
-            k:int,             # clusters, outputs of the top layer
-            sobel:bool=True,   # grey gradients (2 planes) instead of RGB (3)
-            dropout:float=.5,  # before the hidden linear layers; in a ResNet before the head
-            seed:int=0,        # of the initial weights
-            border:str='zeros',# around the image, for Sobel; or 'replicate'
-            relu:bool=False,   # cluster what the last ReLU lets through, not what enters it
-           center_box:str='exact',# of central crops; or 'torchvision'
+def convnet(arch:str,                 # one of ARCHS
+            k:int,                    # clusters, outputs of the top layer
+            sobel:bool=True,          # grey gradients (2 planes) instead of RGB (3)
+            dropout:float=.5,         # before the hidden linear layers; in a ResNet before the head
+            seed:int=0,               # of the initial weights
+            border:str='zeros',       # around the image, for Sobel; or 'replicate'
+            relu:bool=False,          # cluster what leaves the last ReLU, not what enters it
+            center_box:str='exact',   # of central crops; or 'torchvision'
            )->DeepClusterNet:
     "Build a network with random weights: both the start of training and the baseline to beat."
     if arch not in ARCHS: raise ValueError(f"arch: expected one of {', '.join(ARCHS)}, got {arch!r}")
     if k < 1: raise ValueError(f"k: expected at least 1 cluster, got {k}")
     with torch.random.fork_rng(devices=[]):
-        net = DeepClusterNet(*ARCHS[arch](2 if sobel else 3, dropout), k, sobel, border, relu,
-                             center_box)
+        features, classifier = ARCHS[arch](2 if sobel else 3, dropout)
+        net = DeepClusterNet(features, classifier, k, sobel, border, relu, center_box)
     init_weights(net, generator(seed, 'weights'))
     return net
 

@@ -60,11 +60,11 @@ class AdaptiveMaxPool2d(nn.AdaptiveMaxPool2d):
                 else super().forward(x))
 
 # %% ../../nbs/fast/18_small_maps.ipynb #5ma11a02
-def with_small_maps(net:nn.Module # finished, on any device
-                   )->nn.Module:  # the same object
+def with_small_maps(net:nn.Module, # finished, on any device
+                   )->nn.Module:   # the same object
     "Exchange the layers that small maps slow down, in place; parameters and state dict stay as they are."
     for m in net.modules():
         if type(m) is nn.AdaptiveMaxPool2d: m.__class__ = AdaptiveMaxPool2d
-        elif (type(m) is nn.Conv2d and m.bias is not None and m.weight.requires_grad
-              and all(getattr(m, n) == v for n,v in PATCHED.items())): m.__class__ = Conv2d
+        if (type(m) is nn.Conv2d and m.bias is not None and m.weight.requires_grad
+            and all(getattr(m, n) == v for n,v in PATCHED.items())): m.__class__ = Conv2d
     return net
