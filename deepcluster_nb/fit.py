@@ -21,6 +21,7 @@ from .fast import training as fast
 from .augment import CENTER_BOXES
 from .data import DATASETS, PackedImages, check_sizes, generator, load_images
 from .fast.feeding import Laps, resident
+from .fast.small_maps import with_small_maps
 from .model import ARCHS, SIZES, DeepClusterNet, calibrate_bn, convnet, reset_top_layer
 from .fast.features import PCA, feature_batches, has_bfloat16, keep_memory, return_memory
 from .features import l2_normalize
@@ -90,7 +91,7 @@ def network(config)->DeepClusterNet: # on its device, with random weights
     c = config
     net = convnet(c.arch, c.k, c.sobel, c.dropout, c.seed, c.border, c.relu, c.center_box)
     if c.parts == 'plain': return net.to(c.device)
-    return net.to(c.device, memory_format=torch.channels_last)
+    return with_small_maps(net).to(c.device, memory_format=torch.channels_last)
 
 def plain_cluster(net, images, config, epoch, mark=None, progress=None, folder=None)->tuple:
     "Cluster with the core's function, which needs no folder and shows no progress."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'SIZES', 'conv_stack', 'alexnet', 'alexnet_small', 'vgg16', 'resnet', 'DeepClusterNet', 'init_weights',
-           'convnet', 'reset_top_layer', 'calibrate_bn']
+           'convnet', 'reset_top_layer', 'center_input', 'calibrate_bn']
 
 # %% ../nbs/03_model.ipynb #c13c612c
 import math, torch
@@ -13,22 +13,20 @@ from functools import partial
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from .augment import center_crop
-from .fast.crops import network_input
 from .data import generator
-from .fast.features import center_input
-from .fast.feeding import to_device
-from .fast.small_maps import AdaptiveMaxPool2d, Conv2d
-from .sobel import Sobel
+from .sobel import Sobel, normalize
+from .fast.crops import network_input
 
 # %% ../nbs/03_model.ipynb #0990b8a5
 def conv_stack(layers, planes:int)->nn.Sequential:
     "Stack conv → batch norm → ReLU for each (width, kernel, stride, padding); modules stay as they are."
     mods = []
     for l in layers:
-        if isinstance(l, nn.Module): mods.append(l)
+        if isinstance(l, nn.Module):
+            mods.append(l)
         else:
-            width, kernel, stride, pad = l
-            mods += [Conv2d(planes, width, kernel, stride, pad), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            width, *geometry = l
+            mods += [nn.Conv2d(planes, width, *geometry), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
             planes = width
     return nn.Sequential(*mods)
 
@@ -45,7 +43,7 @@ def alexnet(planes:int, dropout:float)->tuple: # (features, classifier)
 def alexnet_small(planes:int, dropout:float)->tuple: # (features, classifier)
     "Build five convolutions for 32 to 64 px; indices as in AlexNet."
     features = conv_stack([(64, 3, 2, 1), nn.MaxPool2d(2), (192, 3, 1, 1), nn.MaxPool2d(2),
-                           (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1), AdaptiveMaxPool2d(4)], planes)
+                           (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1), nn.AdaptiveMaxPool2d(4)], planes)
     classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(256*4*4, 1024), nn.BatchNorm1d(1024),
                                nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(1024, 1024),
                                nn.BatchNorm1d(1024), nn.ReLU(inplace=True))
@@ -119,21 +117,21 @@ def init_weights(net:nn.Module, g:torch.Generator):
         if m.bias is not None: nn.init.zeros_(m.bias)
 
 # %% ../nbs/03_model.ipynb #7a8845d6
-def convnet(arch:str,          # one of ARCHS
-            k:int,             # clusters, outputs of the top layer
-            sobel:bool=True,   # grey gradients (2 planes) instead of RGB (3)
-            dropout:float=.5,  # before the hidden linear layers; in a ResNet before the head
-            seed:int=0,        # of the initial weights
-            border:str='zeros',# around the image, for Sobel; or 'replicate'
-            relu:bool=False,   # cluster what the last ReLU lets through, not what enters it
-           center_box:str='exact',# of central crops; or 'torchvision'
+def convnet(arch:str,                 # one of ARCHS
+            k:int,                    # clusters, outputs of the top layer
+            sobel:bool=True,          # grey gradients (2 planes) instead of RGB (3)
+            dropout:float=.5,         # before the hidden linear layers; in a ResNet before the head
+            seed:int=0,               # of the initial weights
+            border:str='zeros',       # around the image, for Sobel; or 'replicate'
+            relu:bool=False,          # cluster what leaves the last ReLU, not what enters it
+            center_box:str='exact',   # of central crops; or 'torchvision'
            )->DeepClusterNet:
     "Build a network with random weights: both the start of training and the baseline to beat."
     if arch not in ARCHS: raise ValueError(f"arch: expected one of {', '.join(ARCHS)}, got {arch!r}")
     if k < 1: raise ValueError(f"k: expected at least 1 cluster, got {k}")
     with torch.random.fork_rng(devices=[]):
-        net = DeepClusterNet(*ARCHS[arch](2 if sobel else 3, dropout), k, sobel, border, relu,
-                             center_box)
+        features, classifier = ARCHS[arch](2 if sobel else 3, dropout)
+        net = DeepClusterNet(features, classifier, k, sobel, border, relu, center_box)
     init_weights(net, generator(seed, 'weights'))
     return net
 
@@ -148,16 +146,24 @@ def reset_top_layer(net:DeepClusterNet, g:torch.Generator,
     w.data.copy_(torch.empty(w.shape).normal_(0, .01, generator=g))
     nn.init.zeros_(net.top_layer.bias)
 
+# %% ../nbs/03_model.ipynb #c3e41d02
+def center_input(net:DeepClusterNet,
+                 images,             # (B, 1 or 3, H, W) uint8, a list of (C, H, W), or Ragged
+                 size:int,           # pixels of the central crop
+                )->Tensor:           # (B, 1 or 3, size, size), where the images are
+    "Cut central crops and prepare them as this network's input."
+    return network_input(images, lambda im: center_crop(im, size, getattr(net, 'center_box', 'exact')),
+                         net.sobel is not None)
+
 # %% ../nbs/03_model.ipynb #f5b56362
 def calibrate_bn(net:DeepClusterNet,
-                 images,             # PackedImages
+                 images,             # with len and batch, as Images
                  size:int,           # pixels of the central crop
                  batch_size:int=128, # each batch counts the same
                 ):
     "Give batch norm the statistics of these images, all layers in one pass; no weight is touched."
-    device = net.top_layer.weight.device
-    batches = torch.arange(len(images)).split(batch_size)
-    views = (center_input(net, to_device(images.batch(idx), device), size) for idx in batches)
-    trunk = nn.Sequential(net.features, nn.Flatten(),
-                          *[m for m in net.classifier if not isinstance(m, nn.Dropout)]).train(net.training)
-    update_bn((v if net.sobel is None else net.sobel(v) for v in views), trunk)
+    layers = [net.sobel, net.features, nn.Flatten(), *net.classifier]
+    trunk = nn.Sequential(*[m for m in layers if m is not None and not isinstance(m, nn.Dropout)])
+    views = (normalize(center_crop(images.batch(idx), size, net.center_box)).to(net.top_layer.weight.device)
+             for idx in torch.arange(len(images)).split(batch_size))
+    update_bn(views, trunk.train(net.training))

@@ -22,6 +22,7 @@ from .fast.crops import center_crop, random_resized_crop, resample, ten_crop
 from .augment import central_square, image_sizes
 from .sobel import normalize
 from .model import ARCHS, convnet
+from .fast.small_maps import with_small_maps
 from .fast.features import center_input
 from .fast.features import PCA, autocast, compute_features, keep_memory
 from .features import l2_normalize
@@ -383,7 +384,8 @@ def supervised(train:PackedImages, # with labels
     c = Config(arch=config.arch, sobel=config.sobel, size=config.size, k=classes,
                batch_size=min(config.batch_size, 128), dropout=config.dropout, min_scale=config.min_scale,
                precision=config.precision, device=config.device, seed=config.seed)
-    net = convnet(c.arch, classes, c.sobel, c.dropout, c.seed).to(c.device, memory_format=torch.channels_last)
+    net = with_small_maps(convnet(c.arch, classes, c.sobel, c.dropout, c.seed))
+    net = net.to(c.device, memory_format=torch.channels_last)
     opt = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr, .9, weight_decay=weight_decay,
                           fused=True)
     saved = load_checkpoint(folder) if folder else None

@@ -6,7 +6,7 @@ from deepcluster_nb.fast import small_maps
 from deepcluster_nb.data import generator, load_images
 from deepcluster_nb.fast.features import autocast
 from deepcluster_nb.model import convnet
-from deepcluster_nb.fast.small_maps import AdaptiveMaxPool2d, Conv2d, PatchGradient
+from deepcluster_nb.fast.small_maps import AdaptiveMaxPool2d, Conv2d, PatchGradient, with_small_maps
 from deepcluster_nb.fit import Config, fit
 
 def rand(*shape, scale=1., dtype=torch.float32):
@@ -62,7 +62,7 @@ def test_only_where_it_pays(tiles):
     assert way(layer(small)).startswith('Convolution')                           # float32
 
 def test_forwards_the_bits_are_the_same(monkeypatch):
-    net, x = convnet('alexnet_small', 5, dropout=0.), rand(8, 3, 32, 32)
+    net, x = with_small_maps(convnet('alexnet_small', 5, dropout=0.)), rand(8, 3, 32, 32)
     def out(tiles):
         monkeypatch.setattr(small_maps, 'TILES', tiles)
         with autocast('bfloat16', 'cpu'): return net(x)
