@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
-from .data import PackedImages
+from .fast.images import PackedImages
 from .fast.feeding import fetch_ahead, free_there
 from .model import center_input
 
@@ -72,7 +72,7 @@ def pieces(nbytes,            # of each image, in their order
 # %% ../nbs/04_features.ipynb #9d7ce5aa
 @torch.no_grad()
 def feature_batches(net,                    # with an embed method: (B, 3, H, W) → (B, D)
-                    images:PackedImages,    # all N of them
+                    images,                 # Images, all N of them
                     size:int,               # pixels of the central crop
                     batch_size:int=512,     # images in one forward pass
                     device='cpu',           # where the network is
@@ -82,6 +82,7 @@ def feature_batches(net,                    # with an embed method: (B, 3, H, W)
     "Yield the features to cluster: central crop, before the last ReLU (paper, 'Implementation details')."
     for name,n in (('images', len(images)), ('size', size), ('batch_size', batch_size)):
         if n < 1: raise ValueError(f"{name}: expected at least 1, got {n}")
+    images = PackedImages.of(images)
     # exact central crops, packed beside the images
     if (images.center is not None and images.center.size[-1] == size
         and getattr(net, 'center_box', 'exact') == 'exact'): images = images.center

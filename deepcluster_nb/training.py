@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np, torch, yaml
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .data import DATASETS, PackedImages, check_sizes, generator, load_images
+from .sources import DATASETS, check_sizes, load_images
+from .fast.images import PackedImages
+from .data import generator
 from .fast.feeding import Laps, compiled, fetch_ahead, resident, to_device
 from .augment import CENTER_BOXES, random_resized_crop
 from .sobel import network_input
@@ -396,6 +398,7 @@ def prepare(config:Config, images=None,
         images = load_images(c.dataset, c.root or None, 'train', c.n_images, c.seed,
                              skip_broken=c.skip_broken)
         for line in images.notes if echo else (): echo(line)
+    images = PackedImages.of(images)
     check(c.k <= len(images) or c.clusterer != 'kmeans', 'k', c.k,
           f"at most {len(images):,}, the number of images")
     check_sizes(images)
@@ -477,7 +480,7 @@ def fit(config:Config,  # what to do
     return Run(net, images, clustering, pca, log, c)
 
 # %% ../nbs/08_training.ipynb #a3688431
-def predict(run:Run, images:PackedImages)->Tensor: # (N,) cluster of each image
+def predict(run:Run, images)->Tensor: # (N,) cluster of each of the Images
     "Assign new images to clusters with the run's network, PCA and centroids."
     batches = feature_batches(run.net, images, run.config.size, 512, run.config.device, run.config.precision)
     return torch.cat([nearest(l2_normalize(run.pca.transform(f)).cpu(), run.clustering.centroids)

@@ -14,8 +14,8 @@ TIMED = re.compile(r'perf_counter|time\.time|\btimeit\b|seconds|estimate|duratio
 # Here the numbers are the machine's, or follow from training, which takes another course with other
 # threads or another processor: only what kinds of outputs a cell has is compared.
 MEASURED = ['index.ipynb', '08_training.ipynb', '09_probes.ipynb', '10_pictures.ipynb', '11_voc.ipynb',
-            '17_feeding.ipynb', '19_estimate.ipynb', '18_small_maps.ipynb', '15_experiments.ipynb',
-            'experiments/']
+            'fast/17_feeding.ipynb', 'fast/18_small_maps.ipynb', 'fast/19_images.ipynb',
+            '19_estimate.ipynb', '15_experiments.ipynb', 'experiments/']
 
 def outputs_of(cell): # kind → contents: streams joined, the richest form of the rest in order
     text = ''.join(''.join(o['text']) for o in cell['outputs'] if o['output_type'] == 'stream')

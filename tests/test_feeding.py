@@ -12,7 +12,9 @@ from deepcluster_nb import augment, features, probes, training
 from deepcluster_nb.fast import feeding
 from deepcluster_nb.augment import (center_crop, crop_batch, crop_boxes, crop_ragged, image_sizes,
                                     random_resized_crop, resample)
-from deepcluster_nb.data import PackedImages, generator, load_images
+from deepcluster_nb.fast.images import PackedImages
+from deepcluster_nb.data import generator
+from deepcluster_nb.sources import load_images
 from deepcluster_nb.clustering import nmi
 from deepcluster_nb.features import feature_batches
 from deepcluster_nb.fast.feeding import Ragged, pick_batch, resident

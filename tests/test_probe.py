@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 from deepcluster_nb.augment import center_crop, ten_crop
-from deepcluster_nb.data import generator, load_images
+from deepcluster_nb.data import generator
+from deepcluster_nb.sources import load_images
 from deepcluster_nb.experiments import experiments_folder, gather, main, parameters
 from deepcluster_nb.features import PCA, l2_normalize
 from deepcluster_nb.clustering import kmeans

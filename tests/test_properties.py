@@ -10,7 +10,8 @@ from deepcluster_nb.augment import center_crop, crop_boxes, image_sizes, resampl
 from deepcluster_nb.fast.feeding import Ragged
 from deepcluster_nb.clustering import (ami, chance_nmi, contenders, entropy, kmeans, nmi, repair_empty,
                                        torch_kmeans)
-from deepcluster_nb.data import PackedImages, generator
+from deepcluster_nb.fast.images import PackedImages
+from deepcluster_nb.data import generator
 from deepcluster_nb.features import PCA, HalfFeatures, l2_normalize
 from deepcluster_nb.fast.packing import PackedWriter, verify_packed
 from deepcluster_nb.probes import cluster_accuracy, knn_accuracy, linear_probe

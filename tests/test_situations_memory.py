@@ -8,7 +8,9 @@ import os, subprocess, sys
 import numpy as np, pytest, torch
 from PIL import Image
 from deepcluster_nb.augment import center_crop, random_resized_crop, ten_crop
-from deepcluster_nb.data import PackedImages, generator, joined, load_images
+from deepcluster_nb.fast.images import PackedImages, joined
+from deepcluster_nb.data import generator
+from deepcluster_nb.sources import load_images
 from deepcluster_nb.experiments import predict_folder
 from deepcluster_nb.features import compute_features, pieces
 from deepcluster_nb.fast.feeding import Ragged, pick_batch
@@ -23,7 +25,8 @@ MOST = 1.5e9                    # bytes above the import
 def rise(code, *args): # bytes
     begin = ('import sys, torch\n'
              'from deepcluster_nb import experiments, training\n'
-             'from deepcluster_nb.data import PackedImages, load_images\n'
+             'from deepcluster_nb.fast.images import PackedImages\n'
+             'from deepcluster_nb.sources import load_images\n'
              'def peak(): return 1024 * int(next(l for l in open("/proc/self/status") '
              'if l.startswith("VmHWM")).split()[1])\n'
              'torch.set_num_threads(1); start = peak()\n')

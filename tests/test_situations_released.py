@@ -12,7 +12,8 @@ from torchvision import transforms as tv
 from torchvision.transforms import functional as tvf
 from deepcluster_nb import pictures
 from deepcluster_nb.augment import CENTER_BOXES, center_crop, torchvision_center
-from deepcluster_nb.data import PackedImages, generator
+from deepcluster_nb.fast.images import PackedImages
+from deepcluster_nb.data import generator
 from deepcluster_nb.features import compute_features, l2_normalize
 from deepcluster_nb.model import center_input, convnet
 from deepcluster_nb.pic import neighbour_graph, pic, power_iteration

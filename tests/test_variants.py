@@ -7,7 +7,8 @@ from torch import nn
 import deepcluster_nb.pic                     # adds its clusterers
 from deepcluster_nb import training
 from deepcluster_nb.augment import center_crop
-from deepcluster_nb.data import PackedImages, load_images
+from deepcluster_nb.fast.images import PackedImages
+from deepcluster_nb.sources import load_images
 from deepcluster_nb.model import ARCHS, SIZES, calibrate_bn, conv_stack, convnet
 from deepcluster_nb.runs import load_checkpoint
 from deepcluster_nb.sobel import Sobel, normalize

@@ -14,7 +14,7 @@ from functools import cache
 from itertools import pairwise
 import torch
 from torch import Tensor
-from ..data import PackedImages
+from .images import PackedImages
 
 # %% ../../nbs/fast/17_feeding.ipynb #c9ff410a
 torch.backends.cudnn.deterministic = True                                       # the same call, the same bits
@@ -121,11 +121,12 @@ def fits(nbytes:float, device, room:int=None)->bool: # room: as for resident
     if torch.device(device).type == 'cpu' and room is None: return False
     return nbytes <= (free_there(device) // 2 if room is None else room)
 
-def resident(images:PackedImages,
+def resident(images,          # Images
              device,          # where the work is done
              room:int=None,   # bytes they may take there; half of what is free
             )->PackedImages:
     "Copy images into a GPU's memory; return them unchanged where they don't fit, and on a CPU."
+    images = PackedImages.of(images)
     parts = [p for p in (images, images.center) if p is not None]
     if not fits(sum(int(p.shapes.prod(1).sum()) for p in parts), device, room): return images
     def moved(p): # about 256 MB at a time
@@ -158,7 +159,7 @@ def pinned_batch(images:PackedImages, idx:Tensor)->Tensor: # (B, C, H, W), or Ra
     if images.listed: return Ragged.of(images.batch(idx), pinned=True)
     return images.batch(idx, torch.empty(len(idx), *images.size, dtype=torch.uint8, pin_memory=True))
 
-def fetch_ahead(images:PackedImages,  # what is read from
+def fetch_ahead(images,               # Images: what is read from
                 batches,              # lists of image numbers, (B,) each
                 device,               # where the images go
                 ahead:int=None,       # batches fetched in advance; twice the threads for a GPU, 0 for a CPU
@@ -167,6 +168,7 @@ def fetch_ahead(images:PackedImages,  # what is read from
                # in order: (B, C, H, W), a list, or on a GPU Ragged
                ):
     "Yield batches of images on the device, while the next ones are fetched."
+    images = PackedImages.of(images)
     if images.pixels.is_cuda: yield from ((idx, pick_batch(images, idx)) for idx in batches); return
     threads = threads or min(8, max(1, (os.cpu_count() or 2)//2))
     side = side_stream(torch.device(device)) if torch.device(device).type == 'cuda' else None
