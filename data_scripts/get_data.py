@@ -135,7 +135,7 @@ def jobs(name:str, out:Path, files:list)->list:
 def check_folder(root:Path, decode:bool):
     "Count, open every header (or every pixel), and say how to use the folder; nothing is copied or changed."
     from PIL import Image
-    from deepcluster_nb.data import EXTENSIONS, beside_splits, find_images, list_broken, read_as
+    from deepcluster_nb.sources import EXTENSIONS, beside_splits, find_images, list_broken, read_as
     if not root.is_dir(): raise Wrong(f"OUT: expected a folder of images, and there is none at {str(root)!r}")
     images, _, _, other = find_images(root)
     if not images: raise Wrong(f"OUT: no images in {str(root)!r} (looked for {' '.join(sorted(EXTENSIONS))})")

@@ -15,7 +15,9 @@ from statistics import median
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from .data import PackedImages, find_folder, generator, image_files, load_images
+from .fast.images import PackedImages
+from .sources import find_folder, image_files, load_images
+from .data import generator
 from .fast.feeding import fits, resident
 from .fast.crops import center_crop
 from .sobel import normalize

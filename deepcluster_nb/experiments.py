@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np, torch, yaml
 from PIL import Image, ImageFile
 from tqdm import tqdm
-from .data import decode, free_memory, image_files, load_images
+from .sources import decode, image_files, load_images
+from .fast.feeding import free_memory
 from .fast.features import pieces
 from .pictures import training_curves
 from .fast.packing import read_like

@@ -19,7 +19,9 @@ from torch import Tensor
 from . import training
 from .fast import training as fast
 from .augment import CENTER_BOXES
-from .data import DATASETS, PackedImages, check_sizes, generator, load_images
+from .sources import DATASETS, check_sizes, load_images
+from .fast.images import PackedImages
+from .data import generator
 from .fast.feeding import Laps, resident
 from .fast.small_maps import with_small_maps
 from .model import ARCHS, SIZES, DeepClusterNet, calibrate_bn, convnet, reset_top_layer
@@ -437,6 +439,7 @@ def prepare(config:Config, images=None,
         images = load_images(c.dataset, c.root or None, 'train', c.n_images, c.seed,
                              skip_broken=c.skip_broken)
         for line in images.notes if echo else (): echo(line)
+    if c.parts == 'fast': images = PackedImages.of(images)
     check(c.k <= len(images) or c.clusterer != 'kmeans', 'k', c.k,
           f"at most {len(images):,}, the number of images")
     check_sizes(images)
@@ -468,7 +471,7 @@ def fit(config:Config,  # what to do
     return Run(net, images, state.clustering, state.pca, hooks.log, c)
 
 # %% ../nbs/18_fit.ipynb #a3688431
-def predict(run:Run, images:PackedImages)->Tensor: # (N,) cluster of each image
+def predict(run:Run, images)->Tensor: # (N,) cluster of each of the Images
     "Assign new images to clusters with the run's network, PCA and centroids."
     batches = feature_batches(run.net, images, run.config.size, 512, run.config.device, run.config.precision)
     return torch.cat([nearest(l2_normalize(run.pca.transform(f)).cpu(), run.clustering.centroids)

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from .fast.crops import center_crop
 from .fast.kmeans import nearest, torch_kmeans
 from .clustering import repair_empty
-from .data import PackedImages, generator
+from .fast.images import PackedImages
+from .data import Images, generator
 from .fast.feeding import to_device
 from .features import l2_normalize
 from .runs import training_curves as draw_log
@@ -281,9 +282,10 @@ def as_picture(x:Tensor)->Tensor: # (n, C, H, W) → in [0, 1]
     return .5 + (x - x.mean((1, 2, 3), keepdim=True)) / (6*x.std((1, 2, 3), keepdim=True).clamp_min(1e-12))
 
 # %% ../nbs/10_pictures.ipynb #17322239
-def check_images(images):
-    "Raise a ValueError for anything but PackedImages."
-    check(isinstance(images, PackedImages), 'images', type(images).__name__, 'PackedImages')
+def check_images(images)->PackedImages:
+    "Return images packed; raise a ValueError for anything but Images."
+    check(isinstance(images, Images), 'images', type(images).__name__, 'Images')
+    return PackedImages.of(images)
 
 # %% ../nbs/10_pictures.ipynb #a43a7100
 def crops(images:PackedImages, # of any sizes
@@ -291,7 +293,7 @@ def crops(images:PackedImages, # of any sizes
           size:int=0,          # pixels; 0: as they are, or 96 where sizes differ or are larger
          )->Tensor:            # (n, 3, size, size) in [0, 1]
     "Cut central squares of some images, ready for a mosaic."
-    check_images(images)
+    images = check_images(images)
     idx = torch.as_tensor(idx).flatten()
     small = images.size and max(images.size) <= 96
     x = images.batch(idx) if small and not size else center_crop(images.batch(idx), size or 96)
@@ -360,7 +362,7 @@ def cluster_montage(images:PackedImages,
                     inches:float=.7,   # of a picture
                    ):                  # → matplotlib figure
     "Draw a row of images for each cluster, with its size and, where there are labels, its purity."
-    check_images(images)
+    images = check_images(images)
     assign = torch.as_tensor(assign).long()
     check(assign.shape == (len(images),), 'assign', tuple(assign.shape),
           f"a cluster for each of the {len(images):,} images")
@@ -411,7 +413,7 @@ def nearest_images(feats:Tensor,        # (N, D)
     "Draw an image a row, then its neighbours by cosine; framed by label where there are labels."
     import matplotlib.pyplot as plt
     qf, qi = queries or (feats, images)
-    check_images(images); check_images(qi)
+    images, qi = check_images(images), check_images(qi)
     rows = torch.as_tensor(rows).flatten()
     for name,f,im in (('feats', feats, images), ('queries', qf, qi)):
         check(f.ndim == 2 and len(f) == len(im), name, tuple(f.shape),
@@ -528,7 +530,7 @@ def umap_plot(feats:dict,          # name → (N, D): a panel each
     "Draw UMAP embeddings of one or several networks' features of the same images, side by side."
     import matplotlib.pyplot as plt
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
-    check_images(images)
+    images = check_images(images)
     check(isinstance(feats, dict) and len(feats), 'feats', type(feats).__name__,
           'a dict of name → (N, D) features')
     for name,f in feats.items():

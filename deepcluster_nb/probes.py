@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .data import PackedImages, generator, load_images, pick
+from .fast.images import PackedImages
+from .data import generator, pick
+from .sources import load_images
 from .fast.feeding import fits, to_device
 from .fast.crops import center_crop, random_resized_crop, resample, ten_crop
 from .augment import central_square, image_sizes

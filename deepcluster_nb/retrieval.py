@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 from PIL import Image
-from .data import OUTLINES, decode, image_files
+from .data import OUTLINES
+from .sources import decode, image_files
 from .augment import resize_weights
 from .sobel import normalize
 from .fast.features import PCA, autocast

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load as st_load, save as st_save
 from .data import generator
+from .fast.images import PackedImages
 
 # %% ../nbs/17_runs.ipynb #841965a5
 def write_atomic(path,           # file to make or to replace
@@ -158,6 +159,7 @@ SEEN = 2**32    # bytes of pixels that a fingerprint reads; of a larger data set
 
 def fingerprint(images)->dict: # n; hexadecimal checksums of all paths, and of all shapes and pixels
     "Compute what tells these images from others; where they lie does not count."
+    images = PackedImages.of(images)
     lengths = images.shapes.prod(1)
     read = torch.rand(len(images), generator=generator(0, 'fingerprint')) < SEEN / max(1, int(lengths.sum()))
     paths = [zlib.crc32(p.encode(errors='surrogateescape')) for p in images.paths]

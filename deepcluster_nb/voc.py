@@ -15,7 +15,9 @@ import numpy as np, torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from PIL import Image
-from .data import OUTLINES, PackedImages, check_memory, generator, pick, read_images
+from .data import OUTLINES, generator, pick
+from .fast.images import PackedImages
+from .sources import check_memory, read_images
 from .fast.feeding import to_device
 from .fast.crops import random_resized_crop
 from .sobel import normalize

@@ -7,7 +7,8 @@ import matplotlib.pyplot as plt, torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from deepcluster_nb.fast.crops import random_resized_crop, resample, normalize
-from deepcluster_nb.data import PackedImages, generator
+from deepcluster_nb.fast.images import PackedImages
+from deepcluster_nb.data import generator
 from deepcluster_nb.fast.features import PCA, compute_features
 from deepcluster_nb.features import l2_normalize
 from deepcluster_nb.model import convnet

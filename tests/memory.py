@@ -10,7 +10,7 @@ from pathlib import Path
 def one(n, folder): # resident bytes before, and the peaks of the two phases
     import torch
     from deepcluster_nb import fit as whole
-    from deepcluster_nb.data import PackedImages
+    from deepcluster_nb.fast.images import PackedImages
     torch.set_num_threads(2)
     images = PackedImages.load(folder/f'{n}.safetensors')
     status = lambda key: (
@@ -30,7 +30,8 @@ def one(n, folder): # resident bytes before, and the peaks of the two phases
 
 def make(n, folder):
     import torch
-    from deepcluster_nb.data import PackedImages, generator
+    from deepcluster_nb.fast.images import PackedImages
+    from deepcluster_nb.data import generator
     PackedImages(torch.randint(256, (n, 1, 16, 16), dtype=torch.uint8, generator=generator(0, 'memory')),
                  labels=torch.arange(n) % 10, classes=list('0123456789')).save(folder/f'{n}.safetensors')
 

@@ -6,7 +6,9 @@ import copy
 import pytest, torch
 from torch import nn
 from deepcluster_nb import features as plain
-from deepcluster_nb.data import PackedImages, generator, load_images
+from deepcluster_nb.fast.images import PackedImages
+from deepcluster_nb.data import generator
+from deepcluster_nb.sources import load_images
 from deepcluster_nb.fast import features as fast
 from deepcluster_nb.model import convnet
 

@@ -3,7 +3,8 @@ import copy
 import pytest, torch
 from torch import nn
 from deepcluster_nb.fast.crops import center_crop
-from deepcluster_nb.data import generator, load_images
+from deepcluster_nb.data import generator
+from deepcluster_nb.sources import load_images
 from deepcluster_nb.fast import small_maps
 from deepcluster_nb.fast.small_maps import AdaptiveMaxPool2d, Conv2d, with_small_maps
 from deepcluster_nb.fast.features import autocast, fold_batchnorm

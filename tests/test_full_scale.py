@@ -3,7 +3,7 @@ import json, os, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
-from deepcluster_nb.data import load_images
+from deepcluster_nb.sources import load_images
 from deepcluster_nb.experiments import main
 from deepcluster_nb.fast.features import compute_features
 from deepcluster_nb.model import convnet

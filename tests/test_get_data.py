@@ -211,7 +211,7 @@ def md5(path): return hashlib.md5(path.read_bytes()).hexdigest()
 @pytest.mark.parametrize('name', ['cifar10', 'cifar100', 'stl10'])
 def test_load_images_reads_it(name, tmp_path, out, monkeypatch):
     from torchvision import datasets
-    from deepcluster_nb.data import load_images
+    from deepcluster_nb.sources import load_images
     files = archives(name)
     ok(call(name, out, '--sources', table(tmp_path, name, files), '--archives', store(tmp_path/'a', files)))
     cls = dict(cifar10=datasets.CIFAR10, cifar100=datasets.CIFAR100, stl10=datasets.STL10)[name]
@@ -234,7 +234,7 @@ def test_torchvision_reads_voc2007(tmp_path, out):
     assert VOCDetection(out, '2007', 'test')[0][1]['annotation']['object'][0]['name'] == 'dog'
 
 def test_load_images_reads_imagenet(tmp_path, out):
-    from deepcluster_nb.data import load_images
+    from deepcluster_nb.sources import load_images
     files = archives('imagenet')
     ok(call('imagenet', out, '--sources', table(tmp_path, 'imagenet', files),
             '--archives', store(tmp_path/'a', files)))
@@ -530,7 +530,7 @@ def test_locked_folder(tmp_path, out):
 # ---------------------------------------------------------------- any folder
 
 def test_folder_of_images(tmp_path):
-    from deepcluster_nb.data import load_images
+    from deepcluster_nb.sources import load_images
     for i, path in enumerate(['train/cat/1.jpg', 'train/cat/2.JPG', 'train/dog/1.jpg', 'val/cat/9.jpg',
                               'train/cat/.hidden/1.jpg']):
         (tmp_path/path).parent.mkdir(parents=True, exist_ok=True); (tmp_path/path).write_bytes(jpeg(i))
@@ -550,7 +550,7 @@ def test_folder_of_images(tmp_path):
     assert call('folder', tmp_path).returncode == 1
 
 def test_folder_counts_what_load_images_reads(tmp_path):
-    from deepcluster_nb.data import EXTENSIONS, load_images
+    from deepcluster_nb.sources import EXTENSIONS, load_images
     for i, name in enumerate([*(f'cat/{e[1:]}{e}' for e in sorted(EXTENSIONS)), 'train/a.jpg',
                               'cat/@eaDir/b.jpg', 'runs/a/params.yaml', 'runs/a/log.jsonl',
                               'runs/a/figures/c.jpg', '.thumbnails/d.jpg', 'cat/e.mp4']):

@@ -3,7 +3,8 @@ import copy
 from dataclasses import fields
 import pytest, torch, yaml
 from torch import nn
-from deepcluster_nb.data import generator, load_images
+from deepcluster_nb.data import generator
+from deepcluster_nb.sources import load_images
 from deepcluster_nb.experiments import experiments_folder, gather
 from deepcluster_nb.model import ARCHS, SIZES, calibrate_bn, convnet, reset_top_layer
 from deepcluster_nb.probes import conv_activations, pool_activation, probe_features

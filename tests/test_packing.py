@@ -8,7 +8,9 @@ from PIL import Image
 from deepcluster_nb.fast import packing
 from deepcluster_nb.fast.crops import center_crop, crop_batch, image_sizes, resample
 from deepcluster_nb.augment import crop_boxes
-from deepcluster_nb.data import PackedImages, center_path, generator, image_files, load_images
+from deepcluster_nb.fast.images import PackedImages, center_path
+from deepcluster_nb.data import generator
+from deepcluster_nb.sources import image_files, load_images
 from deepcluster_nb.fast.packing import Journal, PackedWriter, pack_folder, verify_packed
 
 SCRIPTS = Path(__file__).parent.parent/'data_scripts'
@@ -254,8 +256,8 @@ def test_packed_is_a_data_set(tree, tmp_path):
     with pytest.raises(FileNotFoundError, match='val-center24'): load_images('packed', tmp_path, 'test')
 
 def test_a_tree_larger_than_memory_is_refused_before_decoding(tree):
-    with (patch('deepcluster_nb.data.free_memory', lambda: 1000),
-          patch('deepcluster_nb.data.decode', side_effect=AssertionError)):
+    with (patch('deepcluster_nb.sources.free_memory', lambda: 1000),
+          patch('deepcluster_nb.sources.decode', side_effect=AssertionError)):
         with pytest.raises(ValueError, match='pack_images.py'): load_images('folder', tree)
 
 def test_the_script_verifies(tree, tmp_path):

@@ -6,7 +6,9 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from PIL import Image
 from deepcluster_nb import pictures as P
-from deepcluster_nb.data import PackedImages, generator, load_images
+from deepcluster_nb.fast.images import PackedImages
+from deepcluster_nb.data import generator
+from deepcluster_nb.sources import load_images
 from deepcluster_nb.model import convnet
 
 @pytest.fixture(scope='module')
@@ -75,7 +77,7 @@ def test_errors_come_before_work(net, images):
         (lambda: P.gradient_ascent(Untouchable(), 'conv1', [0], 4), 'size: expected at least 8'),
         (lambda: P.gradient_ascent(Untouchable(), 'conv1', [0], 32, decay=-1.), 'decay: expected at least 0'),
         (lambda: P.cluster_montage(images, torch.zeros(3)), 'assign: expected a cluster for each of the 40'),
-        (lambda: P.cluster_montage([1] * 40, torch.zeros(40)), 'images: expected PackedImages'),
+        (lambda: P.cluster_montage([1] * 40, torch.zeros(40)), 'images: expected Images'),
         (lambda: P.cluster_montage(images, torch.zeros(40), [1]), 'clusters: expected'),
         (lambda: P.nearest_images(f[:5], images, [0]), 'feats: expected a row for each of the 40'),
         (lambda: P.nearest_images(f, images, [40]), 'rows: expected some of 0 to 39'),

@@ -2,7 +2,7 @@
 import csv, subprocess, sys
 import numpy as np, pytest
 from PIL import Image
-from deepcluster_nb.data import load_images
+from deepcluster_nb.sources import load_images
 from deepcluster_nb.experiments import predict_folder
 from deepcluster_nb.fit import Config, fit, load_run, predict
 

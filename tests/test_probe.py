@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 from deepcluster_nb.fast.crops import center_crop, ten_crop, normalize
-from deepcluster_nb.data import generator, load_images
+from deepcluster_nb.data import generator
+from deepcluster_nb.sources import load_images
 from deepcluster_nb.experiments import experiments_folder, gather, main, parameters
 from deepcluster_nb.fast.features import PCA
 from deepcluster_nb.features import l2_normalize

@@ -15,7 +15,8 @@ from deepcluster_nb.fast.feeding import Ragged
 from deepcluster_nb import clustering
 from deepcluster_nb.clustering import ami, chance_nmi, entropy, nmi, repair_empty
 from deepcluster_nb.fast.kmeans import contenders, kmeans, torch_kmeans
-from deepcluster_nb.data import PackedImages, generator
+from deepcluster_nb.fast.images import PackedImages
+from deepcluster_nb.data import generator
 from deepcluster_nb.fast.features import PCA, HalfFeatures
 from deepcluster_nb.features import l2_normalize
 from deepcluster_nb.fast.packing import PackedWriter, verify_packed

@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np, pytest, torch
 from PIL import Image
 from torchvision.ops import roi_pool
-from deepcluster_nb.data import decode
+from deepcluster_nb.sources import decode
 from deepcluster_nb.experiments import main
 from deepcluster_nb.fast.features import PCA
 from deepcluster_nb.model import convnet

@@ -4,7 +4,8 @@ from dataclasses import asdict, replace
 import numpy as np, pytest, torch
 from PIL import Image
 from deepcluster_nb import training
-from deepcluster_nb.data import PackedImages, load_images
+from deepcluster_nb.fast.images import PackedImages
+from deepcluster_nb.sources import load_images
 from deepcluster_nb.runs import load_checkpoint
 from survive import sha256
 from deepcluster_nb.fit import Config, fit, load_run, predict, resolve

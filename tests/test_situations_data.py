@@ -4,8 +4,9 @@ from pathlib import Path
 from unittest.mock import patch
 import numpy as np, pytest, torch
 from PIL import Image, ImageOps
-from deepcluster_nb.data import (EXTENSIONS, PackedImages, check_sizes, decode, find_folder, image_files,
-                                 list_broken, load_images, read_images)
+from deepcluster_nb.sources import (EXTENSIONS, check_sizes, decode, find_folder, image_files, list_broken,
+                                    load_images, read_images)
+from deepcluster_nb.fast.images import PackedImages
 from deepcluster_nb.fast.packing import pack_folder, packing_of, read_like, verify_packed
 
 SCRIPTS = Path(__file__).parent.parent/'data_scripts'

@@ -10,7 +10,9 @@ import numpy as np, pytest, torch
 from PIL import Image
 from safetensors.torch import load_file
 from deepcluster_nb.fast.crops import both_ways, center_crop, random_resized_crop, resize_taps, ten_crop
-from deepcluster_nb.data import PackedImages, generator, joined, load_images
+from deepcluster_nb.fast.images import PackedImages, joined
+from deepcluster_nb.data import generator
+from deepcluster_nb.sources import load_images
 from deepcluster_nb.experiments import predict_folder
 from deepcluster_nb.fast.features import at_once
 from deepcluster_nb.fast.features import compute_features

@@ -13,7 +13,8 @@ from torchvision.transforms import functional as tvf
 from deepcluster_nb import pictures
 from deepcluster_nb.augment import CENTER_BOXES, torchvision_center
 from deepcluster_nb.fast.crops import center_crop
-from deepcluster_nb.data import PackedImages, generator
+from deepcluster_nb.fast.images import PackedImages
+from deepcluster_nb.data import generator
 from deepcluster_nb.fast.features import center_input, compute_features
 from deepcluster_nb.features import l2_normalize
 from deepcluster_nb.model import convnet

@@ -8,7 +8,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_notebook
 from deepcluster_nb import experiments, pictures
-from deepcluster_nb.data import PackedImages, load_images
+from deepcluster_nb.fast.images import PackedImages
+from deepcluster_nb.sources import load_images
 from deepcluster_nb.experiments import (experiments_folder, find_runs, gather, kept, main, parse_pairs,
                                         predict_folder, read_preset, run_experiment)
 from deepcluster_nb.pictures import in_markdown, readable

@@ -3,7 +3,8 @@ import copy, math
 import pytest, torch
 from torch import nn
 from deepcluster_nb.fast import small_maps
-from deepcluster_nb.data import generator, load_images
+from deepcluster_nb.data import generator
+from deepcluster_nb.sources import load_images
 from deepcluster_nb.fast.features import autocast
 from deepcluster_nb.model import convnet
 from deepcluster_nb.fast.small_maps import AdaptiveMaxPool2d, Conv2d, PatchGradient, with_small_maps

@@ -8,7 +8,8 @@ from deepcluster_nb.fast import training as fast
 from deepcluster_nb.fit import PARTS
 from deepcluster_nb.switches import new_head
 from deepcluster_nb.fast.crops import center_crop
-from deepcluster_nb.data import PackedImages, load_images
+from deepcluster_nb.fast.images import PackedImages
+from deepcluster_nb.sources import load_images
 from deepcluster_nb.model import ARCHS, SIZES, calibrate_bn, conv_stack, convnet
 from deepcluster_nb.runs import load_checkpoint
 from deepcluster_nb.sobel import Sobel, normalize

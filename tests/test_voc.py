@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from sklearn.metrics import average_precision_score
 from sklearn.svm import LinearSVC
 from torch import nn
-from deepcluster_nb.data import PackedImages
+from deepcluster_nb.fast.images import PackedImages
 from deepcluster_nb.experiments import main
 from deepcluster_nb.model import convnet
 from deepcluster_nb.voc import (COSTS, average_precision, crop_scores, finetune, learning_rate, linear_svm,

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_weights
 from .. import features as plain
 from .crops import center_crop
-from ..data import PackedImages, free_memory
+from .images import PackedImages
+from .feeding import free_memory
 from .feeding import fetch_ahead, free_there
 from ..features import check_features
 from .crops import network_input
@@ -105,7 +106,7 @@ def network_device(net)->torch.device: # the CPU for a network without parameter
 
 @torch.no_grad()
 def feature_batches(net,                    # with an embed method: (B, 3, H, W) → (B, D)
-                    images:PackedImages,    # all N of them
+                    images,                 # Images, all N of them
                     size:int,               # pixels of the central crop
                     batch_size:int=512,     # images in one forward pass
                     device=None,            # where the network is; by default its own
@@ -115,6 +116,7 @@ def feature_batches(net,                    # with an embed method: (B, 3, H, W)
     "Yield the features to cluster: central crop, before the last ReLU (paper, 'Implementation details')."
     for name,n in (('images', len(images)), ('size', size), ('batch_size', batch_size)):
         if n < 1: raise ValueError(f"{name}: expected at least 1, got {n}")
+    images = PackedImages.of(images)
     device = network_device(net) if device is None else device
     # exact central crops, packed beside the images
     if (images.center is not None and images.center.size[-1] == size

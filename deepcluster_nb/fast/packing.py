@@ -21,8 +21,9 @@ import numpy as np, PIL, torch
 from PIL import Image, ImageFile
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
-from ..data import (SPLITS, PackedImages, center_path, image_files, list_broken, put_upright,
-                                 read_images, sample_sizes)
+from .images import PackedImages, center_path
+from ..sources import (SPLITS, image_files, list_broken, put_upright, read_images,
+                                    sample_sizes)
 from ..augment import central_square
 from .crops import GREY
 from ..runs import amount
