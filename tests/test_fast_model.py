@@ -67,7 +67,8 @@ def test_results_are_the_plain_ones(size, dtype, monkeypatch):
     x = x.contiguous(memory_format=torch.channels_last)
     def run(net):
         with autocast(dtype, 'cpu'): y = net(x)
-        return y, torch.autograd.grad(y.float().pow(2).sum(), [p for p in net.parameters() if p.requires_grad])
+        trained = [p for p in net.parameters() if p.requires_grad]
+        return y, torch.autograd.grad(y.float().pow(2).sum(), trained)
     (y, g), (z, h) = run(plain), run(twin)
     assert torch.equal(y, z)                                                # forward passes always
     if dtype == 'float32': assert all(map(torch.equal, g, h))
@@ -82,7 +83,7 @@ def test_who_trains_uses_the_twin():
     from deepcluster_nb.voc import transfer_net
     c = Config(arch='alexnet_small', size=32, k=5, device='cpu', precision='float32')
     plain = convnet('alexnet_small', 5).eval()
-    assert len(fast(network(c))) == 5 and len(fast(transfer_net(plain, 3, 'all'))) == 5 and fast(plain) == []
+    assert len(fast(network(c))) == len(fast(transfer_net(plain, 3, 'all'))) == 5 and fast(plain) == []
 
 def test_calibration_by_the_books_words():
     "The average of each batch's statistics, layer by layer, in plain terms; float32 rounding apart."
