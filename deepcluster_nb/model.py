@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARCHS', 'SIZES', 'conv_stack', 'alexnet', 'alexnet_small', 'vgg16', 'resnet', 'DeepClusterNet', 'init_weights',
-           'convnet', 'reset_top_layer', 'center_input', 'calibrate_bn']
+           'convnet', 'reset_top_layer', 'calibrate_bn']
 
 # %% ../nbs/03_model.ipynb #c13c612c
 import math, torch
@@ -15,7 +15,6 @@ from torch.optim.swa_utils import update_bn
 from .augment import center_crop
 from .data import generator
 from .sobel import Sobel, normalize
-from .fast.crops import network_input
 
 # %% ../nbs/03_model.ipynb #0990b8a5
 def conv_stack(layers, planes:int)->nn.Sequential:
@@ -145,15 +144,6 @@ def reset_top_layer(net:DeepClusterNet, g:torch.Generator,
         w = net.top_layer.weight
     w.data.copy_(torch.empty(w.shape).normal_(0, .01, generator=g))
     nn.init.zeros_(net.top_layer.bias)
-
-# %% ../nbs/03_model.ipynb #c3e41d02
-def center_input(net:DeepClusterNet,
-                 images,             # (B, 1 or 3, H, W) uint8, a list of (C, H, W), or Ragged
-                 size:int,           # pixels of the central crop
-                )->Tensor:           # (B, 1 or 3, size, size), where the images are
-    "Cut central crops and prepare them as this network's input."
-    return network_input(images, lambda im: center_crop(im, size, getattr(net, 'center_box', 'exact')),
-                         net.sobel is not None)
 
 # %% ../nbs/03_model.ipynb #f5b56362
 def calibrate_bn(net:DeepClusterNet,

@@ -20,6 +20,7 @@ from torch import Tensor
 from PIL import Image, ImageFile
 from tqdm import tqdm
 from .data import digits, is_test, pick, shapes
+from .fast.feeding import free_memory
 from .fast.images import PackedImages, joined
 
 # %% ../nbs/16_sources.ipynb #c1676af5

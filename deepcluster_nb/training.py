@@ -16,8 +16,7 @@ from .augment import random_resized_crop
 from .sobel import normalize
 from .model import convnet, reset_top_layer
 from .features import PCA, compute_features, l2_normalize
-from .clustering import chance_nmi, nmi
-from .clustering import kmeans
+from .clustering import chance_nmi, kmeans, nmi
 from .sampling import uniform_sample
 
 # %% ../nbs/07_training.ipynb #ec663d68
