@@ -1,8 +1,8 @@
 """Crops, plain and fast: the same draws and, but for rounding, the same views.
 
-Tolerances, of 256 grey levels. Where both compute in the whole image's coordinates only sums are rounded: a
-hundred roundings of 1e-7 of the range. Where the fast way first cuts a window, places are rounded otherwise, by
-2e-5 of a pixel in images of up to 160, and a weight's slope is at most 1: in both directions together 2e-4."""
+Tolerances, of 256 grey levels. Where both compute in the whole image's coordinates only sums are rounded:
+a hundred roundings of 1e-7 of the range. Where the fast way first cuts a window, places are rounded
+otherwise, by 2e-5 of a pixel in images of up to 160, and a weight's slope is at most 1: 2e-4 in all."""
 import pytest, torch
 from deepcluster_nb import augment, sobel
 from deepcluster_nb.data import generator
