@@ -68,7 +68,7 @@ def test_repairs_are_the_same(): # many, and from then on all depends on the don
     assert torch.equal(p.assign, f.assign)
 
 @pytest.mark.parametrize('counts', [[5., 0, 0, 0, 0], [2., 2, 1, 0, 0], [1., 4, 0, 0, 0], [6., 0, 2]])
-def test_a_repair_always_ends(counts): # also with as many clusters as points, where its denominator would be 0
+def test_a_repair_always_ends(counts): # also with as many clusters as points: n − k would be 0
     for rule in (plain.repair_empty, lambda c, sizes: plain.repair_random(c, sizes, generator(1))):
         sizes = torch.tensor(counts)
         rule(noise(len(counts), 2), sizes)
