@@ -67,8 +67,8 @@ def resnet(name:str, planes:int, dropout:float)->tuple: # (features, classifier)
     return nn.Sequential(OrderedDict(list(net.named_children())[:-1])), nn.Sequential(nn.Dropout(dropout))
 
 # %% ../nbs/03_model.ipynb #7dd7236a
-ARCHS = dict(alexnet=alexnet, alexnet_small=alexnet_small, vgg16=vgg16, resnet18=partial(resnet, 'resnet18'),
-             resnet50=partial(resnet, 'resnet50'))
+ARCHS = dict(alexnet=alexnet, alexnet_small=alexnet_small)
+ARCHS.update(vgg16=vgg16, resnet18=partial(resnet, 'resnet18'), resnet50=partial(resnet, 'resnet50'))
 # smallest and largest input, pixels
 SIZES = dict(alexnet=(223, 254), alexnet_small=(31, 134), vgg16=(224, 255), resnet18=(32, 512),
              resnet50=(32, 512))
