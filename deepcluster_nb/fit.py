@@ -22,7 +22,7 @@ from .augment import CENTER_BOXES
 from .sources import DATASETS, check_sizes, load_images
 from .fast.images import PackedImages
 from .data import generator
-from .fast.feeding import Laps, resident
+from .fast.feeding import PhaseTimer, resident, same_bits
 from .fast.small_maps import with_small_maps
 from .model import ARCHS, SIZES, DeepClusterNet, calibrate_bn, convnet, reset_top_layer
 from .fast.features import PCA, feature_batches, has_bfloat16, keep_memory, return_memory
@@ -89,8 +89,9 @@ class Config(PlainTypes, Machine, Switches, training.Config, Data):
 
 # %% ../nbs/18_fit.ipynb #9df46c32
 def network(config)->DeepClusterNet: # on its device, with random weights
-    "Build the network that a configuration names."
+    "Build the network that a configuration names; on a GPU, have the same bits again."
     c = config
+    if torch.device(c.device).type == 'cuda': same_bits()
     net = convnet(c.arch, c.k, c.sobel, c.dropout, c.seed, c.border, c.relu, c.center_box)
     if c.parts == 'plain': return net.to(c.device)
     return with_small_maps(net).to(c.device, memory_format=torch.channels_last)
@@ -396,7 +397,7 @@ def run_loop(state:State, images, config, parts:Parts, hooks:Hooks):
     s, c = state, config
     folder = hooks.folder and hooks.folder.path
     def cluster(): # (Clustering, PCA, seconds of each part)
-        timer = Laps(c.device)
+        timer = PhaseTimer(c.device)
         return *parts.cluster(s.net, images, c, s.epoch, timer, hooks.clustering, folder), timer.seconds()
     while s.epoch < c.epochs:
         if s.step == 0:  # not in the middle of an epoch that was stopped

@@ -15,7 +15,7 @@ from ..data import generator
 from .crops import random_resized_crop
 from ..clustering import Clustering
 from .kmeans import kmeans
-from .feeding import Laps, compiled, fetch_ahead, to_device
+from .feeding import compiled, fetch_ahead, to_device
 from .features import HalfFeatures, PCA, autocast, feature_batches
 from ..features import l2_normalize
 from .crops import network_input
