@@ -195,11 +195,12 @@ SETTINGS = ("from torch.backends import cuda, cudnn; "
             "print(cudnn.deterministic, cudnn.allow_tf32, cuda.matmul.allow_tf32, "
             "cuda.matmul.allow_bf16_reduced_precision_reduction, "
             "cuda.matmul.allow_fp16_reduced_precision_reduction, "
-            "torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())")
+            "torch.get_default_dtype(), torch.get_num_threads(), "
+            "torch.are_deterministic_algorithms_enabled())")
 
 def settings(code):
-    return subprocess.run([sys.executable, '-W', 'error', '-c', f'import torch; {code}; {SETTINGS}'], check=True,
-                          capture_output=True, text=True).stdout.split()
+    return subprocess.run([sys.executable, '-W', 'error', '-c', f'import torch; {code}; {SETTINGS}'],
+                          check=True, capture_output=True, text=True).stdout.split()
 
 def test_importing_the_kit_changes_no_setting():
     modules = [p.relative_to(ROOT).with_suffix('').as_posix().replace('/', '.')
@@ -207,4 +208,5 @@ def test_importing_the_kit_changes_no_setting():
     assert settings('import ' + ', '.join(modules)) == settings('pass')
 
 def test_a_gpu_is_asked_for_the_same_bits_again():
-    assert settings('from deepcluster_nb.fast.feeding import same_bits; same_bits()')[:5] == ['True'] + ['False']*4
+    code = 'from deepcluster_nb.fast.feeding import same_bits; same_bits()'
+    assert settings(code)[:5] == ['True', 'False', 'False', 'False', 'False']
