@@ -21,7 +21,7 @@ from .images import PackedImages
 # %% ../../nbs/fast/20_feeding.ipynb #c9ff410a
 torch.backends.cudnn.deterministic = True                                       # the same call, the same bits
 torch.backends.cudnn.allow_tf32 = False                                         # float32 means float32
-# sums in float32: chapter 05 counts on it
+# sums in float32: chapter 23 counts on it
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False       # and fast.crops
 
@@ -170,6 +170,7 @@ def pinned_batch(images:PackedImages, idx:Tensor)->Tensor: # (B, C, H, W), or Ra
     if images.listed: return Ragged.of(images.batch(idx), pinned=True)
     return images.batch(idx, torch.empty(len(idx), *images.size, dtype=torch.uint8, pin_memory=True))
 
+# %% ../../nbs/fast/20_feeding.ipynb #2ced184e
 def fetch_ahead(images,               # Images: what is read from
                 batches,              # lists of image numbers, (B,) each
                 device,               # where the images go
