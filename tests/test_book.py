@@ -427,7 +427,7 @@ def results(page, kind): # of all cells, one by one
     shown = [o.get('data', {}) for c in page.cells for o in c.get('outputs', [])]
     return [''.join(data[kind]) for data in shown if kind in data]
 
-TABLES = 'sobel clustering training switches probes packing estimate'.split()
+TABLES = 'sobel clustering training switches probes kmeans packing estimate'.split()
 @pytest.mark.parametrize('name', [n for n in STORED if Path(n).stem[3:] in TABLES])
 def test_results_are_no_dictionaries(name): # but tables, words or numbers
     assert [t[:60] for t in results(STORED[name], 'text/plain') if re.match(r'\(?\{', t)] == []

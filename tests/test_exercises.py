@@ -10,8 +10,9 @@ make = importlib.util.module_from_spec(spec); spec.loader.exec_module(make)
 
 def cells(path):
     return [(c['cell_type'], ''.join(c['source'])) for c in json.loads(path.read_text())['cells']]
-CHAPTERS = [p for p in sorted([*(ROOT/'nbs').glob('*.ipynb'), *(ROOT/'nbs'/'fast').glob('*.ipynb')],
-                              key=lambda p: p.name) if any('## Exercises' in s.splitlines() for _,s in cells(p))]
+NOTEBOOKS = [*(ROOT/'nbs').glob('*.ipynb'), *(ROOT/'nbs'/'fast').glob('*.ipynb')]
+CHAPTERS = [p for p in sorted(NOTEBOOKS, key=lambda p: p.name)
+            if any('## Exercises' in s.splitlines() for _,s in cells(p))]
 
 def test_every_chapter_with_exercises_is_found():
     assert len(CHAPTERS) >= 27 and make.chapters() == CHAPTERS
