@@ -1,4 +1,4 @@
-"""A folder of images, decoded once into one file that every run maps (chapter 16).
+"""A folder of images, decoded once into one file that every run maps (chapter 26).
 
     python data_scripts/pack_images.py imagenet/train packed/train.safetensors --max-side 500 --center 224
     python data_scripts/pack_images.py --verify packed/train.safetensors

@@ -161,7 +161,7 @@ class Page:
         cells = imports_folded(each_definition_once(nb.cells))
         nb.cells = linked(optional_marked(solutions_closed(cells)))
         front, path = dict(nb.frontmatter_), Path(nb.path_)
-        folder = 'experiments/' if path.parent.name == 'experiments' else ''
+        folder = f'{path.parent.name}/' if path.parent.name in ('experiments', 'fast') else ''
         front['citation'] = citation(front['title'], folder + front['output-file'])
         nb.cells[0].source = f'---\n{yaml.safe_dump(front, allow_unicode=True)}---\n'
 

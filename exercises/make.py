@@ -97,7 +97,7 @@ def stub(path, solutions:bool=False):
     cells = nbformat.read(path, 4).cells
     start = next(i for i,c in enumerate(cells)
                  if c.cell_type == 'markdown' and re.search(r'^## Exercises', c.source, re.M))
-    module = next((m[1] for c in cells if (m := re.match(r'#\|\s*default_exp (\w+)', c.source))), None)
+    module = next((m[1] for c in cells if (m := re.match(r'#\|\s*default_exp ([\w.]+)', c.source))), None)
     asked, last = questions(cells[start:])
     names = set()
     for code in reversed([bare(s) for _,answer in asked for s in answer] + [bare(s) for s in last]):
@@ -107,7 +107,7 @@ def stub(path, solutions:bool=False):
     title = re.match(r'# (.*)', cells[0].source)[1]
     how = ("Say the answer before you run anything. "
            "Run the cells down to the first question once; your own cells go below each question.")
-    out = [new_markdown_cell(f"# Exercises: {title}\n> The questions of `nbs/{path.name}`. {how}"),
+    out = [new_markdown_cell(f"# Exercises: {title}\n> The questions of `{path.relative_to(ROOT)}`. {how}"),
            new_code_cell(imports)]
     if lessons: out += [new_markdown_cell("## From the chapter"), *map(new_code_cell, lessons)]
     for i,(question, answer) in enumerate(asked, 1):
@@ -118,9 +118,9 @@ def stub(path, solutions:bool=False):
     return new_notebook(cells=out, metadata=dict(kernelspec=dict(name='python3', display_name='python3',
                                                                  language='python')))
 
-def chapters(): # the notebooks that have exercises
-    return [p
-            for p in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')) if re.search(r'"## Exercises', p.read_text())]
+def chapters(): # the notebooks that have exercises, by number
+    found = [*(ROOT/'nbs').glob('[0-9]*.ipynb'), *(ROOT/'nbs'/'fast').glob('[0-9]*.ipynb')]
+    return [p for p in sorted(found, key=lambda p: p.name) if re.search(r'"## Exercises', p.read_text())]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)

@@ -6,7 +6,7 @@ import matplotlib; matplotlib.use('Agg')
 import matplotlib.pyplot as plt, torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from deepcluster_nb.fast.crops import random_resized_crop, resample, normalize
+from deepcluster_nb.fast.crops import random_resized_crop, resample
 from deepcluster_nb.fast.images import PackedImages
 from deepcluster_nb.data import generator
 from deepcluster_nb.fast.features import PCA, compute_features
@@ -50,7 +50,7 @@ def rows(images, config): # (chapter, title, eight pictures or numbers of cluste
     yield 6, 'drawn', [f'{v:.1f} ×' for v in drawn[i]]
     run = fit(config, images, echo=None)
     last = run.clustering.assign
-    yield 8, 'cluster', last[i].tolist()
+    yield 7, 'cluster', last[i].tolist()
     f = compute_features(run.net, images, 32)
     yield 9, 'nearest', list(images.batch(nearest_rows(f, f[i], 1, but=i)[:, 0]))
     lot = torch.randperm(len(images), generator=generator(0, 'members'))

@@ -1,6 +1,7 @@
 """What Quarto, a browser or a newcomer would stumble over, found without them: options that stop the build,
 boxes that don't close, links inside code, pale text, chapters out of order, notebooks without the kit."""
-import re
+import os, re
+from pathlib import Path
 import numpy as np
 import pytest, yaml
 from test_site import built, processed  # noqa: F401 (fixtures)
@@ -351,7 +352,7 @@ def test_definitions_say_what_they_do(processed):
 def test_every_public_definition_has_a_docstring():
     import ast
     bare = []
-    for path in sorted((ROOT/'deepcluster_nb').glob('[a-z]*.py')):
+    for path in sorted((ROOT/'deepcluster_nb').rglob('[a-z]*.py')):
         for node in ast.parse(path.read_text()).body:
             public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_')
             if public and not ast.get_docstring(node): bare.append(f'{path.stem}.{node.name}')
@@ -359,32 +360,43 @@ def test_every_public_definition_has_a_docstring():
 
 # ---------------------------------------------------------------- 7: numbers of chapters
 
-NUMBERED = [n for n in sidebar(QUARTO['website']['sidebar']['contents']) if re.match(r'\d\d_', n)]
+def number(name): # of a chapter, in whichever folder; None for pages without
+    found = re.match(r'(\d\d)_', Path(name).name)
+    return found and found[1]
+
+NUMBERED = [n for n in sidebar(QUARTO['website']['sidebar']['contents']) if number(n)]
 
 def test_chapters_are_numbered_in_reading_order():
-    assert [n[:2] for n in NUMBERED] == [f'{i:02}' for i in range(len(NUMBERED))]
-    assert sorted(NUMBERED) == sorted(n for n in STORED if n[0].isdigit())
+    assert [number(n) for n in NUMBERED] == [f'{i:02}' for i in range(len(NUMBERED))]
+    assert sorted(NUMBERED) == sorted(n for n in STORED if number(n))
     for name, page in STORED.items():
         title = re.match(r'# (.*)', source(page.cells[0]))[1]
-        number = re.match(r'(\d\d) · ', title)
-        assert (number and number[1]) == (name[:2] if name in NUMBERED else None), title
-        assert not re.match(r'\d', page.address)
+        titled = re.match(r'(\d\d) · ', title)
+        assert (titled and titled[1]) == number(name), title
+        assert not re.match(r'\d', Path(page.address).name)
 
-def wrong_numbers(text):
-    "Links whose text begins with the number of another chapter, and words such as 'chapter 99'."
-    numbers = {n: n[:2] for n in NUMBERED} | {SITE + STORED[n].address: n[:2] for n in NUMBERED}
-    links = re.finditer(r'\[(?:[Cc]hapter )?(\d\d)\b[^\]]*\]\((?:\.\./)?([^)#\s]+)[^)]*\)', text)
-    found = [m[0] for m in links if numbers.get(m[2]) != m[1]]
+def wrong_numbers(text, name='index.ipynb'):
+    "Links on a page whose text begins with the number of another chapter, and words such as 'chapter 99'."
+    numbers = {n: number(n) for n in NUMBERED} | {SITE + STORED[n].address: number(n) for n in NUMBERED}
+    def of(target): return target if target.startswith(SITE) else os.path.normpath(Path(name).parent/target)
+    links = re.finditer(r'\[(?:[Cc]hapter )?(\d\d)\b[^\]]*\]\(([^)#\s]+)[^)]*\)', text)
+    found = [m[0] for m in links if numbers.get(of(m[2])) != m[1]]
     return found + [m[0] for m in re.finditer(r'[Cc]hapters? (\d\d)\b', text) if int(m[1]) >= len(NUMBERED)]
 
 @each
 def test_numbers_in_the_prose_are_those_of_the_chapters(name):
-    assert [w for t in markdowns(STORED[name]) for w in wrong_numbers(prose(t))] == []
+    assert [w for t in markdowns(STORED[name]) for w in wrong_numbers(prose(t), name)] == []
 
 @pytest.mark.parametrize('text, n', [
-    ('[05](05_clustering.ipynb)', 0), ('[05](05_clustering.ipynb)', 1), ('chapter 99', 1), ('chapter 05', 0),
+    ('[05](05_clustering.ipynb)', 0), ('[06](05_clustering.ipynb)', 1), ('chapter 99', 1), ('chapter 05', 0),
     (f'[05 k-means]({SITE}clustering.html)', 0), (f'[Chapter 04]({SITE}clustering.html#x)', 1)])
 def test_wrong_numbers_are_found(text, n): assert len(wrong_numbers(text)) == n
+
+@pytest.mark.parametrize('text, n', [
+    ('[05](../05_clustering.ipynb#x)', 0), ('[05](05_clustering.ipynb)', 1), ('[20](20_feeding.ipynb)', 0),
+    ('[21](20_feeding.ipynb)', 1), (f'[20 feeding]({SITE}fast/feeding.html)', 0)])
+def test_wrong_numbers_are_found_in_a_folder(text, n):
+    assert len(wrong_numbers(text, 'fast/23_kmeans.ipynb')) == n
 
 def test_no_two_pages_have_one_title():
     titles = [re.match(r'# (?:\d\d · )?(.*)', source(p.cells[0]))[1].lower() for p in STORED.values()]
@@ -415,7 +427,8 @@ def results(page, kind): # of all cells, one by one
     shown = [o.get('data', {}) for c in page.cells for o in c.get('outputs', [])]
     return [''.join(data[kind]) for data in shown if kind in data]
 
-@pytest.mark.parametrize('name', [n for n in STORED if n[:2] in '02 05 08 09 16 19'.split()])
+TABLES = 'sobel clustering training switches probes kmeans packing estimate'.split()
+@pytest.mark.parametrize('name', [n for n in STORED if Path(n).stem[3:] in TABLES])
 def test_results_are_no_dictionaries(name): # but tables, words or numbers
     assert [t[:60] for t in results(STORED[name], 'text/plain') if re.match(r'\(?\{', t)] == []
 

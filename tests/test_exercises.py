@@ -10,11 +10,12 @@ make = importlib.util.module_from_spec(spec); spec.loader.exec_module(make)
 
 def cells(path):
     return [(c['cell_type'], ''.join(c['source'])) for c in json.loads(path.read_text())['cells']]
-CHAPTERS = [p for p in sorted((ROOT/'nbs').glob('*.ipynb'))
+NOTEBOOKS = [*(ROOT/'nbs').glob('*.ipynb'), *(ROOT/'nbs'/'fast').glob('*.ipynb')]
+CHAPTERS = [p for p in sorted(NOTEBOOKS, key=lambda p: p.name)
             if any('## Exercises' in s.splitlines() for _,s in cells(p))]
 
 def test_every_chapter_with_exercises_is_found():
-    assert len(CHAPTERS) >= 18 and make.chapters() == CHAPTERS
+    assert len(CHAPTERS) >= 27 and make.chapters() == CHAPTERS
 
 @pytest.mark.parametrize('path', CHAPTERS, ids=lambda p: p.stem)
 def test_a_stub_has_the_questions_and_no_answers(path):
@@ -37,23 +38,30 @@ def test_a_stub_has_the_questions_and_no_answers(path):
     after = [s.split('**')[0] for kind,s in chapter[start + 1:] if kind == 'markdown']
     assert not any(len(t.strip()) > 20 and t.strip() in c.source for t in after for c in stub.cells)
 
+def solved(path): # the code of its exercises, with the answers
+    cells = make.stub(path, solutions=True).cells
+    return '\n'.join(c.source for c in cells if c.cell_type == 'code')
+
+def ran(source, folder):
+    (folder/'solved.py').write_text(source)
+    return subprocess.run([sys.executable, 'solved.py'], cwd=folder, capture_output=True, text=True,
+                          timeout=120, env=os.environ | dict(MPLBACKEND='agg'))
+
 @pytest.mark.parametrize('name', ['06_sampling', '02_sobel'])
 def test_with_the_answers_put_back_it_runs(name, tmp_path):
-    path = ROOT/'nbs'/f'{name}.ipynb'
-    solved = make.stub(path, solutions=True)
-    source = '\n'.join(c.source for c in solved.cells if c.cell_type == 'code')
+    source = solved(ROOT/'nbs'/f'{name}.ipynb')
     assert source.count('test_') > 5
-    (tmp_path/'solved.py').write_text(source)
-    ran = subprocess.run([sys.executable, 'solved.py'], cwd=tmp_path, capture_output=True, text=True,
-                         timeout=120, env=os.environ | dict(MPLBACKEND='agg'))
-    assert ran.returncode == 0, ran.stderr[-2000:]
+    done = ran(source, tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
     broken = (source.replace('(1 - 1/100)**101', '(1 - 1/100)**51') if name == '06_sampling' else
               source.replace('-3*g_white', '-4*g_white'))
     assert broken != source                                         # the answers are really in it, and assert
-    (tmp_path/'broken.py').write_text(broken)
-    ran = subprocess.run([sys.executable, 'broken.py'], cwd=tmp_path, capture_output=True, text=True,
-                         timeout=120, env=os.environ | dict(MPLBACKEND='agg'))
-    assert 'AssertionError' in ran.stderr
+    assert 'AssertionError' in ran(broken, tmp_path).stderr
+
+def test_answers_about_a_twin_run_too(tmp_path): # its module is in a package of its own
+    source = solved(ROOT/'nbs'/'fast'/'19_images.ipynb')
+    done = ran(source, tmp_path)
+    assert 'from deepcluster_nb.fast.images import' in source and done.returncode == 0, done.stderr[-2000:]
 
 def test_answers_of_a_class_are_not_overwritten(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(make, 'chapters', lambda: [ROOT/'nbs'/'06_sampling.ipynb'])

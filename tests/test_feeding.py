@@ -159,7 +159,7 @@ def test_windows_take_as_many_orders_however_many_images_there_are(gpu):
                                 torch.tensor([[1., 2, 30, 30]]).repeat(n, 1), gpu.orders)
         batch.cut(boxes, 32)
         orders.append(gpu.orders - before)
-    assert orders == [14, 14]                                                    # as chapter 17 says
+    assert orders == [14, 14]                                                    # as chapter 20 says
 
 def test_flat_batches_are_grey_and_cropped_as_lists_are():
     g = generator(0)

@@ -1,6 +1,7 @@
 "Whole runs: killed and continued, wrong input, folders of images."
 import json, signal, subprocess, sys, time
 from dataclasses import asdict, replace
+from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from deepcluster_nb import training

@@ -171,6 +171,7 @@ def pinned_batch(images:PackedImages, idx:Tensor)->Tensor: # (B, C, H, W), or Ra
     if images.listed: return Ragged.of(images.batch(idx), pinned=True)
     return images.batch(idx, torch.empty(len(idx), *images.size, dtype=torch.uint8, pin_memory=True))
 
+# %% ../../nbs/fast/20_feeding.ipynb #2ced184e
 def fetch_ahead(images,               # Images: what is read from
                 batches,              # lists of image numbers, (B,) each
                 device,               # where the images go
