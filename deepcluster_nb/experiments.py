@@ -143,9 +143,12 @@ def find_runs(text:str)->list: # of folders
 # %% ../nbs/15_experiments.ipynb #80515722
 def check_parameters(notebook:Path, given:dict, run_dir:Path):
     "Raise an error for impossible values or another run's folder, before anything is started."
-    values, (kind, checked) = ({**parameters(notebook), **given},
+    own = parameters(notebook)
+    values, (kind, checked) = ({**own, **given},
                                {'probe': (ProbeConfig, resolve_probe)}.get(notebook.stem, (Config, resolve)))
-    config = kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
+    # a default of another type: the experiment's own parameter, such as the parts of a network for voc
+    config = kind(**{f.name: values[f.name] for f in fields(kind)
+                     if f.name in values and type(own.get(f.name, f.default)) is type(f.default)})
     checked(config)
     if notebook.stem == 'compare': find_runs(values['runs'])                                       # likewise
     # which says what is missing

@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import numpy as np, torch, yaml
 from torch import Tensor
+import deepcluster_nb.fast.training as fast
 from . import training
-from .fast import training as fast
 from .augment import CENTER_BOXES
 from .sources import DATASETS, check_sizes, load_images
 from .fast.images import PackedImages
 from .data import generator
-from .fast.feeding import Laps, resident
+from .fast.feeding import PhaseTimer, resident, same_bits
 from .fast.small_maps import with_small_maps
 from .model import ARCHS, SIZES, DeepClusterNet, calibrate_bn, convnet, reset_top_layer
 from .fast.features import PCA, feature_batches, has_bfloat16, keep_memory, return_memory
@@ -89,8 +89,9 @@ class Config(PlainTypes, Machine, Switches, training.Config, Data):
 
 # %% ../nbs/18_fit.ipynb #9df46c32
 def network(config)->DeepClusterNet: # on its device, with random weights
-    "Build the network that a configuration names."
+    "Build the network that a configuration names; on a GPU, have the same bits again."
     c = config
+    if torch.device(c.device).type == 'cuda': same_bits()
     net = convnet(c.arch, c.k, c.sobel, c.dropout, c.seed, c.border, c.relu, c.center_box)
     if c.parts == 'plain': return net.to(c.device)
     return with_small_maps(net).to(c.device, memory_format=torch.channels_last)
@@ -114,7 +115,8 @@ def plain_epoch(net, images, idx, assign, opts, config, epoch, weights=None, aft
 class Parts:
     "What the loop is made of."
     cluster:callable      # (net, images, config, epoch, mark, progress, folder) → (Clustering, PCA)
-    train_epoch:callable  # (net, images, idx, assign, opts, config, epoch, weights, after, first, total) → loss
+    # (net, images, idx, assign, opts, config, epoch, weights, after, first, total) → loss
+    train_epoch:callable
     place:callable        # (images, device) → images, where the parts want them
 
 PARTS = dict(fast=Parts(fast.cluster, fast.train_epoch, resident),
@@ -388,7 +390,7 @@ class Hooks:
         self.folder.write('clusters.csv', clusters_csv(self.images.paths, s.clustering.assign))
         self.save(epochs)
         (self.folder.path/'progress.json').unlink(missing_ok=True)
-        self.guard()                                        # a signal that came in the last moment is not lost
+        self.guard()                           # a signal that came in the last moment is not lost
 
 # %% ../nbs/18_fit.ipynb #68658c09
 def run_loop(state:State, images, config, parts:Parts, hooks:Hooks):
@@ -396,7 +398,7 @@ def run_loop(state:State, images, config, parts:Parts, hooks:Hooks):
     s, c = state, config
     folder = hooks.folder and hooks.folder.path
     def cluster(): # (Clustering, PCA, seconds of each part)
-        timer = Laps(c.device)
+        timer = PhaseTimer(c.device)
         return *parts.cluster(s.net, images, c, s.epoch, timer, hooks.clustering, folder), timer.seconds()
     while s.epoch < c.epochs:
         if s.step == 0:  # not in the middle of an epoch that was stopped
@@ -457,8 +459,10 @@ def fit(config:Config,  # what to do
     c, images = prepare(config, images, echo)
     net, parts = network(c), PARTS[c.parts]
     check(c.pca <= net.dim, 'pca', c.pca, f"at most {net.dim}, the features' dimension")
-    folder = RunFolder(c.run_dir, asdict(config), may_differ(c.run_dir, asdict(config))) if c.run_dir else None
-    held = Guard(folder, c.checkpoint_minutes).held(*disk_space(net, c, len(images))) if folder else nullcontext()
+    asked, folder, held = asdict(config), None, nullcontext()
+    if c.run_dir:
+        folder = RunFolder(c.run_dir, asked, may_differ(c.run_dir, asked))
+        held = Guard(folder, c.checkpoint_minutes).held(*disk_space(net, c, len(images)))
     with held as guard:
         state = folder and resume(folder, net, c, images)
         on_device = parts.place(images, c.device)

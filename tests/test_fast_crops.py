@@ -6,7 +6,7 @@ otherwise, by 2e-5 of a pixel in images of up to 160, and a weight's slope is at
 import pytest, torch
 from deepcluster_nb import augment, sobel
 from deepcluster_nb.data import generator
-from deepcluster_nb.pictures import crops
+from deepcluster_nb.fast import crops
 from deepcluster_nb.fast.feeding import Ragged
 
 pytestmark = pytest.mark.usefixtures('one_thread')

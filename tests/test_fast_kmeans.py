@@ -4,7 +4,7 @@ import pytest, torch
 from deepcluster_nb import clustering as plain
 from deepcluster_nb.data import generator
 from deepcluster_nb.sources import load_images
-from deepcluster_nb.fast.kmeans import kmeans as fast
+from deepcluster_nb.fast import kmeans as fast
 from deepcluster_nb.fast.features import PCA
 from deepcluster_nb.features import l2_normalize
 

@@ -239,9 +239,9 @@ def test_the_center_comes_along():
 
 def test_laps_by_the_devices_clock(marks):
     marks += [5., 7.5, 8., 8.5]
-    laps = feeding.Laps('cuda')
-    for phase in ('features', 'pca', 'features'): laps(phase)
-    assert Event.waited < 0 and laps.seconds() == dict(features=3., pca=.5)
+    timer = feeding.PhaseTimer('cuda')
+    for phase in ('features', 'pca', 'features'): timer(phase)
+    assert Event.waited < 0 and timer.seconds() == dict(features=3., pca=.5)
 
 def test_reading_stops_when_nobody_asks_any_more():
     class Counting(PackedImages):

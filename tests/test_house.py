@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ['data', 'augment', 'sobel', 'model', 'features', 'clustering', 'sampling', 'training',
+CORE = ['data', 'augment', 'sobel', 'model', 'features', 'clustering', 'sampling', 'training']
+ORDER = [*CORE, 'switches',
          'fast.images', 'fast.feeding', 'fast.crops', 'fast.small_maps', 'fast.features', 'fast.kmeans',
-         'sources', 'fast.packing', 'runs', 'fit', 'probes', 'pictures', 'voc', 'retrieval', 'pic', 'released',
-         'estimate', 'experiments', 'book']
+         'fast.training', 'sources', 'runs', 'fast.packing', 'fit', 'probes', 'pictures', 'voc', 'retrieval',
+         'pic', 'released', 'estimate', 'experiments', 'book']
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
 def code_cells(path):
@@ -25,6 +26,11 @@ def imported(module): # the kit's modules that one imports anywhere, also inside
 @pytest.mark.parametrize('module', ORDER)
 def test_modules_import_only_backwards(module):
     assert imported(module) <= set(ORDER[:ORDER.index(module)])
+
+@pytest.mark.parametrize('module', CORE)
+def test_the_core_knows_nothing_but_itself(module): # and has no case for a kind of device or precision
+    assert imported(module) <= set(CORE)
+    assert not re.search('cuda|bfloat16|float16|autocast|torch.backends', source(module))
 
 def test_every_module_is_in_the_order():
     folder = ROOT/'deepcluster_nb'

@@ -32,7 +32,8 @@ def tree(tmp_path_factory): return make_tree(tmp_path_factory.mktemp('images'))
 def left(folder, name='x'): return sorted(p.name for p in folder.glob(f'{name}*'))
 
 # a run of pack_images.py that syncs after every few images
-DRIVER = ("import runpy, sys, deepcluster_nb.fast.packing as p; p.SYNC, p.CHUNK = 0, 4; sys.argv = sys.argv[1:]; "
+DRIVER = ("import runpy, sys, deepcluster_nb.fast.packing as p; p.SYNC, p.CHUNK = 0, 4; "
+          "sys.argv = sys.argv[1:]; "
           "runpy.run_path(sys.argv[0], run_name='__main__')")
 def command(*args): return [sys.executable, '-c', DRIVER, str(SCRIPTS/'pack_images.py'), *map(str, args)]
 

@@ -1,6 +1,7 @@
 "Whole runs: killed and continued, wrong input, folders of images."
 import json, signal, subprocess, sys, time
 from dataclasses import asdict, replace
+from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from deepcluster_nb import training
@@ -9,6 +10,8 @@ from deepcluster_nb.sources import load_images
 from deepcluster_nb.runs import load_checkpoint
 from survive import sha256
 from deepcluster_nb.fit import Config, fit, load_run, predict, resolve
+
+ROOT = Path(__file__).parent.parent
 
 TINY = Config(dataset='digits', n_images=200, k=10, pca=16, epochs=3, passes=1, batch_size=50,
               precision='float32', device='cpu')
@@ -189,10 +192,22 @@ def test_an_error_while_reading_ahead_is_raised():
         for idx,x in fetch_ahead(images, torch.arange(12).split(3), 'cpu', 2): got.append(idx.tolist())
     assert got == [[0, 1, 2], [3, 4, 5]]
 
-def test_a_gpu_is_asked_for_the_same_bits_again(): # by whatever is imported of the kit
-    code = ("import deepcluster_nb.fast.feeding; from torch.backends import cuda, cudnn; "
+SETTINGS = ("from torch.backends import cuda, cudnn; "
             "print(cudnn.deterministic, cudnn.allow_tf32, cuda.matmul.allow_tf32, "
             "cuda.matmul.allow_bf16_reduced_precision_reduction, "
-            "cuda.matmul.allow_fp16_reduced_precision_reduction)")
-    assert subprocess.run([sys.executable, '-W', 'error', '-c', code], capture_output=True, text=True,
-                          check=True).stdout.split() == ['True', 'False', 'False', 'False', 'False']
+            "cuda.matmul.allow_fp16_reduced_precision_reduction, "
+            "torch.get_default_dtype(), torch.get_num_threads(), "
+            "torch.are_deterministic_algorithms_enabled())")
+
+def settings(code):
+    return subprocess.run([sys.executable, '-W', 'error', '-c', f'import torch; {code}; {SETTINGS}'],
+                          check=True, capture_output=True, text=True).stdout.split()
+
+def test_importing_the_kit_changes_no_setting():
+    modules = [p.relative_to(ROOT).with_suffix('').as_posix().replace('/', '.')
+               for p in (ROOT/'deepcluster_nb').rglob('[a-z]*.py')]
+    assert settings('import ' + ', '.join(modules)) == settings('pass')
+
+def test_a_gpu_is_asked_for_the_same_bits_again():
+    code = 'from deepcluster_nb.fast.feeding import same_bits; same_bits()'
+    assert settings(code)[:5] == ['True', 'False', 'False', 'False', 'False']

@@ -94,7 +94,8 @@ def test_signals_save_and_end(tmp_path, whole, number):
 
 def test_the_second_start_is_told_who_holds_the_run(tmp_path, whole):
     config = replace(SMALL, epochs=1, run_dir=str(tmp_path/'r'))
-    p = start(config, "import deepcluster_nb.fit as f, time; parts = f.PARTS['fast']; slow = parts.train_epoch; "
+    p = start(config, "import deepcluster_nb.fit as f, time; parts = f.PARTS['fast']; "
+                      "slow = parts.train_epoch; "
                       "parts.train_epoch = lambda *a, **k: (time.sleep(30), slow(*a, **k))[1]")
     try:
         wait_for(tmp_path/'r', 'assignments/epoch_000.npy', p)
