@@ -42,7 +42,8 @@ def test_an_epoch_of_fast_parts_is_the_same_to_rounding(weights, sobel, dropout)
     assign, idx = torch.arange(200) % 10, torch.arange(200)
     for train_epoch in (training.train_epoch, fast.train_epoch):
         net, seen = training.convnet(c.arch, c.k, sobel, dropout, seed=1), []
-        opts = (training.sgd(training.trunk_parameters(net), c, .9), training.sgd(net.top_layer.parameters(), c))
+        opts = (training.sgd(training.trunk_parameters(net), c, .9),
+                training.sgd(net.top_layer.parameters(), c))
         mean = train_epoch(net, IMAGES, idx, assign, opts, c, 3, weights,
                            lambda done, n, total, *_: seen.append((done, n, float(total))))
         assert [s[:2] for s in seen] == [(i + 1, 5) for i in range(5)] and abs(mean - seen[-1][2]/200) < 1e-6
@@ -79,8 +80,9 @@ def test_a_plain_loss_that_is_no_number_ends_the_run(monkeypatch):
     with pytest.raises(FloatingPointError, match='loss is not finite in epoch 0'):
         fit(replace(SMALL, lr=1e30), IMAGES, echo=None)
 
-@pytest.mark.parametrize('name, value', [('clusterer', 'pic'), ('backend', 'faiss'), ('lr_schedule', 'cosine'),
-                                         ('compile', True), ('precision', 'bfloat16')])
+@pytest.mark.parametrize('name, value', [
+    ('clusterer', 'pic'), ('backend', 'faiss'), ('lr_schedule', 'cosine'), ('compile', True),
+    ('precision', 'bfloat16')])
 def test_what_plain_parts_do_not_have_is_refused(name, value):
     with pytest.raises(ValueError, match=f"^{name}: expected .* with parts='plain', got {value!r}"):
         resolve(replace(SMALL, **{name: value}))
