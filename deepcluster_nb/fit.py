@@ -346,14 +346,12 @@ class Hooks:
         self.progress = Progress(config.epochs, state.epoch, folder and folder.path) if echo else None
 
     def save(self, epoch, step=0, **more): # the state as it is now
-        s, c = self.state, self.config
-        self.folder.save(epoch, snapshot(s) | more,
-                         dict(n=len(self.images), threads=torch.get_num_threads(), device=c.device,
-                              record=s.record if step else None), step)
+        self.folder.save(epoch, snapshot(self.state) | more,
+                         dict(n=len(self.images), threads=torch.get_num_threads(),
+                              device=self.config.device, record=self.state.record if step else None), step)
 
     def clustering(self, done:int, n:int): # while features are computed
-        last = self.state.epoch == self.config.epochs
-        if self.progress and not last:
+        if self.progress and self.state.epoch != self.config.epochs: # after the last one nothing is trained
             self.progress(self.state.epoch, 'features', done, n, .15*done/n)
         if self.guard: self.guard()
 
