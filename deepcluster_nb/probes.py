@@ -397,7 +397,7 @@ def supervised(train:PackedImages, # with labels
         opt.defaults['lr'] = lr * (1 + math.cos(math.pi*epoch/config.supervised)) / 2
         order = torch.randperm(len(train), generator=generator(c.seed, 'supervised', epoch))
         train_epoch(net, train, order, y, (opt,), c, epoch,
-                    after and (lambda done, n, *_: after(done, n, epoch)))
+                    after=after and (lambda done, n, *_: after(done, n, epoch)))
         if folder: save_checkpoint(folder, epoch + 1, state_tensors(net, (opt,)), {})
     return net.eval()
 

@@ -1,6 +1,8 @@
 ("Images and PackedImages: the same images, batches and subsets, bit for bit, since both hold the bytes. "
  "Every function that needs the packed form takes the plain one.")
-import numpy as np, pytest, torch
+import matplotlib
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from hypothesis import given, strategies as st
 from deepcluster_nb.data import OUTLINES, Images, digits, generator, pick, shapes
 from deepcluster_nb.fast.feeding import fetch_ahead, resident
@@ -99,6 +101,7 @@ def test_a_run_and_its_judges(images):
     assert crops(images, [4, 2]).equal(crops(packed, [4, 2]))
     cluster_montage(images, a.clustering.assign, 2, 3)
     nearest_images(torch.randn(60, 8, generator=generator(0)), images, [0, 1], 3)
+    plt.close('all')
 
 # ---------------------------------------------------------------- the shapes are what their names say
 

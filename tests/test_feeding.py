@@ -9,10 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from deepcluster_nb import augment, probes
-from deepcluster_nb.pictures import crops
-from deepcluster_nb.fast import features, feeding, training
-from deepcluster_nb.fast.crops import center_crop, crop_batch, crop_ragged, random_resized_crop, resample
-from deepcluster_nb.augment import crop_boxes, image_sizes
+from deepcluster_nb.fast import crops, features, feeding, training
+from deepcluster_nb.fast.crops import (center_crop, crop_batch, crop_ragged, image_sizes, random_resized_crop,
+                                       resample)
+from deepcluster_nb.augment import crop_boxes
 from deepcluster_nb.fast.images import PackedImages
 from deepcluster_nb.data import generator
 from deepcluster_nb.sources import load_images

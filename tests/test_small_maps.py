@@ -74,7 +74,7 @@ def test_a_pass_learns_the_same(monkeypatch): # a second clustering would multip
                  Config(arch='alexnet_small', size=32, k=5, pca=8, epochs=1, passes=3, batch_size=25, lr=.01,
                         precision='bfloat16', device='cpu'))
     # slow without, but the same
-    monkeypatch.setattr('deepcluster_nb.training.has_bfloat16', lambda device: True)
+    monkeypatch.setattr('deepcluster_nb.fit.has_bfloat16', lambda device: True)
     def loss(tiles):
         monkeypatch.setattr(small_maps, 'TILES', tiles)
         return fit(c, images, echo=None).log[0]['loss']
