@@ -80,9 +80,8 @@ def test_a_plain_loss_that_is_no_number_ends_the_run(monkeypatch):
     with pytest.raises(FloatingPointError, match='loss is not finite in epoch 0'):
         fit(replace(SMALL, lr=1e30), IMAGES, echo=None)
 
-@pytest.mark.parametrize('name, value', [
-    ('clusterer', 'pic'), ('backend', 'faiss'), ('lr_schedule', 'cosine'), ('compile', True),
-    ('precision', 'bfloat16')])
+@pytest.mark.parametrize('name, value', [('clusterer', 'pic'), ('backend', 'faiss'), ('compile', True),
+                                         ('lr_schedule', 'cosine'), ('precision', 'bfloat16')])
 def test_what_plain_parts_do_not_have_is_refused(name, value):
     with pytest.raises(ValueError, match=f"^{name}: expected .* with parts='plain', got {value!r}"):
         resolve(replace(SMALL, **{name: value}))
