@@ -86,7 +86,7 @@ class DeepClusterNet(nn.Module):
         self.flat, self.dim = (linear[0].in_features, linear[-1].out_features) if linear else (width, width)
         self.top_layer = nn.Linear(self.dim, k)
     def trunk(self, x:Tensor
-              # (B, 3, H, W) normalised, or (B, 1, H, W) that Sobel takes, → (B, dim), before the last ReLU
+              # (B, 3, H, W) normalized, or (B, 1, H, W) that Sobel takes, → (B, dim), before the last ReLU
              )->Tensor:
         "All but the last activation and the head."
         if x.ndim != 4 or x.shape[1] not in ((3,) if self.sobel is None else (1, 3)):
@@ -104,7 +104,7 @@ class DeepClusterNet(nn.Module):
 
 # %% ../nbs/03_model.ipynb #6bd71c25
 def init_weights(net:nn.Module, g:torch.Generator):
-    "Released initialisation: conv N(0, √(2/(kh·kw·out))), linear N(0, .01), biases 0, batch norm 1 and 0."
+    "Released initialization: conv N(0, √(2/(kh·kw·out))), linear N(0, .01), biases 0, batch norm 1 and 0."
     for m in net.modules():
         if isinstance(m, nn.Conv2d) and m.weight.requires_grad:
             std = math.sqrt(2 / (m.kernel_size[0] * m.kernel_size[1] * m.out_channels))
