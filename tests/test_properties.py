@@ -9,7 +9,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.extra.numpy import arrays
 from deepcluster_nb import augment
 from deepcluster_nb.augment import crop_boxes
-from deepcluster_nb.pictures import crops as fast_crops
+from deepcluster_nb.fast import crops as fast_crops
 from deepcluster_nb.fast.crops import resample
 from deepcluster_nb.fast.feeding import Ragged
 from deepcluster_nb import clustering
