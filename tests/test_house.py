@@ -160,6 +160,6 @@ def test_sources_that_are_shown_are_not_folded(path): # nbdev folds them itself;
 def test_the_tests_of_situations_are_there():
     rows = re.findall(r'^\| (\d+) \|.*', (ROOT/'tests'/'situations.md').read_text(), re.M)
     named = re.findall(r'`(test_\w+)`', (ROOT/'tests'/'situations.md').read_text())
-    code = '\n'.join(p.read_text() for p in (ROOT/'tests').glob('test_situations_*.py'))
+    code = '\n'.join(p.read_text() for p in (ROOT/'tests').glob('test_*.py'))
     assert rows == [str(i) for i in range(1, 20)] and len(named) > 40
     assert [n for n in named if not re.search(rf'^def {n}\(', code, re.M)] == []
