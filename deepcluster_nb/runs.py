@@ -159,7 +159,7 @@ SEEN = 2**32    # bytes of pixels that a fingerprint reads; of a larger data set
 
 def fingerprint(images)->dict: # n; hexadecimal checksums of all paths, and of all shapes and pixels
     "Compute what tells these images from others; where they lie does not count."
-    images = PackedImages.of(images)
+    if not isinstance(images, FileBytes): images = PackedImages.of(images)
     lengths = images.shapes.prod(1)
     read = torch.rand(len(images), generator=generator(0, 'fingerprint')) < SEEN / max(1, int(lengths.sum()))
     paths = [zlib.crc32(p.encode(errors='surrogateescape')) for p in images.paths]
@@ -241,8 +241,9 @@ def signals_noted(): # → a list, empty until SIGTERM or Ctrl-C comes
 # %% ../nbs/17_runs.ipynb #38159263
 def in_notebook()->bool:
     "Return whether this runs in a Jupyter kernel, which papermill uses too."
-    try: return get_ipython().__class__.__name__ == 'ZMQInteractiveShell'
-    except NameError: return False
+    # the name get_ipython is there only while a cell runs
+    ipython = sys.modules.get('IPython')
+    return ipython is not None and type(ipython.get_ipython()).__name__ == 'ZMQInteractiveShell'
 
 # %% ../nbs/17_runs.ipynb #75cc029d
 def held_by(path)->str: # 'process 123 on host since …', or '' where nobody works in that run folder

@@ -29,7 +29,8 @@ MOST = 1.5e9                    # bytes above the import
 def rise(code, *args): # bytes
     begin = ('import sys, torch\n'
              'from deepcluster_nb import experiments, fit as training\n'
-             'from deepcluster_nb.data import PackedImages, load_images\n'
+             'from deepcluster_nb.fast.images import PackedImages\n'
+             'from deepcluster_nb.sources import load_images\n'
              'def peak(): return 1024 * int(next(l for l in open("/proc/self/status") '
              'if l.startswith("VmHWM")).split()[1])\n'
              'torch.set_num_threads(1); start = peak()\n')
@@ -133,7 +134,7 @@ def test_a_forward_pass_is_no_larger_than_memory(room, wanted):
 def test_features_of_a_small_forward_pass(monkeypatch):
     net, images = convnet('alexnet_small', 5), MIXED.subset(torch.arange(20) % 5)
     whole = compute_features(net, images, 32)
-    monkeypatch.setattr('deepcluster_nb.features.free_memory', lambda: 1e6)
+    monkeypatch.setattr('deepcluster_nb.fast.features.free_memory', lambda: 1e6)
     done = []
     parts = compute_features(net, images, 32, progress=lambda i, n: done.append((i, n)))
     assert torch.allclose(whole, parts, rtol=1e-4, atol=1e-5) and done == [(20, 20)]  # one batch for the rest

@@ -477,6 +477,6 @@ def test_broken_images_are_left_out_only_where_asked(monkeypatch, tmp_path):
     def loads(name, root, split, n, seed, **more):
         asked.append(more)
         return load_images('digits', n_images=30)
-    monkeypatch.setattr('deepcluster_nb.training.load_images', loads)
+    monkeypatch.setattr('deepcluster_nb.fit.load_images', loads)
     for skip in (False, True): fit(Config(skip_broken=skip, **TINY | dict(epochs=0)), echo=None)
     assert asked == [dict(skip_broken=False), dict(skip_broken=True)]
