@@ -1,7 +1,7 @@
 """Large images: how much memory fit and predict take, each in a process of its own.
 
 A process says by how much its peak rises above what it holds when the package is imported; a small run
-takes 0.33 GB of that, the network, its gradients and momentum, and parts of torch that are loaded on first
+takes 0.25 GB of that: the network, its gradients and momentum, and libraries that are loaded on first
 use. 128 images of 1500 × 2000 are 1.15 GB of bytes, so there is hardly room for copies of them: as float32
 they would be 4.6 GB, in one grey plane 1.5. 14 files of 12 megapixels are 0.5 GB decoded: read at once,
 brought together, batched and made grey they took six times that."""
@@ -31,6 +31,7 @@ def rise(code, *args): # bytes
              'from deepcluster_nb import experiments, fit as training\n'
              'from deepcluster_nb.fast.images import PackedImages\n'
              'from deepcluster_nb.sources import load_images\n'
+             'import torch._dynamo\n'   # 0.13 GB, which PyTorch imports when the first optimizer takes a step
              'def peak(): return 1024 * int(next(l for l in open("/proc/self/status") '
              'if l.startswith("VmHWM")).split()[1])\n'
              'torch.set_num_threads(1); start = peak()\n')
