@@ -10,7 +10,6 @@ import numpy as np, torch
 from torch import Tensor
 from .clustering import Clustering, as_points
 from .fast.kmeans import Sums
-from .fast.training import CLUSTERERS
 
 # %% ../nbs/14_pic.ipynb #3e97a7b3
 def neighbour_graph(x:Tensor,          # (N, D) points

@@ -9,7 +9,7 @@ __all__ = ['EXTENSIONS', 'JUNK', 'RUN', 'LINK', 'HIDDEN', 'PREVIEWS', 'CLOSED', 
            'leads_back', 'beside_splits', 'find_folder', 'read_as', 'torchvision_images', 'packed_file', 'load_images']
 
 # %% ../nbs/16_sources.ipynb #f65ec137
-import os, sys, tempfile, warnings
+import os, tempfile, warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress

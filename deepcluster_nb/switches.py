@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'centroid_head', 'new_head']
 
 # %% ../nbs/08_switches.ipynb #71e52c4a
 import math, torch
-from torch import Tensor, nn
+from torch import nn
 from .data import generator
 from .model import reset_top_layer
 from .training import sgd

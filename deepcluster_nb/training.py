@@ -6,17 +6,16 @@
 __all__ = ['Config', 'cluster', 'trunk_parameters', 'sgd', 'batches', 'train_epoch', 'deepcluster']
 
 # %% ../nbs/07_training.ipynb #8d8fb548
-import math
 from dataclasses import dataclass
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from .data import generator
 from .augment import random_resized_crop
 from .sobel import normalize
 from .model import convnet, reset_top_layer
 from .features import PCA, compute_features, l2_normalize
-from .clustering import chance_nmi, kmeans, nmi
+from .clustering import kmeans, nmi
 from .sampling import uniform_sample
 
 # %% ../nbs/07_training.ipynb #ec663d68

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from deepcluster_nb import augment, probes
+from deepcluster_nb import probes
 from deepcluster_nb.fast import crops, features, feeding, training
 from deepcluster_nb.fast.crops import (center_crop, crop_batch, crop_ragged, image_sizes, random_resized_crop,
                                        resample)
@@ -17,7 +17,6 @@ from deepcluster_nb.fast.images import PackedImages
 from deepcluster_nb.data import generator
 from deepcluster_nb.sources import load_images
 from deepcluster_nb.clustering import nmi
-from deepcluster_nb.fast.features import feature_batches
 from deepcluster_nb.fast.feeding import Ragged, pick_batch, resident
 from deepcluster_nb.model import convnet
 from deepcluster_nb.sampling import loss_weights

@@ -8,7 +8,7 @@ from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_s
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
-from deepcluster_nb.fast.crops import center_crop, ten_crop, normalize
+from deepcluster_nb.fast.crops import center_crop, ten_crop
 from deepcluster_nb.data import generator
 from deepcluster_nb.sources import load_images
 from deepcluster_nb.experiments import experiments_folder, gather, main, parameters

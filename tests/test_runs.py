@@ -4,7 +4,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
-from deepcluster_nb import training
 from deepcluster_nb.fast.images import PackedImages
 from deepcluster_nb.sources import load_images
 from deepcluster_nb.runs import load_checkpoint

@@ -281,7 +281,6 @@ def test_names_in_figures(name, drawn): assert readable([name]) == [drawn]
 
 def test_a_legend_shows_every_name_as_it_is():
     import matplotlib.pyplot as plt
-    from matplotlib.mathtext import MathTextParser
     fig, ax = plt.subplots()
     for n in readable(['$5_$10', '_draft', '$x^2$']): ax.plot([0, 1], label=n)
     texts = ax.legend().get_texts()
