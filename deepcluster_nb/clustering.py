@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Clustering', 'as_points', 'starting_points', 'nearest', 'lloyd', 'faiss_draws', 'repair_empty', 'repair_random',
-           'kmeans', 'entropy', 'nmi', 'chance_nmi', 'ami']
+           'kmeans', 'entropy', 'nmi', 'as_partitions', 'chance_nmi', 'ami']
 
 # %% ../nbs/05_clustering.ipynb #9d168276
 import numpy as np, torch
@@ -25,18 +25,20 @@ class Clustering:
         return torch.bincount(self.assign, minlength=len(self.centroids))
     @property
     def n_empty(self)->int: return int((self.sizes == 0).sum())
-    def cpu(self)->'Clustering': return Clustering(self.assign.cpu(), self.centroids.cpu(), self.objective)
 
 # %% ../nbs/05_clustering.ipynb #6ce17e02
-def as_points(x, k:int)->Tensor: # (N, D) float32
+def as_points(x, k:int, niter:int=0)->Tensor: # (N, D) float32
     "Return points that can be put into k clusters; raise a ValueError for any others."
+    if niter < 0: raise ValueError(f"niter: expected 0 or more, got {niter}")
     x = torch.as_tensor(x).float()
-    if x.ndim != 2 or not x.shape[1]: raise ValueError(f"x: expected (N, D) points, got {tuple(x.shape)}")
-    if not 1 <= k <= len(x): raise ValueError(f"k: expected 1 to {len(x):,}, the number of points, got {k:,}")
-    bad = ~((x.amin(1) > -1e15) & (x.amax(1) < 1e15))                      # their squares must be finite too
+    if x.ndim != 2 or not x.shape[1]:
+        raise ValueError(f"x: expected (N, D) points, got {tuple(x.shape)}")
+    if not 1 <= k <= len(x):
+        raise ValueError(f"k: expected 1 to {len(x):,}, the number of points, got {k:,}")
+    bad = ~((x.amin(1) > -1e15) & (x.amax(1) < 1e15))     # their squares must be finite too
     if bad.any():
-        raise ValueError(f"x: expected finite points, got {int(bad.sum()):,} with NaN or values of 1e15 or "
-                         f"more, the first in row {int(bad.nonzero()[0])}")
+        raise ValueError(f"x: expected finite points, got {int(bad.sum()):,} with NaN or values of "
+                         f"1e15 or more, the first in row {int(bad.nonzero()[0])}")
     return x
 
 # %% ../nbs/05_clustering.ipynb #9dbc259f
@@ -71,7 +73,7 @@ def faiss_draws(): # iterator of floats in [0, 1]
     "The numbers faiss draws for a repair: Mersenne twister, seed 1234, in single precision."
     rng = np.random.RandomState(1234)
     while True:
-        yield from (rng.randint(0, 2**32, 4096, np.uint32).astype(np.float32) / np.float32(2**32)).tolist()
+        yield from (rng.randint(0, 2**32, 4096, np.uint32).astype(np.float32) / 2**32).tolist()
 
 # %% ../nbs/05_clustering.ipynb #106cb2f1
 def repair_empty(centroids:Tensor,  # (k, D), changed in place
@@ -84,7 +86,7 @@ def repair_empty(centroids:Tensor,  # (k, D), changed in place
     tilt[1::2] *= -1
     for empty in (sizes == 0).nonzero().flatten().tolist():
         p = ((sizes - 1) / max(n - k, 1)).tolist()
-        donor = next((j for _ in range(10) for j in range(k) if next(draws) < p[j]), int(sizes.argmax()))
+        donor = next((j for j in [*range(k)]*10 if next(draws) < p[j]), int(sizes.argmax()))
         centroids[empty] = centroids[donor] * (1 + tilt)
         centroids[donor] *= 1 - tilt
         sizes[empty] = sizes[donor] / 2
@@ -94,7 +96,7 @@ def repair_empty(centroids:Tensor,  # (k, D), changed in place
 def repair_random(centroids:Tensor, sizes:Tensor, # (k, D) and (k,), changed in place
                   g:torch.Generator,
                  ):
-    "Each empty cluster takes half of any other, whatever its size (paper, 'Avoiding trivial solutions')."
+    "Each empty cluster takes half of any other one (paper, 'Avoiding trivial solutions')."
     step = centroids.pow(2).mean().sqrt() / 1024
     for empty in (sizes == 0).nonzero().flatten().tolist():
         full = sizes.nonzero().flatten()
@@ -110,9 +112,8 @@ def kmeans(x:Tensor,                # (N, D) points
            niter:int=20,            # iterations of assignment and update, then a last assignment
            seed:int=0, epoch:int=0, # choose the k points to start from
           )->Clustering:
-    "Cluster points with k-means; empty clusters are repaired after each update (paper, equation 2)."
-    x = as_points(x, k)
-    if niter < 0: raise ValueError(f"niter: expected 0 or more, got {niter}")
+    "Cluster points with k-means; repair empty clusters after each update (paper, equation 2)."
+    x = as_points(x, k, niter)
     # every point is its own cluster, whatever the start: faiss does so too
     if k == len(x): return lloyd(x, x, 0)
     return lloyd(x, starting_points(x, k, seed, epoch), niter, repair_empty)
@@ -128,16 +129,23 @@ def nmi(a:Tensor,  # (N,) cluster ids
         b:Tensor,  # (N,) other cluster ids, or labels
        )->float:   # 0 (independent) to 1 (the same up to names)
     "Normalized mutual information, I / √(H(a) H(b)) (paper, section 4)."
+    a, b = as_partitions(a, b)
+    # a pair of ids as one number
+    joint = torch.unique(a * (int(b.max()) + 1) + b, return_counts=True)[1]
+    ha, hb, hab = entropy(torch.bincount(a)), entropy(torch.bincount(b)), entropy(joint)
+    if ha == 0 or hb == 0: return float(ha == hb)
+    return max(0., (ha + hb - hab) / (ha * hb)**.5)
+
+# %% ../nbs/05_clustering.ipynb #5b1d20af
+def as_partitions(a, b)->tuple: # two (N,) int64 tensors
+    "Return two partitions of the same points; raise a ValueError for anything else."
     a, b = (torch.as_tensor(v).long() for v in (a, b))
     if a.ndim != 1 or a.shape != b.shape or not len(a):
         raise ValueError("a, b: expected two (N,) partitions of the same points, "
                          f"got {tuple(a.shape)} and {tuple(b.shape)}")
     if min(a.min(), b.min()) < 0:
         raise ValueError(f"a, b: expected ids from 0, got {int(min(a.min(), b.min()))}")
-    joint = torch.unique(a * (int(b.max()) + 1) + b, return_counts=True)[1]   # a pair of ids as one number
-    ha, hb, hab = entropy(torch.bincount(a)), entropy(torch.bincount(b)), entropy(joint)
-    if ha == 0 or hb == 0: return float(ha == hb)
-    return max(0., (ha + hb - hab) / (ha * hb)**.5)
+    return a, b
 
 # %% ../nbs/05_clustering.ipynb #53e2c755
 def chance_nmi(a:Tensor, b:Tensor, seed:int=0)->float:

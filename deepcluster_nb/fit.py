@@ -18,19 +18,18 @@ import numpy as np, torch, yaml
 from torch import Tensor
 import deepcluster_nb.fast.training as fast
 from . import training
-from .augment import CENTER_BOXES
 from .sources import DATASETS, check_sizes, load_images
 from .fast.images import PackedImages
 from .data import generator
 from .fast.feeding import PhaseTimer, resident, same_bits
 from .fast.small_maps import with_small_maps
-from .model import ARCHS, SIZES, DeepClusterNet, calibrate_bn, convnet, reset_top_layer
+from .model import ARCHS, SIZES, DeepClusterNet, calibrate_bn, convnet
 from .fast.features import PCA, feature_batches, has_bfloat16, keep_memory, return_memory
 from .features import l2_normalize
 from .fast.kmeans import BACKENDS, nearest
 from .clustering import Clustering, ami, chance_nmi, entropy, nmi
 from .sampling import SAMPLERS, loss_weights
-from .switches import SCHEDULES, new_head
+from .switches import CENTER_BOXES, SCHEDULES, new_head, resize_head, with_switches
 from .training import sgd, trunk_parameters
 from .fast.training import CLUSTERERS
 from .runs import Guard, Progress, RunFolder, load_checkpoint, same_data, say
@@ -92,11 +91,12 @@ def network(config)->DeepClusterNet: # on its device, with random weights
     "Build the network that a configuration names; on a GPU, have the same bits again."
     c = config
     if torch.device(c.device).type == 'cuda': same_bits()
-    net = convnet(c.arch, c.k, c.sobel, c.dropout, c.seed, c.border, c.relu, c.center_box)
+    net = convnet(c.arch, c.k, c.sobel, c.dropout, c.seed)
+    with_switches(net, c.border, c.relu, c.center_box)
     if c.parts == 'plain': return net.to(c.device)
     return with_small_maps(net).to(c.device, memory_format=torch.channels_last)
 
-def plain_cluster(net, images, config, epoch, mark=None, progress=None, folder=None)->tuple:
+def plain_cluster(net, images, config, epoch, mark, progress=None, folder=None)->tuple:
     "Cluster with the core's function, which needs no folder and shows no progress."
     return training.cluster(net, images, config, epoch, mark)
 
@@ -163,7 +163,8 @@ def check_ranges(c):
     check(low <= c.size <= high, 'size', c.size, f"{low} to {high} pixels, which {c.arch} takes")
 
 # what the core's own functions do not have, and what it must be for them
-ONLY_FAST = dict(clusterer='kmeans', backend='torch', lr_schedule='constant', compile=False)
+ONLY_FAST = dict(clusterer='kmeans', backend='torch', lr_schedule='constant', compile=False,
+                 center_box='exact')
 
 def check_together(c):
     "Raise a ValueError for values that exclude each other."
@@ -244,7 +245,7 @@ def snapshot(state:State)->dict: # name → tensor
 
 def restore(net, config, tensors:dict)->tuple: # (trunk's, head's) optimizer
     "Put the weights and momentum of a snapshot back."
-    reset_top_layer(net, generator(config.seed), len(tensors['net.top_layer.bias']))
+    resize_head(net, len(tensors['net.top_layer.bias']))
     opts = optimizers(net, config)
     load_state(net, opts, tensors)
     return opts

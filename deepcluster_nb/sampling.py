@@ -30,8 +30,8 @@ def cluster_counts(assign:Tensor, # (N,) cluster of each image
 def balanced_draws(assign:Tensor,  # (N,) cluster of each image
                    n:int,          # images wanted
                    g:torch.Generator,
-                  )->list:         # for each non-empty cluster, ⌊n / clusters⌋ + 1 image numbers
-    "Draw the same number of images from each cluster, with replacement where it has no more than that."
+                  )->list:         # of each non-empty cluster, ⌊n / clusters⌋ + 1 image numbers
+    "Draw equally many images from each cluster, with replacement where it has no more."
     sizes = cluster_counts(assign, n).tolist()
     members = [m for m in assign.argsort(stable=True).split(sizes) if len(m)]
     s = n // len(members) + 1

@@ -20,17 +20,17 @@ def check_planes(x):
 # %% ../nbs/02_sobel.ipynb #028cf863
 def normalize(x:Tensor,  # (B, 1 or 3, H, W) on the scale 0 to 255
              )->Tensor:  # (B, 3, H, W)
-    "Apply ImageNet's mean and standard deviation, whatever the data set, as the released code does."
+    "Apply ImageNet's mean and standard deviation to any data set, as the released code does."
     check_planes(x)
     mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (MEAN, STD))
     return (x/255 - mean) / std
 
 # %% ../nbs/02_sobel.ipynb #a381cbcf
 class Sobel(nn.Sequential):
-    ("Grey, then the two gradients; frozen. "
-     "(B, 3, H, W), or (B, 1, H, W) that is grey already, → (B, 2, H, W). Paper, implementation details.")
-    def __init__(self,
-                 border:str='zeros'): # what stands around the image: 'zeros', or 'replicate' its last pixels
+    ("Grey, then the two gradients; frozen (paper, 'Implementation details'). "
+     "(B, 3, H, W), or (B, 1, H, W) that is grey already, → (B, 2, H, W).")
+    # border: what stands around the image: 'zeros', or 'replicate' its last pixels
+    def __init__(self, border:str='zeros'):
         grey, edges = nn.Conv2d(3, 1, 1), nn.Conv2d(1, 2, 3, padding=1, padding_mode=border)
         super().__init__(grey, edges)
         dx = torch.tensor([[1., 0, -1], [2, 0, -2], [1, 0, -1]])

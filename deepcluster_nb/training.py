@@ -42,10 +42,9 @@ class Config:
 
 # %% ../nbs/07_training.ipynb #6888486d
 def cluster(net, images, config, epoch:int,
-            mark=None, # called with the name of each part that is done
-           )->tuple:   # (Clustering, PCA)
+            mark=lambda part: None, # called with the name of each part that is done
+           )->tuple:                # (Clustering, PCA)
     "One reassignment: features → PCA → unit length → clusters."
-    mark = mark or (lambda part: None)
     feats = compute_features(net, images, config.size)
     mark('features')
     pca = PCA(config.pca).fit(feats)
@@ -58,22 +57,24 @@ def cluster(net, images, config, epoch:int,
 # %% ../nbs/07_training.ipynb #4ba28677
 def trunk_parameters(net)->list:
     "List the parameters that are trained, without the head's."
-    return [p for name,p in net.named_parameters() if p.requires_grad and not name.startswith('top_layer')]
+    return [p for name,p in net.named_parameters()
+            if p.requires_grad and not name.startswith('top_layer')]
 
 def sgd(params, config, momentum:float=0.)->torch.optim.SGD:
     "Create the paper's optimizer with the learning rate and weight decay of the configuration."
-    return torch.optim.SGD(params, config.lr, momentum, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.SGD(params, config.lr, momentum,
+                           weight_decay=config.weight_decay, fused=True)
 
 # %% ../nbs/07_training.ipynb #dfbeea50
 def batches(idx:Tensor, batch_size:int)->list: # of (B,) image numbers
-    "Split into batches; a last image alone joins the one before, for batch norm has no variance of one."
+    "Split into batches; one last image joins those before, for it alone has no variance."
     parts = list(idx.split(batch_size))
     return [*parts[:-2], torch.cat(parts[-2:])] if len(parts) > 1 and len(parts[-1]) == 1 else parts
 
 # %% ../nbs/07_training.ipynb #ef55ea81
 def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int,
                 weights=None, # (k,) weight of each cluster's images in the loss
-                after=None,   # called after each step with (steps done, steps, sum of the losses so far)
+                after=None,   # called after each step with (steps done, steps, sum of the losses)
                )->float:      # mean loss
     "One epoch of classification with the cluster ids as labels (paper, equation 1)."
     net.train()
@@ -82,9 +83,9 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int,
         for step,b in enumerate(steps):
             g = generator(config.seed, 'step', epoch, step)
             torch.manual_seed(g.initial_seed())
-            x = normalize(random_resized_crop(images.batch(b), config.size, g, (config.min_scale, 1.)))
+            x = random_resized_crop(images.batch(b), config.size, g, (config.min_scale, 1.))
             y = assign[b].to(device)
-            losses = F.cross_entropy(net(x.to(device)), y, reduction='none')
+            losses = F.cross_entropy(net(normalize(x).to(device)), y, reduction='none')
             loss = (losses if weights is None else losses * weights[y]).mean()
             for o in opts: o.zero_grad()
             loss.backward()
@@ -98,9 +99,9 @@ def deepcluster(images,        # training images, an Images
                 config:Config,
                 device='cpu',  # where the network is trained
                 net=None,      # trained in place; made as the configuration says where not given
-                labels=None,   # (N,) class ids to compare the clusters with; training never sees them
-               )->tuple:       # (network, Clustering of its features, list of a dict for each reassignment)
-    "DeepCluster (paper, section 3): cluster the features, train on the cluster ids, again and again."
+                labels=None,   # (N,) class ids to compare clusters with; training never sees them
+               )->tuple:       # (network, Clustering of its features, a dict for each reassignment)
+    "DeepCluster (paper, section 3): cluster the features, train on the cluster ids, repeat."
     if net is None: net = convnet(config.arch, config.k, config.sobel, config.dropout, config.seed)
     net = net.to(device)
     trunk_opt, prev, log = sgd(trunk_parameters(net), config, config.momentum), None, []
@@ -111,7 +112,8 @@ def deepcluster(images,        # training images, an Images
         opts = trunk_opt, sgd(net.top_layer.parameters(), config)
         idx = uniform_sample(assign, config.passes * len(images), config.seed, epoch)
         loss = train_epoch(net, images, idx, assign, opts, config, epoch)
-        log.append(dict(epoch=epoch, loss=loss, nmi_prev=None if prev is None else nmi(assign, prev),
+        log.append(dict(epoch=epoch, loss=loss,
+                        nmi_prev=None if prev is None else nmi(assign, prev),
                         nmi_labels=None if labels is None else nmi(assign, labels)))
         prev = assign
     return net, cluster(net, images, config, config.epochs)[0], log

@@ -8,6 +8,7 @@ from deepcluster_nb import augment, sobel
 from deepcluster_nb.data import generator
 from deepcluster_nb.fast import crops
 from deepcluster_nb.fast.feeding import Ragged
+from deepcluster_nb.switches import CENTER_BOXES
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 SUMS, CUT = 256 * 1e-5, 255 * 2e-4
@@ -21,12 +22,20 @@ BATCH = noise(6, 3, 45, 60)
 VIEWS = dict(random=lambda m, x, n: m.random_resized_crop(x, n, generator(1, 'view')),
              narrow=lambda m, x, n: m.random_resized_crop(x, n, generator(2, 'view'), (.3, .5), (1., 1.)),
              center=lambda m, x, n: m.center_crop(x, n),
-             torchvision=lambda m, x, n: m.center_crop(x, n, 'torchvision'),
              ten=lambda m, x, n: m.ten_crop(x, n))
 
 def close(a, b, atol):
     assert a.dtype == b.dtype == torch.float32
     torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+def torchvision_view(images, size): # the plain functions' crop of the box that torchvision cuts
+    return augment.resample(images, CENTER_BOXES['torchvision'](augment.image_sizes(images), size), size)
+
+@pytest.mark.parametrize('size', [1, 8, 33, 96])
+@pytest.mark.parametrize('images', [LIST[:5], BATCH], ids=['list', 'batch'])
+def test_torchvisions_box(images, size):
+    fast = crops.center_crop(images, size, 'torchvision')
+    close(fast, torchvision_view(images, size), CUT if isinstance(images, list) else SUMS)
 
 @pytest.mark.parametrize('view', VIEWS.values(), ids=VIEWS)
 @pytest.mark.parametrize('size', [1, 8, 33, 96])
@@ -69,7 +78,7 @@ def test_matrices(n_in, n_out):
 @pytest.mark.parametrize('bad', [
     lambda m: m.resample(BATCH, torch.zeros(6, 4), 8), lambda m: m.resample(BATCH, torch.ones(5, 4), 8),
     lambda m: m.center_crop(BATCH, 0), lambda m: m.center_crop(BATCH[0], 8), lambda m: m.ten_crop(BATCH, -1),
-    lambda m: m.center_crop([BATCH[0], BATCH[0, 0]], 8), lambda m: m.center_crop(BATCH, 8, 'pillow'),
+    lambda m: m.center_crop([BATCH[0], BATCH[0, 0]], 8),
     lambda m: m.random_resized_crop(BATCH, 8, generator(0), (0, 1)),
     lambda m: m.resample(BATCH, torch.ones(6, 4), 8, torch.tensor([True]))])
 def test_the_same_errors(bad):

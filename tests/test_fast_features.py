@@ -11,6 +11,7 @@ from deepcluster_nb.data import generator
 from deepcluster_nb.sources import load_images
 from deepcluster_nb.fast import features as fast
 from deepcluster_nb.model import convnet
+from deepcluster_nb.switches import with_switches
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -37,10 +38,10 @@ def same(a, b): # features
     assert (a - b).abs().max() < 1e-5 * b.abs().max()
 
 @pytest.mark.parametrize('kind', ['grey', 'color', 'large', 'ragged'])
-@pytest.mark.parametrize('how', [dict(), dict(sobel=False), dict(border='replicate', relu=True),
-                                 dict(center_box='torchvision')], ids=str)
-def test_features(kind, how):
-    net, images = network(**how), there(kind)
+@pytest.mark.parametrize('how, switches', [(dict(), {}), (dict(sobel=False), {}),
+                                           (dict(), dict(border='replicate', relu=True))], ids=str)
+def test_features(kind, how, switches):
+    net, images = with_switches(network(**how), **switches), there(kind)
     slow = plain.compute_features(net, images, 32, 4)
     for batch_size in (1, 4, 11, 512): same(fast.compute_features(net, images, 32, batch_size), slow)
     same(torch.cat(list(fast.feature_batches(net, images, 32, 4))), slow)

@@ -11,7 +11,7 @@ from torch import nn
 from torchvision import transforms as tv
 from torchvision.transforms import functional as tvf
 from deepcluster_nb import pictures
-from deepcluster_nb.augment import CENTER_BOXES, torchvision_center
+from deepcluster_nb.switches import CENTER_BOXES, torchvision_center, with_switches
 from deepcluster_nb.fast.crops import center_crop
 from deepcluster_nb.fast.images import PackedImages
 from deepcluster_nb.data import generator
@@ -145,7 +145,7 @@ def test_torchvisions_box_by_hand():
 
 def test_the_box_is_the_runs_in_all_that_sees_its_crops(tmp_path, monkeypatch):
     images = PackedImages(torch.stack([photograph(36, 50, s) for s in range(24)]))
-    a, b = (convnet('alexnet_small', 4, dropout=0., center_box=box) for box in CENTER_BOXES)
+    a, b = (with_switches(convnet('alexnet_small', 4, dropout=0.), center_box=box) for box in CENTER_BOXES)
     views = [center_input(net, images.batch(torch.arange(24)), 32) for net in (a, b)]
     assert (views[0] - views[1]).abs().mean() > .05
     images.center = PackedImages(center_crop(images.batch(torch.arange(24)), 32).round().byte())

@@ -6,7 +6,7 @@ import numpy as np, pytest, torch, yaml
 from torch import nn
 from deepcluster_nb.fast import training as fast
 from deepcluster_nb.fit import PARTS
-from deepcluster_nb.switches import new_head
+from deepcluster_nb.switches import new_head, with_switches
 from deepcluster_nb.fast.crops import center_crop
 from deepcluster_nb.fast.images import PackedImages
 from deepcluster_nb.sources import load_images
@@ -115,7 +115,7 @@ def test_relu_is_clustered_and_no_more(monkeypatch, base):
     assert not torch.equal(epochs[0]['assign'], base[0][0]['assign'])
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     a, b = (convnet('alexnet_small', 5, dropout=0.).eval(),
-            convnet('alexnet_small', 5, dropout=0., relu=True).eval())
+            with_switches(convnet('alexnet_small', 5, dropout=0.), relu=True).eval())
     with torch.no_grad():
         assert torch.equal(b.embed(x), a.embed(x).relu()) and torch.equal(a(x), b(x))
     b.train()(x).sum().backward()                             # nothing is changed in place under the gradient

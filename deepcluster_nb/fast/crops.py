@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from .. import augment
-from ..augment import center_boxes, check_boxes, check_images, crop_boxes, five_boxes, triangles
+from ..augment import check_boxes, check_images, crop_boxes, five_boxes, triangles
 from .feeding import Ragged, Views, to_device, windows
 from ..sobel import MEAN, STD, check_planes
+from ..switches import CENTER_BOXES
 
 # %% ../../nbs/fast/21_crops.ipynb #7cfef095
 def resize_taps(start:Tensor, length:Tensor, n_in, n_out:int, flip=None
@@ -188,10 +189,12 @@ def random_resized_crop(images,            # (B, C, H, W), a list of (C, H, W), 
 
 def center_crop(images,            # as for random_resized_crop
                 size:int,          # pixels wanted
-                box:str='exact',   # one of CENTER_BOXES
+                box:str='exact',   # one of switches.CENTER_BOXES
                )->Tensor:          # (B, C, size, size)
     "The clustering view: the central square."
-    return crop_inside(images, center_boxes(image_sizes(images), size, box), size)
+    if box not in CENTER_BOXES:
+        raise ValueError(f"box: expected one of {', '.join(CENTER_BOXES)}, got {box!r}")
+    return crop_inside(images, CENTER_BOXES[box](image_sizes(images), size), size)
 
 def ten_crop(images,     # as for random_resized_crop
              size:int,   # pixels wanted

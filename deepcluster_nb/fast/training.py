@@ -107,6 +107,7 @@ def cluster(net, images, config, epoch:int,
         for f,out in zip(feats, x.split(512)):
             out.copy_(l2_normalize(pca.project(to_device(f, config.device))))
     mark('pca')
-    clustering = clusterer(config.clusterer)(x, config, epoch).cpu()
+    c = clusterer(config.clusterer)(x, config, epoch)
+    clustering = Clustering(c.assign.cpu(), c.centroids.cpu(), c.objective)
     mark('kmeans')
     return clustering, pca
