@@ -17,7 +17,7 @@ def grating(label:int, classes:int)->tuple: # (cycles across the image, orientat
 
 def synthetic(i:int, seed:int, size:tuple, classes:int, ragged=False, rgb=False
              )->np.ndarray: # (C, H, W) uint8
-    "Image i: its class's grating, with a random phase, contrast and noise (and colour)."
+    "Image i: its class's grating, with a random phase, contrast and noise (and color)."
     g = np.random.Generator(np.random.Philox(key=[seed, i]))
     h, w = (int(s * g.uniform(.5, 1) + .5) if ragged else s for s in size)
     cycles, turn = grating(i % classes, classes)
@@ -32,7 +32,7 @@ def synthetic(i:int, seed:int, size:tuple, classes:int, ragged=False, rgb=False
     wave += np.float32(g.uniform(60, 69))                    # 60 + 126 + 60 and 60 - 60: always within a byte
     grey = wave.astype(np.uint8)
     if not rgb: return grey[None]
-    tint = g.uniform(.4, 1, 3).astype(np.float32)            # colour tells nothing of the class
+    tint = g.uniform(.4, 1, 3).astype(np.float32)            # color tells nothing of the class
     return (grey[None] * tint[:, None, None]).astype(np.uint8)
 
 def make(out, n:int, size, classes:int, seed:int=0, ragged=False, rgb=False, show=False):

@@ -21,10 +21,10 @@ def arguments():
                        help="shorter side at most this: smaller files, less detail")
     sides.add_argument('--size', type=int, metavar='PX',
                        help="the exact central crop that the clustering sees, square")
-    colour = p.add_mutually_exclusive_group()
-    colour.add_argument('--grey', dest='grey', action='store_true', default=True,
+    color = p.add_mutually_exclusive_group()
+    color.add_argument('--grey', dest='grey', action='store_true', default=True,
                         help="the Sobel layer's grey, one byte a pixel (default)")
-    colour.add_argument('--rgb', dest='grey', action='store_false',
+    color.add_argument('--rgb', dest='grey', action='store_false',
                         help="three bytes a pixel, for networks without Sobel")
     p.add_argument('--center', type=int, metavar='PX',
                    help="also the exact central crops (224), into a second file beside OUT, "

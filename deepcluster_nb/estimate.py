@@ -154,7 +154,7 @@ def sample_training(net, images, c:Config, seconds:float
 
 # %% ../nbs/27_estimate.ipynb #7eaf0630
 def sample_probes(net, facts:dict, c:Config, seconds:float)->dict: # kind of work → samples
-    "Time a linear probe's pass over an image, and a pair of images in the nearest-neighbour test."
+    "Time a linear probe's pass over an image, and a pair of images in the nearest-neighbor test."
     g, width = generator(0, 'estimate'), max(1, sum(facts['probes'])//len(facts['probes']))
     x, y = torch.rand(1024, width, generator=g).half(), torch.arange(1024) % facts['classes']
     y[0] = facts['classes'] - 1                        # a probe has as many outputs as the largest label says
@@ -179,10 +179,10 @@ def measure(c:Config, images, facts:dict, seconds:float, echo=None
     def forward(x):
         # dropout draws from the global generator
         with autocast(c.precision, c.device), torch.random.fork_rng(): return net.train()(x)
-    learnt = [p.numel() for p in net.parameters() if p.requires_grad]
+    learned = [p.numel() for p in net.parameters() if p.requires_grad]
     trunk  = [p.numel() for p in trunk_parameters(net)]
-    facts |= dict(dim=net.dim, activations=kept_bytes(forward, x), network=4*(2*sum(learnt) + sum(trunk)),
-                  checkpoint=4*(sum(learnt) + sum(trunk)))
+    facts |= dict(dim=net.dim, activations=kept_bytes(forward, x), network=4*(2*sum(learned) + sum(trunk)),
+                  checkpoint=4*(sum(learned) + sum(trunk)))
     if fits(facts['n']*facts['image_bytes'], c.device):  # as the run will
         images = resident(images.subset(torch.arange(min(len(images), 4096))), c.device)
     rows = torch.arange(16*512) % len(images)

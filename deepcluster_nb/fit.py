@@ -64,16 +64,16 @@ class Switches:
     calibrate:bool = False         # batch norm gets the statistics of the images before the first clustering
     # learning rate within each reassignment: 'constant', as in the paper, or 'cosine', from lr down to 0
     lr_schedule:str = 'constant'
-    sampler:str = 'uniform'        # one of sampling.SAMPLERS
+    sampler:str = 'uniform'        # 'uniform', 'released' or 'weighted'
     head:str = 'fresh'             # at a reassignment: 'fresh', 'kept', or made from the 'centroids'
-    head_momentum:float = 0.
-    clusterer:str = 'kmeans'       # one of CLUSTERERS
+    head_momentum:float = 0.       # of the head
+    clusterer:str = 'kmeans'       # 'kmeans', 'pic' or 'pic_released'
 
 @dataclass
 class Machine:
     "What a run is computed with, and where it is kept; only rounding depends on it."
     parts:str = 'fast'             # what the loop is made of: 'fast', or 'plain' for the core's own functions
-    backend:str = 'torch'          # of k-means: one of fast.kmeans.BACKENDS
+    backend:str = 'torch'          # of k-means: 'torch' or 'faiss'
     precision:str = 'auto'         # 'float32', 'bfloat16', or 'auto': bfloat16 where the device has it
     device:str = 'auto'            # 'cpu', 'cuda', or 'auto': cuda where there is one
     compile:bool = False           # training steps through torch.compile, where that works

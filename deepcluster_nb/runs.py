@@ -470,7 +470,7 @@ def training_curves(log:list): # dicts, one an epoch, as in log.jsonl → matplo
     ax.plot(epochs, get('loss'), color=blue, label='loss', **dot)
     ax.plot(epochs, get('ln_k'), label='ln k: a blind guess', **floor)
     ax.fill_between(epochs, get('loss'), get('ln_k'), color=blue, alpha=.08, lw=0)
-    panel(ax, 'Training loss', 'clearly below ln k; on it, nothing is learnt', 'cross-entropy (nats)',
+    panel(ax, 'Training loss', 'clearly below ln k; on it, nothing is learned', 'cross-entropy (nats)',
           ylim=(0, None))
     ax = axs[0, 1]
     ax.plot(epochs, get('nmi_prev'), color=blue, label='NMI', **dot)

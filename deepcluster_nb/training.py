@@ -33,10 +33,10 @@ class Config:
     # optimization
     epochs:int = 10           # reassignments: a clustering and the training after it
     passes:int = 4            # training passes over the images for each reassignment
-    batch_size:int = 128
-    lr:float = .05
-    momentum:float = .9
-    weight_decay:float = 1e-5
+    batch_size:int = 128      # images a step
+    lr:float = .05            # learning rate
+    momentum:float = .9       # of the trunk
+    weight_decay:float = 1e-5 # the value, not its exponent
     min_scale:float = .2      # smallest share of an image that a training crop covers
     seed:int = 0              # of every draw
 

@@ -36,7 +36,7 @@ def made_voc(folder,        # gets VOCdevkit/VOC2007
              seed:int=0,
             )->Path:        # VOCdevkit/VOC2007
     ("A small tree in VOC2007's layout: "
-     "one to three outlines on coloured paper, a fifth of them tiny and difficult.")
+     "one to three outlines on colored paper, a fifth of them tiny and difficult.")
     top, names, marks = Path(folder)/'VOCdevkit'/'VOC2007', list(OUTLINES), {}
     for sub in ('JPEGImages', 'Annotations', 'ImageSets/Main'): (top/sub).mkdir(parents=True, exist_ok=True)
     for i in range(3*n):

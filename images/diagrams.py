@@ -11,16 +11,16 @@ PLAIN, BRIGHT = ('#f3f4f6', '#6b7280'), ('#fde68a', '#b45309') # ground and bord
 TIP = ('<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" '
        f'markerHeight="8" orient="auto"><path d="M0 0L8 4L0 8z" fill="{DARK}"/></marker></defs>')
 
-def centre(col, row): return 14 + 164*col + WIDTH/2, 18 + 94*row + HEIGHT/2
+def center(col, row): return 14 + 164*col + WIDTH/2, 18 + 94*row + HEIGHT/2
 
 def border(at, toward, gap=0):
     "Where the line from the middle of one place toward another leaves the box."
-    (x, y), (x2, y2) = centre(*at), centre(*toward)
+    (x, y), (x2, y2) = center(*at), center(*toward)
     return x + ((x2 > x) - (x2 < x))*(WIDTH/2 + gap), y + ((y2 > y) - (y2 < y))*(HEIGHT/2 + gap)
 
 def box(name, col, row, label=None, bright=False):
     "A box with one or two lines of text."
-    (x, y), (fill, line) = centre(col, row), BRIGHT if bright else PLAIN
+    (x, y), (fill, line) = center(col, row), BRIGHT if bright else PLAIN
     lines = (label or name).split('\n')
     shifts = (5,) if len(lines) == 1 else (-3, 14)
     place = f'x="{x - WIDTH/2:g}" y="{y - HEIGHT/2:g}" width="{WIDTH}" height="{HEIGHT}"'
@@ -32,7 +32,7 @@ def arrow(start, end, taken, label=None):
     (c, r), (c2, r2) = start, end
     bend = [] if c == c2 or r == r2 else [next(b for b in ((c2, r), (c, r2)) if b not in taken)]
     path = [start, *bend, end]
-    points = [border(start, path[1]), *(centre(*b) for b in bend), border(end, path[-2], 3)]
+    points = [border(start, path[1]), *(center(*b) for b in bend), border(end, path[-2], 3)]
     line = 'L'.join(f'{x:g} {y:g}' for x, y in points)
     out = [f'<path d="M{line}" stroke="{DARK}" stroke-width="1.6" fill="none" marker-end="url(#tip)"/>']
     (x, y), (x2, y2) = points[-2:]
@@ -47,7 +47,7 @@ def flow(title, nodes, edges, here=(), labels={}, epoch=None):
         for a, b in zip(way, way[1:]): out += arrow(at[a], at[b], at.values(), labels.get(f'{a} > {b}'))
     for name, node in nodes.items(): out += box(name, *node, bright=name in here)
     if epoch:
-        x, y = centre(*epoch)
+        x, y = center(*epoch)
         out.append(text(f'{x:g}', f'{y + 4:g}', 'once every epoch', 14, DARK, more=' font-style="italic"'))
     return card(480, 84 + 94*max(row for _, row in at.values()), title, out)
 

@@ -47,7 +47,7 @@ def gains(markdown):
         out += [f'<circle cx="{at}" cy="{y(low) + 50}" r="4.5" fill="{color}"/>',
                 text(at + 10, y(low) + 55, name, 14, anchor='start')]
     return card(480, 346,
-                'Linear probes and neighbours on CIFAR-10: DeepCluster above random features on every layer',
+                'Linear probes and neighbors on CIFAR-10: DeepCluster above random features on every layer',
                 out)
 
 def pictures():

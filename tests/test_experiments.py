@@ -20,8 +20,8 @@ def table_and_folder(out, where):
     assert (all(0 <= v <= 100 for net in m['probes'].values() for v in net.values())
             and set(m['knn']) == {'random', 'random_calibrated', 'deepcluster'})
     assert ({p.name for p in (where/'figures').iterdir()}
-            == {'curves.png', 'clusters_before.png', 'clusters.png', 'neighbours_before.png',
-                'neighbours.png', 'probes.png'})
+            == {'curves.png', 'clusters_before.png', 'clusters.png', 'neighbors_before.png',
+                'neighbors.png', 'probes.png'})
     html = (where/'report.html').read_text()
     assert (html.count('<img') == 6 and m['verdict']
             and all(line in html and line in out for line in m['verdict'])

@@ -95,7 +95,7 @@ def test_sobel_at_the_border():
     expected = SOBEL['black'][0] * torch.tensor([SOBEL['border'][k] for k in 'xy'])
     torch.testing.assert_close(gradients(torch.zeros(3, 4, 4)), expected, rtol=1e-5, atol=1e-5)
 
-def test_sobel_of_the_mean_colour():
+def test_sobel_of_the_mean_color():
     image = 255 * torch.tensor(MEAN)[:, None, None].expand(3, 6, 5)
     torch.testing.assert_close(gradients(image), torch.zeros(2, 6, 5), rtol=0, atol=1e-5)
 
@@ -136,7 +136,7 @@ def test_padding_counts_in_the_probes_pool():
             and close(out[0, 0, 1:9].tolist(), [golden['edge'][0]]*8)
             and close(out[0, 1:9, 1:9].flatten().tolist(), [golden['middle']]*64))
 
-def test_where_two_neighbours_outvote_a_nearer_one():
+def test_where_two_neighbors_outvote_a_nearer_one():
     at = lambda s: torch.tensor([s, (1 - s*s)**.5])
     for T,(s, _) in zip(PROBES['knn']['turns_at']['T'], PROBES['knn']['turns_at']['s']):
         for near,winner in ((s - 1e-3, 0), (s + 1e-3, 1)):

@@ -89,9 +89,13 @@ def test_guides_define_nothing_and_lead_to_the_chapters(name):
 
 def test_train_takes_the_names_of_config():
     from dataclasses import asdict
-    from deepcluster_nb.experiments import experiments_folder, parameters
+    from papermill import inspect_notebook
+    from deepcluster_nb.experiments import experiments_folder, explained, parameters
     from deepcluster_nb.fit import Config
-    assert parameters(experiments_folder()/'train.ipynb') == asdict(Config())
+    page = experiments_folder()/'train.ipynb'
+    assert parameters(page) == asdict(Config())         # so what the page shows has Config's defaults
+    assert len(inspect_notebook(str(page))) == 10
+    assert all(about for _,about in explained(page).values())
 
 @pytest.mark.parametrize('preset', sorted((ROOT/'nbs'/'experiments'/'presets').glob('*.yaml')),
                          ids=lambda p: p.stem)

@@ -49,8 +49,8 @@ def test_sizes_outside_are_errors(arch): # adaptive pools hide it in the others
 @pytest.mark.parametrize('arch', ARCHS)
 def test_the_trunk_is_everything_but_the_head(arch):
     with torch.device('meta'): net = convnet(arch, 7)
-    learnt = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    assert sum(p.numel() for p in trunk_parameters(net)) == learnt - 7*(net.dim + 1)
+    learned = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    assert sum(p.numel() for p in trunk_parameters(net)) == learned - 7*(net.dim + 1)
 
 def test_published_pools_of_resnet50():
     with torch.device('meta'), torch.inference_mode():

@@ -184,9 +184,9 @@ def test_a_loss_that_is_not_finite_is_an_error(data):
     with pytest.raises(FloatingPointError, match='smaller lr'):
         train_probes(net, train, test, replace(QUICK, lr=1e38, momentum=0., weight_decay=0.))
 
-# neighbours and clusters
+# neighbors and clusters
 
-def test_neighbours_by_hand_at_both_temperatures():
+def test_neighbors_by_hand_at_both_temperatures():
     g = generator(0, 'knn')
     x, q, y = (torch.randn(50, 6, generator=g), torch.randn(15, 6, generator=g),
                torch.randint(0, 4, (50,), generator=g))
@@ -255,7 +255,7 @@ def run_of_train(tmp_path_factory):
         echo=None)
     return where
 
-def test_a_run_beside_its_neighbours(run_of_train, tmp_path, capsys):
+def test_a_run_beside_its_neighbors(run_of_train, tmp_path, capsys):
     where, names = tmp_path/'probe', ['random', 'random_calibrated', 'supervised', 'deepcluster']
     assert main(['run', 'probe', '--out', str(where), *pairs(weights=run_of_train)]) == 0
     out, text = capsys.readouterr().out, (where/'metrics.json').read_text()

@@ -492,10 +492,10 @@ def test_what_the_writer_packs(case):
         check_packed(PackedImages.load(f'{folder}/x'), *case)
         assert verify_packed(f'{folder}/x') == []
 
-# --- neighbours and probes
+# --- neighbors and probes
 
 @given(st.integers(3, 30), st.integers(1, 10), st.integers(2, 4), st.data(), seeds)
-def test_neighbours_by_brute_force(n, m, classes, data, seed):
+def test_neighbors_by_brute_force(n, m, classes, data, seed):
     x, y, tx, ty = (noise(seed, n, 4), torch.arange(n) % classes, noise(seed + 1, m, 4),
                     torch.arange(m) % classes)
     k, T = data.draw(st.integers(1, n)), data.draw(st.sampled_from([.07, .1, 1.]))

@@ -18,7 +18,7 @@ from deepcluster_nb.data import generator
 from deepcluster_nb.fast.features import center_input, compute_features
 from deepcluster_nb.features import l2_normalize
 from deepcluster_nb.model import convnet
-from deepcluster_nb.pic import neighbour_graph, pic, power_iteration
+from deepcluster_nb.pic import neighbor_graph, pic, power_iteration
 from deepcluster_nb.released import load_released, released_state, tensors_sha256
 from deepcluster_nb.fast.training import clusterer
 from deepcluster_nb.fit import Config, fit, load_run, predict, resolve
@@ -129,7 +129,7 @@ def test_torchvisions_box_is_torchvisions_view(h, w):
     for size in (224, 96):
         ours = center_crop([im], size, 'torchvision')[0]
         assert (ours.round() - recipe(im, size)).abs().max() <= 1
-        # float32 places a pixel near 1,000 to 6e-5, and two neighbours differ by 255 at most
+        # float32 places a pixel near 1,000 to 6e-5, and two neighbors differ by 255 at most
         assert (ours - center_crop(im[None], size, 'torchvision')[0]).abs().max() <= 6e-5 * 255
 
 def test_the_exact_box_differs_where_torchvision_rounds():
@@ -226,7 +226,7 @@ def test_every_released_step_has_the_length_of_the_rate(small, lr, decay):
     for a,b in zip(x, x[1:]):
         assert torch.allclose((b - a).flatten(1).norm(dim=1), torch.tensor(lr, dtype=torch.float64))
 
-def test_released_decay_turns_the_step(small): # alone it is towards zero
+def test_released_decay_turns_the_step(small): # alone it is toward zero
     x, y = (released(small, 'conv2', [0], steps=n, decay=1e6, blur=0) for n in (0, 1))
     assert torch.allclose(y - x, -3 * x / x.norm(), atol=1e-5)
 
@@ -255,11 +255,11 @@ def test_our_own_ascent_is_what_it_was(small): # steps of root mean square lr, d
 
 # ---------------------------------------------------------------- PIC where points are there several times
 
-def pic_by_the_definition(x, neighbours=5, sigma=.2, alpha=.001):
+def pic_by_the_definition(x, neighbors=5, sigma=.2, alpha=.001):
     # dense loops; the first that is found is dropped
     d = torch.cdist(x.double(), x.double()).pow(2)
     d[d < 1e-9] = 0                                                              # twins are twins
-    order = d.argsort(dim=1, stable=True)[:, :neighbours + 1]
+    order = d.argsort(dim=1, stable=True)[:, :neighbors + 1]
     n, w = len(x), np.zeros((len(x), len(x)))
     for i in range(n):
         for j in order[i, 1:].tolist(): w[i, j] = math.exp(-float(d[i, j]) / sigma**2)
@@ -290,10 +290,10 @@ def test_pic_on_duplicates(points, n, there, here):
     if here: assert len(clusterer('pic')(x, None, 0).assign.unique()) == here
 
 def test_pic_released_keeps_the_loops_that_its_deletion_leaves():
-    w, near = neighbour_graph(copies(8, 6), first=True)
+    w, near = neighbor_graph(copies(8, 6), first=True)
     ids = np.arange(48)
     assert ((near == ids[:, None]).any(1) == (w.diagonal() > 0)).all() and (w.diagonal() > 0).sum() == 8*5
-    w, near = neighbour_graph(copies(8, 6))
+    w, near = neighbor_graph(copies(8, 6))
     assert not (near == ids[:, None]).any() and not w.diagonal().any()
 
 @pytest.mark.parametrize('x', [copies(50, 6), copies(12, 6), copies(40, 1, 4)],

@@ -249,7 +249,7 @@ def test_a_loss_that_is_not_finite_is_an_error(small, train):
     net.top_layer.bias.data.fill_(math.nan)
     with pytest.raises(FloatingPointError, match='step 0'): finetune(net, train, n=2, size=32)
 
-def test_ten_crops_are_a_sum(small): # of an image of one colour every crop is the same
+def test_ten_crops_are_a_sum(small): # of an image of one color every crop is the same
     net = transfer_net(small, 5)
     flat = PackedImages(torch.full((3, 3, 60, 70), 90, dtype=torch.uint8))
     one, ten = crop_scores(net, flat, 32, crops=1), crop_scores(net, flat, 32, crops=10)

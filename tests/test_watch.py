@@ -101,7 +101,7 @@ def test_one_look(tmp_path, capsys):
 def test_a_loss_that_stays_at_ln_k_is_called_that(tmp_path):
     folder = made(tmp_path/'r')
     for e in range(3): folder.append(row(e, loss=2.29))
-    assert 'next to nothing is learnt' in dashboard(look_at(tmp_path/'r'))
+    assert 'next to nothing is learned' in dashboard(look_at(tmp_path/'r'))
 
 def test_where_a_run_stands(tmp_path):
     state, words = lambda name: look_at(tmp_path/name).state, lambda name: look_at(tmp_path/name).words

@@ -222,8 +222,8 @@ def compiled(net
         before = [b.clone() for b in net.buffers()]
         try:
             with torch.random.fork_rng():
-                y, learnt = fast(x), [p for p in net.parameters() if p.requires_grad]
-                if y.requires_grad: torch.autograd.grad(y.float().sum(), learnt, allow_unused=True)
+                y, learned = fast(x), [p for p in net.parameters() if p.requires_grad]
+                if y.requires_grad: torch.autograd.grad(y.float().sum(), learned, allow_unused=True)
         finally:
             for b,old in zip(net.buffers(), before): b.copy_(old)
         seen.add(x.shape)
