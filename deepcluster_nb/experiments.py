@@ -7,8 +7,8 @@ __all__ = ['TAKE_ALL', 'PAGE', 'experiments_folder', 'one_of', 'parameters', 'ex
            'as_plain', 'gather', 'run_params', 'is_run', 'find_runs', 'check_parameters', 'parse_pair', 'parse_pairs',
            'run_epochs', 'Passing', 'Watcher', 'write_report', 'signals_passed_on', 'inline_figures', 'drawn', 'kept',
            'run_experiment', 'summary', 'Look', 'look_at', 'sparkline', 'dashboard', 'event_writer', 'log_numbers',
-           'watch', 'watch_figure', 'decoded', 'decoded_bytes', 'kept_recipe', 'read_some', 'room_for',
-           'predict_folder', 'listing', 'forecast', 'any_text', 'main']
+           'watch', 'watch_figure', 'decoded_bytes', 'kept_recipe', 'read_some', 'room_for', 'predict_folder',
+           'listing', 'forecast', 'any_text', 'main']
 
 # %% ../nbs/15_experiments.ipynb #450f8668
 import argparse, base64, io, json, logging, math, os, re, shutil, signal, socket, sys, threading, time
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np, torch, yaml
 from PIL import Image, ImageFile
 from tqdm import tqdm
-from .sources import decode, image_files, load_images
+from .sources import decoded, image_files, load_images
 from .fast.feeding import free_memory
 from .fast.features import pieces
 from .pictures import training_curves
@@ -534,11 +534,6 @@ def watch_figure(run_dir,
     return look.state
 
 # %% ../nbs/15_experiments.ipynb #1a54164a
-def decoded(path)->torch.Tensor: # (3, H, W) uint8, or a string that says why not
-    "Decode an image file; where that fails, return the error's message instead of raising it."
-    try: return decode(path)
-    except Exception as e: return str(e) or type(e).__name__
-
 def decoded_bytes(path)->int: # 0 where its header can't be read
     "Say from an image file's header how many bytes it has when it is decoded."
     with suppress(Exception), Image.open(path) as im: return 3 * im.width * im.height

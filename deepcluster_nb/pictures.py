@@ -6,9 +6,8 @@
 __all__ = ['STYLE', 'ASCENT', 'RELEASED', 'has_characters', 'add_fonts', 'readable', 'in_markdown', 'styled', 'few_colors',
            'use_style', 'mosaic', 'show_tiles', 'first_filters', 'on_grey', 'filter_tiles', 'filter_grid',
            'layer_names', 'responses', 'check_channels', 'gaussian_blur', 'released_scores', 'gradient_ascent',
-           'as_picture', 'check_images', 'crops', 'excitement', 'top_images', 'purity', 'cluster_montage',
-           'nearest_rows', 'nearest_images', 'training_curves', 'lloyd_steps', 'animate', 'lloyd_animation',
-           'umap_plot']
+           'as_picture', 'as_packed', 'crops', 'excitement', 'top_images', 'purity', 'cluster_montage', 'nearest_rows',
+           'nearest_images', 'training_curves', 'lloyd_steps', 'animate', 'lloyd_animation', 'umap_plot']
 
 # %% ../nbs/10_pictures.ipynb #5239a723
 import io, json, re, warnings
@@ -24,7 +23,7 @@ from .fast.images import PackedImages
 from .data import Images, generator
 from .fast.feeding import to_device
 from .features import l2_normalize
-from .runs import training_curves as draw_log
+from .runs import log_curves
 from .fast.features import center_input
 from .fit import check
 
@@ -282,7 +281,7 @@ def as_picture(x:Tensor)->Tensor: # (n, C, H, W) → in [0, 1]
     return .5 + (x - x.mean((1, 2, 3), keepdim=True)) / (6*x.std((1, 2, 3), keepdim=True).clamp_min(1e-12))
 
 # %% ../nbs/10_pictures.ipynb #17322239
-def check_images(images)->PackedImages:
+def as_packed(images)->PackedImages:
     "Return images packed; raise a ValueError for anything but Images."
     check(isinstance(images, Images), 'images', type(images).__name__, 'Images')
     return PackedImages.of(images)
@@ -293,7 +292,7 @@ def crops(images:PackedImages, # of any sizes
           size:int=0,          # pixels; 0: as they are, or 96 where sizes differ or are larger
          )->Tensor:            # (n, 3, size, size) in [0, 1]
     "Cut central squares of some images, ready for a mosaic."
-    images = check_images(images)
+    images = as_packed(images)
     idx = torch.as_tensor(idx).flatten()
     small = images.size and max(images.size) <= 96
     x = images.batch(idx) if small and not size else center_crop(images.batch(idx), size or 96)
@@ -362,7 +361,7 @@ def cluster_montage(images:PackedImages,
                     inches:float=.7,   # of a picture
                    ):                  # → matplotlib figure
     "Draw a row of images for each cluster, with its size and, where there are labels, its purity."
-    images = check_images(images)
+    images = as_packed(images)
     assign = torch.as_tensor(assign).long()
     check(assign.shape == (len(images),), 'assign', tuple(assign.shape),
           f"a cluster for each of the {len(images):,} images")
@@ -413,7 +412,7 @@ def nearest_images(feats:Tensor,        # (N, D)
     "Draw an image a row, then its neighbors by cosine; framed by label where there are labels."
     import matplotlib.pyplot as plt
     qf, qi = queries or (feats, images)
-    images, qi = check_images(images), check_images(qi)
+    images, qi = as_packed(images), as_packed(qi)
     rows = torch.as_tensor(rows).flatten()
     for name,f,im in (('feats', feats, images), ('queries', qf, qi)):
         check(f.ndim == 2 and len(f) == len(im), name, tuple(f.shape),
@@ -448,7 +447,7 @@ def training_curves(run, # a run folder's path, a Run, or its log: a dict an epo
         if not file.is_file():
             raise FileNotFoundError(f"run: no log.jsonl in {str(run)!r}; expected a run folder")
         run = [json.loads(l) for l in file.read_text(encoding='utf-8').splitlines()]
-    return draw_log(getattr(run, 'log', run))
+    return log_curves(getattr(run, 'log', run))
 
 # %% ../nbs/10_pictures.ipynb #8f3bc9fb
 def lloyd_steps(x:Tensor,            # (N, D)
@@ -530,7 +529,7 @@ def umap_plot(feats:dict,          # name → (N, D): a panel each
     "Draw UMAP embeddings of one or several networks' features of the same images, side by side."
     import matplotlib.pyplot as plt
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
-    images = check_images(images)
+    images = as_packed(images)
     check(isinstance(feats, dict) and len(feats), 'feats', type(feats).__name__,
           'a dict of name → (N, D) features')
     for name,f in feats.items():

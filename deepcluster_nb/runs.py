@@ -6,7 +6,7 @@
 __all__ = ['FULL', 'SEEN', 'MEASURING', 'write_atomic', 'checksum', 'save_checkpoint', 'load_checkpoint', 'RunFolder',
            'fingerprint', 'FileBytes', 'difference', 'other_images', 'same_data', 'Stopped', 'signals_to',
            'signals_noted', 'in_notebook', 'held_by', 'taken', 'this_process', 'cell_runs', 'Hold', 'amount', 'Guard',
-           'duration', 'progress_line', 'say', 'Progress', 'training_curves']
+           'duration', 'progress_line', 'say', 'Progress', 'log_curves']
 
 # %% ../nbs/17_runs.ipynb #72590e62
 import errno, hashlib, json, math, os, shutil, signal, socket, sys, threading, time, warnings, zlib
@@ -443,7 +443,7 @@ class Progress:
             self.handle.update({'text/plain': f'finished in {duration(self.clock() - self.start)}'}, raw=True)
 
 # %% ../nbs/17_runs.ipynb #f499f5b4
-def training_curves(log:list): # dicts, one an epoch, as in log.jsonl → matplotlib figure
+def log_curves(log:list): # dicts, one an epoch, as in log.jsonl → matplotlib figure
     "Draw the log as one picture, with what chance would give and what is normal."
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator

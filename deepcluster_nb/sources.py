@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['EXTENSIONS', 'JUNK', 'RUN', 'LINK', 'HIDDEN', 'PREVIEWS', 'CLOSED', 'TURNS', 'SPLITS', 'DATASETS', 'is_image',
            'is_junk', 'holds_run', 'is_folder', 'printable', 'walk', 'find_images', 'passed_over', 'image_files',
-           'put_upright', 'decode', 'list_broken', 'read_images', 'check_sizes', 'sample_sizes', 'check_memory',
-           'leads_back', 'beside_splits', 'find_folder', 'read_as', 'torchvision_images', 'packed_file', 'load_images']
+           'put_upright', 'decode', 'decoded', 'list_broken', 'read_images', 'check_sizes', 'sample_sizes',
+           'check_memory', 'leads_back', 'beside_splits', 'find_folder', 'read_as', 'torchvision_images', 'packed_file',
+           'load_images']
 
 # %% ../nbs/16_sources.ipynb #f65ec137
 import os, tempfile, warnings
@@ -135,9 +136,10 @@ def decode(path,
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 # %% ../nbs/16_sources.ipynb #9f4ec9ee
-def _try(path, how):
+def decoded(path, how=decode): # an image, or a string that says why it can't be read
+    "Decode an image file; where that fails, return the error's message instead of raising it."
     try: return how(path)
-    except Exception as e: return f"{path}: {e}"
+    except Exception as e: return str(e) or type(e).__name__
 
 def list_broken(broken,         # 'path: why' of each
                 n:int,          # files in all
@@ -168,11 +170,11 @@ def read_images(paths,                   # image files, in the order wanted
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, "
                          "which hides broken files; expected it off")
-    one = partial(_try, how=how or partial(decode, upright=upright))
+    one = partial(decoded, how=how or partial(decode, upright=upright))
     with ThreadPoolExecutor() as pool:
         ims = list(tqdm(pool.map(one, paths), total=len(paths), desc='reading images', leave=False,
                         disable=len(paths) < 5000))
-    broken = [im for im in ims if isinstance(im, str)]
+    broken = [f"{path}: {im}" for path,im in zip(paths, ims) if isinstance(im, str)]
     if len(broken) > (len(ims) - 1 if skip_broken else 0):
         hint = '' if skip_broken or len(broken) == len(ims) else '; skip_broken leaves them out'
         raise ValueError(list_broken(broken, len(paths), hint))
