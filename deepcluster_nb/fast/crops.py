@@ -264,8 +264,7 @@ def kernel_takes(images)->bool: # (B, C, H, W), a list, Views or Ragged
     "Whether the kernel cuts these images: bytes on a GPU that are not grey yet."
     if isinstance(images, Views) or isinstance(images, Ragged) and images.then: return False
     pixels = images if isinstance(images, Tensor) else images.flat if isinstance(images, Ragged) else images[0]
-    return (pixels.is_cuda and pixels.dtype == torch.uint8 and torch.cuda.is_available()
-            and crop_kernel() is not None)
+    return pixels.is_cuda and pixels.dtype == torch.uint8 and crop_kernel() is not None
 
 # %% ../../nbs/fast/21_crops.ipynb #7ef1e7de
 def colors(planes:int, # of the images
