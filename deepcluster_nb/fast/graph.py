@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANY', 'STEPS', 'Tape', 'taped', 'captured', 'warn', 'Recorded', 'Parcel', 'learning_rates', 'drawn', 'brought',
-           'learner', 'recipe', 'hooked', 'Step', 'step_of', 'train_epoch']
+           'learner', 'cropper', 'recipe', 'hooked', 'Step', 'step_of', 'where_crops_are_cut', 'train_epoch']
 
 # %% ../../nbs/fast/27_graph.ipynb #2731f1c5
 import warnings
@@ -21,8 +21,9 @@ from ..switches import SCHEDULES
 from ..training import batches
 import deepcluster_nb.fast.training as eager
 from .images import PackedImages
-from .feeding import compiled, fetch_ahead
-from .crops import crop_inside, network_input
+from .feeding import Ragged, compiled, fetch_ahead
+from .crops import (crop_inside, crop_kernel, crop_table, cut_crops, kernel_takes,
+                                       network_input)
 from .features import autocast
 from .training import CHECK_EVERY, nonfinite_flag
 
@@ -130,14 +131,16 @@ def learning_rates(opts, config, done:float)->list: # done: share of the reassig
 
 def drawn(images, b, # numbers of the batch's images
           assign, opts, config, epoch:int, step:int, steps:int,
-          resident:bool, # are the images on the device, in one tensor?
-         )->tuple:       # (seed for dropout, [boxes, flips, labels, rates, and of resident images the rows])
+          place:str,     # where the images are: 'kernel', 'device' or 'host'
+         )->tuple:       # (seed for dropout, tensors: of the crops; labels, rates)
     "Draw what a step needs beside pixels, as `random_resized_crop` would."
-    g = generator(config.seed, 'step', epoch, step)
-    boxes = crop_boxes(images.shapes[b][:, 1:], g, (config.min_scale, 1.))
-    small = [boxes, torch.rand(len(b), generator=g) < .5, assign[b],
-             torch.tensor(learning_rates(opts, config, step/steps))]
-    return g.initial_seed(), small + [images.rows(b)]*resident
+    g, shapes = generator(config.seed, 'step', epoch, step), images.shapes[b]
+    boxes = crop_boxes(shapes[:, 1:], g, (config.min_scale, 1.))
+    flip = torch.rand(len(b), generator=g) < .5
+    if place == 'kernel':
+        crops = [crop_table(Ragged(images.pixels, images.starts[b], shapes), boxes, config.size, flip)]
+    else: crops = [boxes, flip] + ([images.rows(b)] if place == 'device' else [])
+    return g.initial_seed(), (*crops, assign[b], torch.tensor(learning_rates(opts, config, step/steps)))
 
 def brought(steps:list,  # of (B,) image numbers
             first:int,   # the step to begin with
@@ -158,7 +161,8 @@ def learner(net, opts, config, kept)->callable: # kept: the Step with the tensor
         for o,rate in zip(opts, rates.unbind()):
             o.zero_grad()
             o.param_groups[0]['lr'] = rate
-        with autocast(config.precision, x.device): logits = forward(x)
+        with autocast(config.precision, x.device):
+            logits = forward(x.contiguous(memory_format=torch.channels_last))
         loss = (F.cross_entropy(logits.float(), y) if kept.weights is None else
                 (F.cross_entropy(logits.float(), y, reduction='none') * kept.weights[y]).mean())
         loss.backward()
@@ -169,12 +173,20 @@ def learner(net, opts, config, kept)->callable: # kept: the Step with the tensor
         kept.total += loss.detach() * len(y)
     return learn
 
+def cropper(learn, net, images, config)->callable: # images that the kernel cuts
+    "Return the step as a function of a crop table, labels and learning rates."
+    what, planes = 'normal' if net.sobel is None else 'grey', int(images.shapes[0, 0])
+    dtype = torch.bfloat16 if config.precision == 'bfloat16' else torch.float32
+    def crop_and_learn(table, y, rates):
+        learn(cut_crops(crop_kernel(), images.pixels, table, config.size, planes, what, dtype), y, rates)
+    return crop_and_learn
+
 # %% ../../nbs/fast/27_graph.ipynb #276aa9ee
-def recipe(net, opts, weights, config)->tuple:
+def recipe(net, opts, weights, pixels, config)->tuple: # pixels: of the images, where they are recorded too
     "List what a recording takes for granted: layers, addresses, constants."
     at = [(t.data_ptr(), t.requires_grad) for t in [*net.parameters(), *net.buffers()]]
     constants = [{k: v for k,v in g.items() if k not in ('params', 'lr')} for o in opts for g in o.param_groups]
-    return (str(net), at, str(constants), None if weights is None else len(weights),
+    return (str(net), at, str(constants), weights is not None and len(weights), None if pixels is None else pixels.data_ptr(),
             config.batch_size, config.size, config.precision, config.compile)
 
 def hooked(net)->str: # '' where there is none
@@ -206,14 +218,21 @@ class Step:
 
 STEPS = WeakKeyDictionary()    # network → (recipe, Step); gone with the network
 
-def step_of(net, opts, weights, config, capture)->Step:
+def step_of(net, opts, weights, pixels, config, capture)->Step:
     "Return the network's step: the one of the last epoch where its recording still holds."
-    now, (was, kept) = recipe(net, opts, weights, config), STEPS.get(net, (None, None))
+    now, (was, kept) = recipe(net, opts, weights, pixels, config), STEPS.get(net, (None, None))
     if now != was:
         kept = STEPS.pop(net, None)    # its memory makes room
         kept = Step(net, opts, weights, config, capture)
         STEPS[net] = now, kept
     return kept
+
+# %% ../../nbs/fast/27_graph.ipynb #279224de
+def where_crops_are_cut(images)->str: # 'kernel', 'device' or 'host'
+    "Say how crops of these images are made: by the kernel, by products on the device, or batch by batch."
+    if not images.pixels.is_cuda: return 'host'
+    alike = bool((images.shapes[:, 0] == images.shapes[0, 0]).all())
+    return 'kernel' if alike and kernel_takes(images.pixels) else 'host' if images.listed else 'device'
 
 # %% ../../nbs/fast/27_graph.ipynb #2709ef60
 def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int, weights=None,
@@ -227,12 +246,17 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int,
         return eager.train_epoch(net, images, idx, assign, opts, config, epoch, weights, after, first, total)
     net.train()
     images, steps = PackedImages.of(images), batches(idx, config.batch_size)
-    resident = images.pixels.is_cuda and not images.listed
-    pixels = None if resident else fetch_ahead(images, steps[first:], device)
-    kept = step_of(net, opts, weights, config, capture or captured)
+    place = where_crops_are_cut(images)
+    kept = step_of(net, opts, weights, images.pixels if place == 'kernel' else None, config,
+                   capture or captured)
     kept.begin(opts, weights, total)
     learn = learner(net, opts, config, kept)
-    def draw(i): return drawn(images, steps[i], assign, opts, config, epoch, i, len(steps), resident)
+    step_there = cropper(learn, net, images, config) if place == 'kernel' else learn
+    pixels = fetch_ahead(images, steps[first:], device) if place == 'host' else None
+    def draw(i): return drawn(images, steps[i], assign, opts, config, epoch, i, len(steps), place)
+    def cropped(boxes, flip, *rows): # the batch, for want of a kernel
+        x = images.pixels.view(-1, *images.size).index_select(0, *rows) if rows else next(pixels)[1]
+        return network_input(x, lambda im: crop_inside(im, boxes, config.size, flip), net.sobel is not None)
     def check_finite(): # raise once a step was bad; waits for the device
         if n := int(kept.bad):
             raise FloatingPointError(f"loss or gradient is not finite in epoch {epoch}, step {step - n + 1}, "
@@ -240,14 +264,12 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int,
                                      "Try a smaller lr, or precision='float32'")
     try:
         with torch.random.fork_rng():                   # dropout draws from the global generator: lend it one
-            for step,seed,here,(boxes,flip,y,rates,*rows) in brought(steps, first, kept.parcel, draw):
+            for step,seed,here,there in brought(steps, first, kept.parcel, draw):
                 torch.manual_seed(seed)
-                x = (images.pixels.view(-1, *images.size).index_select(0, *rows) if resident else
-                     next(pixels)[1])
-                if not isinstance(x, Tensor): boxes, flip = here[:2]        # windows are cut by the host
-                x = network_input(x, lambda im: crop_inside(im, boxes, config.size, flip),
-                                  net.sobel is not None)
-                kept.recorded(learn, kept.changed, x.contiguous(memory_format=torch.channels_last), y, rates)
+                *crops, y, rates = there
+                # what is fetched for this step is cut by its boxes on the host
+                if place != 'kernel': crops = [cropped(*(here[:2] if place == 'host' else crops))]
+                kept.recorded(step_there, kept.changed, *crops, y, rates)
                 if step % CHECK_EVERY[device.type] == 0 or step == len(steps) - 1: check_finite()
                 if after: after(step + 1, len(steps), kept.total, check_finite)
     finally: # numbers again, as the optimizers had them
