@@ -99,6 +99,24 @@ def test_the_number_of_steps_brought_together_changes_nothing(monkeypatch):
         found.append([*net.state_dict().values(), torch.tensor(seen)])
     assert same(found[0], found[1]) and same(found[0], found[2])
 
+@pytest.mark.parametrize('sobel', [True, False])
+def test_a_table_of_crops_is_recorded_with_the_step(monkeypatch, sobel): # a made-up kernel, with the plain crops
+    c, tables = resolve(replace(SMALL, sobel=sobel)), []
+    def cut(kernel, flat, table, size, planes, what, dtype):
+        tables.append(len(table))
+        assert (planes, what, dtype) == (3, 'grey' if sobel else 'normal', torch.float32)
+        at = table[:, 0].long() // (3*32*32)
+        boxes = torch.cat([table[:, 3:5], (table[:, 5:7]*size).round()], 1).float()
+        x = flat.view(-1, 3, 32, 32).index_select(0, at)
+        return graph.network_input(x, lambda im: graph.crop_inside(im, boxes, size, table[:, 7] > 0), sobel)
+    monkeypatch.setattr(graph, 'crops_cut_by', lambda images: 'kernel')
+    monkeypatch.setattr(graph, 'crop_kernel', lambda: None)
+    monkeypatch.setattr(graph, 'cut_crops', cut)
+    plain, other = (epoch(c, t, **how) for t,how in ((eager.train_epoch, {}),
+                                                     (graph.train_epoch, dict(capture=lambda f: f))))
+    assert same(*[list(e[0].state_dict().values()) for e in (plain, other)]) and plain[2] == other[2]
+    assert tables == [16, 16, 8]
+
 @pytest.mark.parametrize('weights', [None, torch.linspace(.5, 1.5, 10)])
 def test_an_epoch_in_bfloat16_is_the_same_bits(weights):
     c, found = replace(resolve(replace(SMALL, dropout=.5)), precision='bfloat16'), []
