@@ -313,3 +313,136 @@ def test_the_papers_probes_recorded(more, tmp_path):
     a, b = (load_checkpoint(tmp_path/name)[2] for name in 'ab')
     for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-5, atol=1e-6)          # one fused update, one not
     assert found[0] == found[1]
+
+# ---------------------------------------------------------------- on a GPU that is there
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+def launched(f): return f                                        # the same function, launched kernel by kernel
+
+def on_gpu(**more):
+    return resolve(replace(SMALL, **dict(dict(device='cuda', precision='bfloat16', dropout=.5), **more)))
+
+def epochs_there(c, images=IMAGES, capture=None, n=3, weights=None):
+    "→ (all tensors, sums of the losses, recordings made)"
+    made, how = [], capture or graph.captured
+    def counted(f): made.append(1); return how(f)
+    net, near, seen = network(c), feeding.resident(images, 'cuda'), []
+    trunk, _ = optimizers(net, c)
+    for i in range(n):
+        reset_top_layer(net, generator(0, 'top_layer', i))
+        opts = trunk, training.sgd(net.top_layer.parameters(), c, c.head_momentum)
+        idx = torch.arange(150) % len(images)
+        graph.train_epoch(net, near, idx, (torch.arange(len(images)) + i) % 10, opts, c, i, weights,
+                          lambda done, n, total, check: seen.append(total.clone()), capture=counted)
+    momentum = [trunk.state[p]['momentum_buffer'] for p in trunk.param_groups[0]['params']]
+    return [*net.state_dict().values(), *momentum], torch.stack(seen).cpu(), len(made)
+
+@pytest.mark.parametrize('more, weights', [
+    (dict(), None), (dict(precision='float32', dropout=0.), None), (dict(sobel=False), None),
+    (dict(lr_schedule='cosine', head_momentum=.9), torch.linspace(.5, 1.5, 10))])
+@pytest.mark.parametrize('ragged', [False, True])
+@pytest.mark.cuda
+@NO_GPU
+def test_replays_are_the_bits_of_launches(more, weights, ragged):
+    images = IMAGES if not ragged else PackedImages(
+        torch.cat([im[:, i % 3:].reshape(-1) for i,im in enumerate(IMAGES)]),
+        [(3, 32 - i % 3, 32) for i in range(len(IMAGES))], IMAGES.labels)
+    c = on_gpu(**more)
+    a, b = (epochs_there(c, images, how, weights=weights) for how in (launched, None))
+    assert b[2] == 1 and torch.equal(a[1], b[1]) and same(a[0], b[0])
+    again = epochs_there(c, images, weights=weights)
+    assert torch.equal(again[1], b[1]) and same(again[0], b[0])
+
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+@pytest.mark.cuda
+@NO_GPU
+def test_an_epoch_is_chapter_25s(precision): # whose rate is a double: the last digit of an update may differ
+    c, near, found = on_gpu(precision=precision, lr=1e-4), feeding.resident(IMAGES, 'cuda'), []
+    for train_epoch in (eager.train_epoch, graph.train_epoch):
+        net, seen = network(c), []
+        train_epoch(net, near, torch.arange(40), torch.arange(40) % 10, optimizers(net, c), c, 0, None,
+                    lambda done, n, total, check: seen.append(total.clone()))
+        found.append(torch.stack(seen).cpu())
+    assert found[0][0] == found[1][0]                            # the first step has had no update yet
+    torch.testing.assert_close(*found, rtol=1e-4, atol=0)
+
+@pytest.mark.cuda
+@NO_GPU
+def test_a_stopped_run_ends_in_the_same_bits_there(tmp_path, monkeypatch):
+    c = replace(on_gpu(), passes=3)
+    whole = fit(replace(c, run_dir=str(tmp_path/'whole')), IMAGES, echo=None)
+    after = around.Hooks.after_step
+    for at in ((0, 3), (1, 1)):
+        folder = tmp_path/str(at)
+        def stop(self, done, *more):
+            if (self.state.epoch, done) == at: os.kill(os.getpid(), signal.SIGTERM)
+            after(self, done, *more)
+        with monkeypatch.context() as m:
+            m.setattr(around.Hooks, 'after_step', stop)
+            with pytest.raises(Stopped): fit(replace(c, run_dir=str(folder)), IMAGES, echo=None)
+        again = fit(replace(c, run_dir=str(folder)), IMAGES, echo=None)
+        a, b = (load_checkpoint(f/'checkpoint')[2] for f in (tmp_path/'whole', folder))
+        assert [k for k in a if not torch.equal(a[k], b[k])] == []
+        assert [r['loss'] for r in whole.log] == [r['loss'] for r in again.log]
+
+@pytest.mark.cuda
+@NO_GPU
+def test_a_bad_step_is_named_there():
+    c, weights = on_gpu(batch_size=8, dropout=0.), torch.ones(10)
+    weights[9], labels = float('inf'), torch.arange(40) % 9
+    labels[20] = 9
+    net, kept = network(c), []
+    def after(*_): kept.append([p.detach().clone() for p in net.parameters()])
+    with pytest.raises(FloatingPointError, match=r'epoch 0, step 2, images .16, 17, .*nothing was updated'):
+        graph.train_epoch(net, feeding.resident(IMAGES, 'cuda'), torch.arange(40), labels,
+                          optimizers(net, c), c, 0, weights, after)
+    assert same(kept[1], list(net.parameters())) and not same(kept[0], kept[1])
+
+@pytest.mark.cuda
+@NO_GPU
+def test_what_cannot_be_recorded_there_runs_as_before():
+    c, near, found = on_gpu(dropout=0.), feeding.resident(IMAGES, 'cuda'), []
+    for capture in (launched, None):
+        net = network(c)
+        net.top_layer.__class__ = Asks
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            for i in range(2):
+                graph.train_epoch(net, near, torch.arange(40), torch.arange(40) % 10, optimizers(net, c), c, i,
+                                  capture=capture)
+        found.append(list(net.state_dict().values()))
+    assert same(*found) and len([w for w in said if "can't be recorded" in str(w.message)]) == 1
+    assert float(torch.ones(2, device='cuda').sum()) == 2        # and the GPU is as usable as before
+
+@pytest.mark.cuda
+@NO_GPU
+def test_compiled_and_recorded_there():
+    c = on_gpu(compile=True, lr=1e-4)
+    a, b = (epochs_there(c, capture=how) for how in (launched, None))
+    assert torch.equal(a[1], b[1]) and same(a[0], b[0])
+
+@pytest.mark.cuda
+@NO_GPU
+def test_probes_there():
+    (train, y), (test, t) = some_features(2000), some_features(500)
+    together = probes.linear_probes(train, y, test, t, epochs=15, device='cuda')
+    alone = probes.linear_probes(train, y, test, t, epochs=15, device='cuda', capture=launched)
+    assert together == alone
+    cpu = probes.linear_probes(train, y, test, t, epochs=15)
+    assert all(abs(together[m]['last'] - cpu[m]['last']) < 2 for m in cpu)
+    net = network(on_gpu(dropout=0.)).eval()
+    images = load_images('digits', n_images=49)
+    c = probes.resolve_probe(probes.ProbeConfig(size=32, epochs=2, batch_size=16, device='cuda'))
+    found = [probes.train_probes(net, images, images, c, capture=how) for how in (launched, None)]
+    assert found[0] == found[1]
+
+@pytest.mark.cuda
+@NO_GPU
+def test_a_replayed_epoch_launches_little():
+    from gpu import profiled
+    c = on_gpu(batch_size=8)
+    net, near = network(c), feeding.resident(IMAGES, 'cuda')
+    opts, idx = optimizers(net, c), torch.arange(400) % 40
+    def run(c): return graph.train_epoch(net, near, idx, torch.arange(40) % 10, opts, c, 0)
+    slow, fast = (profiled(lambda: run(replace(c, graph=on)), 50) for on in (False, True))
+    assert fast['launches'] < slow['launches'] / 4
