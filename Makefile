@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 NEED_GB := 9
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab docs exercises readme setup browser quarto
+.PHONY: help demo test lab docs exercises readme setup browser gpu quarto
 
 help:  ## what can be done here
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ quarto:
 browser: $(READY)  ## chapter 05 in JupyterLab and a run's report, in a real browser
 	@python -c 'import playwright' 2>/dev/null || python -m pip install --disable-pip-version-check -q 'playwright>=1.49,<2'
 	@python tests/browser.py --out runs/browser
+
+gpu: $(READY)  ## on a machine with an NVIDIA GPU: its tests and its speed, ten minutes
+	@python tests/gpu.py --out runs/gpu
 
 exercises: $(READY)  ## notebooks of the chapters' exercises without the answers, to teach from
 	@python exercises/make.py

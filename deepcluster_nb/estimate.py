@@ -29,7 +29,7 @@ from .sampling import SAMPLERS
 from .runs import amount, duration, save_checkpoint
 from .fit import Config, agreement, check, network, resolve
 from .training import sgd, trunk_parameters
-from .fast.training import train_epoch
+from .fast.graph import train_epoch
 from .probes import MOST_PROBED, conv_activations, knn_accuracy, linear_probe, pool_activation
 
 # %% ../nbs/27_estimate.ipynb #c7fa19ba

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np, torch, yaml
 from torch import Tensor
 import deepcluster_nb.fast.training as fast
+import deepcluster_nb.fast.graph as graph
 from . import training
 from .sources import DATASETS, check_sizes, load_images
 from .fast.images import PackedImages
@@ -77,6 +78,7 @@ class Machine:
     precision:str = 'auto'         # 'float32', 'bfloat16', or 'auto': bfloat16 where the device has it
     device:str = 'auto'            # 'cpu', 'cuda', or 'auto': cuda where there is one
     compile:bool = False           # training steps through torch.compile, where that works
+    graph:bool = True              # training steps on a GPU as one CUDA graph, where that works
     run_dir:str = ''               # where the run is kept; nowhere when empty
     checkpoint_minutes:float = 10. # between checkpoints inside an epoch; there is one at every epoch's end
     # CPU threads; 0: as torch has it, and the same ones when continued; -1: continue with any
@@ -119,7 +121,7 @@ class Parts:
     train_epoch:callable
     place:callable        # (images, device) → images, where the parts want them
 
-PARTS = dict(fast=Parts(fast.cluster, fast.train_epoch, resident),
+PARTS = dict(fast=Parts(fast.cluster, graph.train_epoch, resident),
              plain=Parts(plain_cluster, plain_epoch, lambda images, device: images))
 
 # %% ../nbs/18_fit.ipynb #262112f1

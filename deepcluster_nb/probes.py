@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PAPER_POOLS', 'PAPER_MAPS', 'POOLS', 'MOST_PROBED', 'conv_activations', 'pool_activation', 'probe_features',
-           'check_labels', 'linear_probe', 'knn_accuracy', 'cluster_accuracy', 'cluster_measures', 'probe_crop',
-           'probe_lr', 'ProbeConfig', 'resolve_probe', 'usual_size', 'Heads', 'pooled', 'probe_accuracies',
-           'last_and_best', 'train_probes', 'supervised', 'measure', 'evaluate', 'shared_classes', 'with_note',
-           'held_out', 'measurable']
+           'check_labels', 'Probe', 'start_momentum', 'cosine_rates', 'fit_probes', 'linear_probes', 'linear_probe',
+           'knn_accuracy', 'cluster_accuracy', 'cluster_measures', 'probe_crop', 'probe_lr', 'ProbeConfig',
+           'resolve_probe', 'usual_size', 'Heads', 'pooled', 'probe_accuracies', 'last_and_best', 'train_probes',
+           'supervised', 'measure', 'evaluate', 'shared_classes', 'with_note', 'held_out', 'measurable']
 
 # %% ../nbs/09_probes.ipynb #b43b5df7
 import math
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .fast.images import PackedImages
 from .data import generator, pick
 from .sources import load_images
-from .fast.feeding import fits, to_device
+from .fast.feeding import fetch_ahead, fits, resident, to_device
 from .fast.crops import center_crop, random_resized_crop, resample, ten_crop
 from .augment import central_square, image_sizes
 from .sobel import normalize
@@ -33,7 +33,7 @@ from .fast.kmeans import kmeans
 from .runs import load_checkpoint, save_checkpoint
 from .fit import Config, check, state_tensors, PlainTypes, load_state, resolve, type_wanted
 from .training import batches
-from .fast.training import train_epoch
+from .fast.graph import Recorded, captured, train_epoch
 
 # %% ../nbs/09_probes.ipynb #e9fe5c8c
 def conv_activations(net,       # a DeepClusterNet
@@ -84,16 +84,18 @@ def pool_activation(name:str,                # layer
 @torch.inference_mode()
 def probe_features(net, images:PackedImages, size:int, batch_size:int=256, device='cpu', precision='float32',
                    count_padding=True, avgpool=False
-                  )->dict: # 'conv1' … → (N, D) half precision
+                  )->dict: # 'conv1' … → (N, D) half precision, on the CPU, or on a GPU where all fit there
     "Pooled activations of every convolution in one pass; batch norm frozen, the trunk untouched."
     net.eval()
-    out = {}
-    for idx in torch.arange(len(images)).split(batch_size):
-        x = center_input(net, to_device(images.batch(idx), device), size)
-        each = lambda name, a: pool_activation(name, a.float(), count_padding=count_padding).half().cpu()
+    out, kept = {}, None
+    for idx,x in fetch_ahead(resident(images, device), torch.arange(len(images)).split(batch_size), device):
+        x = center_input(net, x, size)
+        each = lambda name, a: pool_activation(name, a.float(), count_padding=count_padding).half()
         with autocast(precision, device):
             acts = conv_activations(net, x.contiguous(memory_format=torch.channels_last), each, avgpool)
-        for name,a in acts.items(): out.setdefault(name, []).append(a)
+        # a GPU keeps what will fit there, so that nothing waits for a copy
+        if kept is None: kept = fits(sum(a.nbytes for a in acts.values()) * len(images)/len(idx), device)
+        for name,a in acts.items(): out.setdefault(name, []).append(a if kept else a.cpu())
     return {name: torch.cat(v) for name,v in out.items()}
 
 # %% ../nbs/09_probes.ipynb #70a531a5
@@ -104,44 +106,103 @@ def check_labels(labels)->Tensor: # (N,)
     return torch.as_tensor(labels)
 
 # %% ../nbs/09_probes.ipynb #83e499d0
-def linear_probe(train_x:Tensor, train_y:Tensor, # (N, D) frozen features and their (N,) labels
-                 test_x:Tensor, test_y:Tensor,   # the same of other images
-                 # passes over them; 0 means 15, and up to 100 for few images, to make 1,000 steps
-                 epochs:int=0,
-                 batch_size:int=128, lr:float=5., weight_decay:float=1e-5, seed:int=0,
-                 device='cpu',                   # where it is trained; the features may lie elsewhere
-                )->dict: # accuracies in per cent: 'last' epoch, and 'best' as the released code stores it
-    "Fit multinomial logistic regression on standardised features: SGD, momentum .9, cosine schedule."
-    train_y, test_y = check_labels(train_y), check_labels(test_y)
-    (n, d), classes = train_x.shape, int(train_y.max()) + 1
-    train_y, test_y = train_y.to(device), test_y.to(device)
-    if fits(train_x.nbytes + test_x.nbytes, device): train_x, test_x = train_x.to(device), test_x.to(device)
-    mean = sum(b.to(device).float().sum(0) for b in train_x.split(4096)) / n
-    var  = sum((b.to(device).float() - mean).pow(2).sum(0) for b in train_x.split(4096)) / n
-    scale = 1 / ((var + .01*var.mean()).sqrt() * d**.5)                # rows of length about 1, whatever D
-    w = torch.zeros(classes, d, device=device, requires_grad=True)
-    b = torch.zeros(classes, device=device, requires_grad=True)
-    def logits(x): # the weights are standardised, not each batch
-        v = w * scale
-        return F.linear(x.to(device).float(), v, b - v @ mean)
-    opt = torch.optim.SGD([w, b], lr, momentum=.9, weight_decay=weight_decay)
-    steps = -(-n // batch_size)                                         # in an epoch
-    epochs = epochs or min(100, max(15, -(-1000 // steps)))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, epochs*steps)
-    accuracies = []
+class Probe:
+    "A linear classifier on the standardised features of one layer, while it is fitted."
+    def __init__(self, x:Tensor, test_x:Tensor, # (N, D) and (M, D), moved to the device where they fit
+                 classes:int, lr:float, weight_decay:float, device,
+                 recorded=False, # for recorded steps: an optimizer whose rate is a tensor
+                ):
+        n, d = x.shape
+        if fits(x.nbytes + test_x.nbytes, device): x, test_x = x.to(device), test_x.to(device)
+        self.mean = sum(b.to(device).float().sum(0) for b in x.split(4096)) / n
+        var = sum((b.to(device).float() - self.mean).pow(2).sum(0) for b in x.split(4096)) / n
+        self.scale = 1 / ((var + .01*var.mean()).sqrt() * d**.5)       # rows of length about 1, whatever D
+        self.x, self.test_x, self.device = x, test_x, device
+        self.w = torch.zeros(classes, d, device=device, requires_grad=True)
+        self.b = torch.zeros(classes, device=device, requires_grad=True)
+        self.opt = torch.optim.SGD([self.w, self.b], lr, momentum=.9, weight_decay=weight_decay,
+                                   fused=recorded or None)
+    def logits(self, x): # the weights are standardised, not each batch
+        v = self.w * self.scale
+        return F.linear(x.to(self.device).float(), v, self.b - v @ self.mean)
+    def learn(self, idx, y, rate): # (B,) rows and their labels; a number, or a tensor on the device
+        loss = F.cross_entropy(self.logits(self.x[idx]), y)
+        self.opt.zero_grad()
+        loss.backward()
+        self.opt.param_groups[0]['lr'] = rate
+        self.opt.step()
+    @torch.no_grad()
+    def accuracy(self, y)->float: # (M,) → per cent
+        right = sum((self.logits(x).argmax(1) == t).sum()
+                    for x,t in zip(self.test_x.split(1024), y.split(1024)))
+        return 100 * float(right) / len(y)
+
+# %% ../nbs/09_probes.ipynb #09p10001
+def start_momentum(opt)->list: # of tensors
+    "Give an optimizer the momentum 0 where it has none yet; return all of it."
+    for p in opt.param_groups[0]['params']:
+        if 'momentum_buffer' not in opt.state[p]: opt.state[p]['momentum_buffer'] = torch.zeros_like(p)
+    return [s['momentum_buffer'] for s in opt.state.values()]
+
+def cosine_rates(lr:float, steps:int)->list:
+    "List the learning rates of PyTorch's cosine schedule."
+    opt = torch.optim.SGD([torch.zeros(1)], lr)
+    schedule, rates = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps), []
+    for _ in range(steps):
+        rates.append(opt.param_groups[0]['lr'])
+        opt.step()
+        schedule.step()
+    return rates
+
+def fit_probes(probes:dict, train_y, test_y, epochs, batch_size, rates, seed, device, capture)->dict:
+    "Fit these probes together, on the same batches."
+    steps, where = len(rates) // epochs, next(iter(probes.values())).x.device
+    if capture: rates = torch.tensor(rates).to(device)
+    state = [t for p in probes.values() for t in (p.w, p.b, *start_momentum(p.opt))] if capture else []
+    recorded, seen = Recorded(batch_size, capture), {m: [] for m in probes}
+    def learn(idx, y, rate):
+        for p in probes.values(): p.learn(idx, y, rate)
     for epoch in range(epochs):
-        order = torch.randperm(n, generator=generator(seed, 'probe', epoch))
-        for idx,y in zip(order.to(train_x.device).split(batch_size),
-                         train_y[order.to(device)].split(batch_size)):
-            loss = F.cross_entropy(logits(train_x[idx]), y)
-            opt.zero_grad(); loss.backward(); opt.step(); schedule.step()
+        order = torch.randperm(len(train_y), generator=generator(seed, 'probe', epoch))
+        for step,(idx,y) in enumerate(zip(order.to(where).split(batch_size),
+                                          train_y[order.to(device)].split(batch_size)), epoch*steps):
+            recorded(learn, state, idx, y, rates[step])
         # about 15 looks at the test images, the last epoch among them
         if (epochs - 1 - epoch) % max(1, epochs // 15): continue
-        with torch.no_grad():
-            right = sum((logits(x).argmax(1) == y).sum()
-                        for x,y in zip(test_x.split(1024), test_y.split(1024)))
-        accuracies.append(100 * float(right) / len(test_y))
-    return dict(last=accuracies[-1], best=max(accuracies))
+        for m,p in probes.items(): seen[m].append(p.accuracy(test_y))
+    return {m: dict(last=a[-1], best=max(a)) for m,a in seen.items()}
+
+# %% ../nbs/09_probes.ipynb #09p10002
+def linear_probes(train:dict, train_y:Tensor, # name → (N, D) frozen features, and their (N,) labels
+                  test:dict, test_y:Tensor,   # the same of other images
+                  # passes over them; 0 means 15, and up to 100 for few images, to make 1,000 steps
+                  epochs:int=0,
+                  batch_size:int=128, lr:float=5., weight_decay:float=1e-5, seed:int=0,
+                  device='cpu',               # where they are trained; the features may lie elsewhere
+                  capture=None,               # how a step is recorded; as for train_epoch of chapter 27
+                 )->dict: # name → accuracies of linear_probe
+    "Fit a linear probe on each layer; on a GPU all of them in one recorded step."
+    train_y, test_y = (check_labels(y).to(device) for y in (train_y, test_y))
+    n, classes = len(train_y), int(train_y.max()) + 1
+    steps = -(-n // batch_size)                                        # in an epoch
+    epochs = epochs or min(100, max(15, -(-1000 // steps)))
+    how = epochs, batch_size, cosine_rates(lr, epochs*steps), seed, device
+    away = sum(f.nbytes for f in [*train.values(), *test.values()] if f.device.type != train_y.device.type)
+    # recording pays where a step is repeated
+    capture = capture or (captured if epochs*steps >= 100 and fits(away, device) else None)
+    def probes(names):
+        return {m: Probe(train[m], test[m], classes, lr, weight_decay, device, bool(capture)) for m in names}
+    found = {}
+    for names in [list(train)] if capture else [[m] for m in train]:   # on a CPU one after the other
+        found |= fit_probes(probes(names), train_y, test_y, *how, capture)
+    return found
+
+def linear_probe(train_x:Tensor, train_y:Tensor, # (N, D) frozen features and their (N,) labels
+                 test_x:Tensor, test_y:Tensor,   # the same of other images
+                 **how                           # as for linear_probes
+                )->dict: # accuracies in per cent: 'last' epoch, and 'best' as the released code stores it
+    "Fit multinomial logistic regression on standardised features: SGD, momentum .9, cosine schedule."
+    return linear_probes(dict(x=train_x), train_y, dict(x=test_x), test_y, **how)['x']
 
 # %% ../nbs/09_probes.ipynb #c7624ba0
 def knn_accuracy(train_x:Tensor, train_y:Tensor, # (N, D) features and their (N,) labels
@@ -338,6 +399,7 @@ def train_probes(net,                # frozen
                  config:ProbeConfig, # resolved, with a size
                  folder=None,        # where to keep a checkpoint an epoch, and to go on from
                  after=None,         # called with (steps done in the epoch, steps, epoch, tests so far)
+                capture=None,       # how a step is recorded; as for train_epoch of chapter 27
                 )->dict:             # name → 'center' and 'ten' → 'last' and 'best', per cent
     "The paper's linear probes, all layers in one pass over the images (section 4.2 and the released script)."
     c, y = config, check_labels(train.labels).to(config.device)
@@ -346,27 +408,38 @@ def train_probes(net,                # frozen
     shapes = conv_activations(net, some, lambda n, a: a.shape[1], avgpool=True)
     heads = Heads(pooled(net, some, c), shapes, max(int(train.labels.max()) + 1, len(train.classes)),
                   c.head_norm, c.seed).to(c.device)
+    capture = capture or (captured if torch.device(c.device).type == 'cuda' else None)
     opt = torch.optim.SGD(heads.parameters(), c.lr, c.momentum, weight_decay=c.weight_decay,
-                          nesterov=c.nesterov)
+                          nesterov=c.nesterov, fused=bool(capture) or None)
     saved = load_checkpoint(folder) if folder else None
     first, tests = (saved[0], saved[3]['tests']) if saved else (0, [])
     if saved: load_state(heads, (opt,), saved[2])
+    near, last = resident(train, c.device), torch.zeros((), device=c.device)
+    recorded = Recorded(c.batch_size, capture)
+    state = [*heads.parameters(), *heads.buffers(), last,
+             *(start_momentum(opt) if capture and c.momentum else ())]
+    def learn(x, labels, rate):
+        opt.param_groups[0]['lr'] = rate
+        loss = sum(F.cross_entropy(l, labels) for l in heads(pooled(net, x, c)).values())
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        last.copy_(loss.detach())
     for epoch in range(first, c.epochs):
         heads.train()
         order = torch.randperm(len(train), generator=generator(c.seed, 'probe', epoch))
         steps = batches(order, c.batch_size)
-        for step,idx in enumerate(steps):
-            g, t = generator(c.seed, 'probe crop', epoch, step), epoch*len(steps) + step
-            opt.param_groups[0]['lr'] = (probe_lr(c.lr, c.weight_decay, t) if c.schedule == 'released' else
-                                         c.lr * .1**(3*epoch // c.epochs))
-            x = to_device(train.batch(idx), c.device)
+        labels = y[order.to(c.device)].split([len(b) for b in steps])
+        rates = [probe_lr(c.lr, c.weight_decay, epoch*len(steps) + step) if c.schedule == 'released' else
+                 c.lr * .1**(3*epoch // c.epochs) for step in range(len(steps))]
+        if capture: rates = torch.tensor(rates).to(c.device)
+        for step,(idx,x) in enumerate(fetch_ahead(near, steps, c.device)):
+            g = generator(c.seed, 'probe crop', epoch, step)
             x = (probe_crop(x, c.size, g) if c.crops == 'window' else
                  random_resized_crop(x, c.size, g, (c.min_scale, 1.)))
-            loss = sum(F.cross_entropy(l, y[to_device(idx, c.device)])
-                       for l in heads(pooled(net, normalize(x), c)).values())
-            opt.zero_grad(); loss.backward(); opt.step()
+            recorded(learn, state, normalize(x), labels[step], rates[step])
             if after: after(step + 1, len(steps), epoch, tests)
-        if not loss.isfinite():
+        if not last.isfinite():
             raise FloatingPointError(f"the probes' loss is not finite in epoch {epoch}; try a smaller lr")
         if (epoch + 1) % c.test_every == 0 or epoch + 1 == c.epochs:
             tests.append(probe_accuracies(net, heads, test, c))
@@ -414,9 +487,10 @@ def measure(net,                # any DeepClusterNet
     else:
         a, b = (probe_features(net, im, c.size, count_padding=c.count_padding, avgpool=True, **how)
                 for im in (train, test))
-        probes = {n: dict(center=linear_probe(a[n], train.labels, b[n], test.labels, seed=c.seed,
-                                              device=c.device))
-                  for n in c.layers.replace(',', ' ').split() or a}
+        names = c.layers.replace(',', ' ').split() or list(a)
+        a, b = ({n: f[n] for n in names} for f in (a, b))
+        probes = {n: dict(center=found) for n,found in linear_probes(
+            a, train.labels, b, test.labels, seed=c.seed, device=c.device).items()}
     bank = train.subset(pick(len(train), c.n_bank if c.n_bank < len(train) else 0, c.seed))
     f, g = (compute_features(net, im, c.size, **how).to(c.device) for im in (bank, test))
     knn = {f'{T:g}': knn_accuracy(f, bank.labels, g, test.labels, min(200, len(f)), T) for T in (.07, .1)}
@@ -430,8 +504,7 @@ def evaluate(net, train:PackedImages, test:PackedImages, size:int, device='cpu',
     check_labels(train.labels); check_labels(test.labels)
     how = dict(device=device, precision=precision)
     a, b = (probe_features(net, im, size, **how) for im in (train, test))
-    probes = {name: linear_probe(a[name], train.labels, b[name], test.labels, seed=seed, device=device)
-              for name in a}
+    probes = linear_probes(a, train.labels, b, test.labels, seed=seed, device=device)
     f, g = (compute_features(net, im, size, **how).to(device) for im in (train, test))
     return dict(probes=probes, knn=knn_accuracy(f, train.labels, g, test.labels, min(200, len(f))))
 

@@ -2,6 +2,7 @@
 compute nothing. PyTorch's own backward pass needs a real one and is left out.
 And the flat batch against the list that it stands for."""
 import threading, time, warnings
+from contextlib import nullcontext
 from dataclasses import replace
 import pytest, torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class FakeGPU(TorchDispatchMode):
         self.orders += op.namespace == 'aten' and not any(r.alias_info and not r.alias_info.is_write
                                                           for r in op._schema.returns)
         if op is torch.ops.aten._local_scalar_dense.default: self.numbers += 1; return 0
-        if op is torch.ops.aten._fused_sgd_.default: return                    # which fake tensors don't know
+        if op.name().startswith('aten::_fused_sgd_'): return                   # which fake tensors don't know
         with self.fake: out = op(*args, **kwargs)
         if op is torch.ops.aten.convolution.default: self.convolved.add(out.dtype)
         if op is torch.ops.aten._to_copy.default:
@@ -62,6 +63,7 @@ def gpu(monkeypatch): # what is pinned for it gets a mark
     monkeypatch.setattr(torch.cuda, '_lazy_init', lambda: None)
     monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *args, **kwargs: True)
+    monkeypatch.setattr(crops, 'crop_kernel', lambda: None)                     # which needs a real one
     # torch.tensor(…, device='cuda') is made on the CPU and brought over, as fake tensors need it
     torch._C._set_only_lift_cpu_tensors(True)
     try:
@@ -159,6 +161,28 @@ def test_windows_take_as_many_orders_however_many_images_there_are(gpu):
         batch.cut(boxes, 32)
         orders.append(gpu.orders - before)
     assert orders == [14, 14]                                                    # as chapter 20 says
+
+class Kernel: # made up: counts its launches
+    def __init__(self): self.launches = []
+    def __getitem__(self, grid): return lambda *args, **kwargs: self.launches.append((grid, args))
+
+@pytest.mark.parametrize('ragged', [False, True])
+@pytest.mark.parametrize('sobel, planes', [(True, 1), (False, 3)])
+def test_crops_are_one_launch(gpu, monkeypatch, ragged, sobel, planes):
+    images, kernel, counts = there(ragged), Kernel(), []
+    monkeypatch.setattr(torch.cuda, 'device_of', nullcontext)
+    crop = lambda im: random_resized_crop(im, 32, generator(0))
+    for there_is in (None, kernel):
+        monkeypatch.setattr(crops, 'crop_kernel', lambda: there_is)
+        batch, before = pick_batch(images, torch.arange(12)), (gpu.orders, gpu.numbers, gpu.copies)
+        x = network_input(batch, crop, sobel, torch.bfloat16)
+        counts.append([now - then for now,then in zip((gpu.orders, gpu.numbers, gpu.copies), before)])
+        assert x.is_cuda and x.shape == (12, planes, 32, 32) and x.dtype == torch.bfloat16
+    (products, *_), (orders, *waits) = counts
+    # the table's copy and the output's memory; nothing is asked for or waited for
+    assert orders == 2 and waits == [0, 0] and products > 30
+    (grid, (flat, table, out, *_)), = kernel.launches
+    assert grid == (12*planes, 4, 1) and flat.ndim == 1 and table.shape == (12, 8) and out is x
 
 def test_flat_batches_are_grey_and_cropped_as_lists_are():
     g = generator(0)
