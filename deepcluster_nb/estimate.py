@@ -319,7 +319,8 @@ class Estimate:
             f"{c.epochs} reassignments of {c.passes} {'pass' if c.passes == 1 else 'passes'} · "
             f"{c.precision} on {c.device}, {torch.get_num_threads()} threads",
             f"{'phase':12}{'a reassignment':>18}{'in all':>18}{'share':>8}{'sure to':>9}", *rows, total,
-            f"disk: {what(self.disk)}; {amount(self.stays)} stay when the run has ended", f"memory: {what(self.memory)}{peak}",
+            f"disk: {what(self.disk)}; {amount(self.stays)} stay when the run has ended",
+            f"memory: {what(self.memory)}{peak}",
             f"what would help most: {self.advice()}"])
 
 # %% ../nbs/27_estimate.ipynb #7ed4426f
