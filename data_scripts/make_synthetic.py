@@ -4,9 +4,16 @@
 
 A class is an orientation and a frequency of a grating. Place, contrast, brightness and noise are drawn \
 for each image, from (seed, number of the image) alone:
-image i is the same in a set of any length. The classes are taken in turn.
+image i is the same in a set of any length. The classes are taken in turn. With --center the central \
+crops stand beside, as pack_images.py leaves them:
+
+    python data_scripts/make_synthetic.py packed/train.safetensors -n 50000 --size 375 500 --ragged \\
+        --center 224
 """
 import argparse, json, math, os, sys, zlib
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import Pool
 from pathlib import Path
 import numpy as np
 
@@ -35,9 +42,24 @@ def synthetic(i:int, seed:int, size:tuple, classes:int, ragged=False, rgb=False
     tint = g.uniform(.4, 1, 3).astype(np.float32)            # color tells nothing of the class
     return (grey[None] * tint[:, None, None]).astype(np.uint8)
 
-def make(out, n:int, size, classes:int, seed:int=0, ragged=False, rgb=False, show=False):
-    "Stream n images into a packed file; one image is in memory at a time."
+def with_center(i:int, center:int, **how)->list: # of (C, H, W) uint8
+    "Image i, and its central crop where one is wanted."
+    im = synthetic(i, **how)
+    if not center: return [im]
+    from deepcluster_nb.fast.packing import central
+    return [im, central(list(im.astype(np.float32)), center)]
+
+@contextmanager
+def in_order(f, n:int, workers:int): # → iterator of f(0), f(1), …
+    "Call f in processes, or here where one is enough."
+    if workers < 2: yield map(f, range(n)); return
+    with Pool(workers) as pool: yield pool.imap(f, range(n), chunksize=16)
+
+def make(out, n:int, size, classes:int, seed:int=0, ragged=False, rgb=False, show=False, center:int=0,
+         workers:int=1):
+    "Stream n images into a packed file; a few images are in memory at a time."
     from tqdm import tqdm
+    from deepcluster_nb.fast.images import center_path
     from deepcluster_nb.fast.packing import PackedWriter, check_space
     from deepcluster_nb.runs import amount
     size = tuple(size) if len(size) == 2 else (size[0],)*2
@@ -47,19 +69,24 @@ def make(out, n:int, size, classes:int, seed:int=0, ragged=False, rgb=False, sho
     out = Path(out)
     if out.exists(): raise ValueError(f"out: {str(out)!r} exists; remove it or choose another name")
     if not out.parent.is_dir(): raise FileNotFoundError(f"out: no folder {str(out.parent)!r}")
-    space = check_space(out, n * ((3 if rgb else 1) * size[0]*size[1] * (.5625 if ragged else 1) + 48))
+    pixels = size[0]*size[1] * (.5625 if ragged else 1) + center**2
+    space = check_space(out, n * ((3 if rgb else 1) * pixels + 48))
     if show: print(f"{n:,} images, {space}", flush=True)
-    writer = PackedWriter(out, dict(classes=json.dumps([f'class {c}' for c in range(classes)]),
-                                    synthetic=json.dumps(dict(seed=seed, size=size, classes=classes,
-                                                              ragged=ragged, rgb=rgb))))
+    meta = dict(classes=json.dumps([f'class {c}' for c in range(classes)]),
+                synthetic=json.dumps(dict(seed=seed, size=size, classes=classes, ragged=ragged, rgb=rgb)))
+    writers = [PackedWriter(out, meta | (dict(packing=json.dumps(dict(center=center))) if center else {}))]
+    if center: writers.append(PackedWriter(center_path(out, center), meta))
+    one = partial(with_center, center=center, seed=seed, size=size, classes=classes, ragged=ragged, rgb=rgb)
     try:
-        for i in tqdm(range(n), unit=' images', disable=not show,
-                      mininterval=.5 if sys.stderr.isatty() else 30):
-            im = synthetic(i, seed, size, classes, ragged, rgb)
-            writer.add(im, [im.shape], [zlib.crc32(im)])
-        writer.finish(np.arange(n) % classes)
-        writer.rename()
-    except BaseException: writer.file.close(); writer.part.unlink(missing_ok=True); raise
+        with in_order(one, n, workers) as images:
+            for some in tqdm(images, total=n, unit=' images', disable=not show,
+                             mininterval=.5 if sys.stderr.isatty() else 30):
+                for w, im in zip(writers, some): w.add(np.ascontiguousarray(im), [im.shape], [zlib.crc32(im)])
+        for w in writers: w.finish(np.arange(n) % classes)
+        for w in reversed(writers): w.rename()
+    except BaseException:
+        for w in writers: w.file.close(); w.part.unlink(missing_ok=True)
+        raise
     if show: print(f"{out}: {n:,} images, {amount(os.path.getsize(out))}")
 
 def main():
@@ -74,9 +101,12 @@ def main():
                    help="gratings to tell apart (default 100)")
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--rgb', action='store_true', help="three channels, in a random tint")
+    p.add_argument('--center', type=int, default=0, metavar='PX',
+                   help="the central crops of this size too, in a file of their own")
+    p.add_argument('--workers', type=int, default=1, help="processes that draw (default 1)")
     a = p.parse_args()
     if len(a.size) > 2: p.error("--size: expected one number or two")
-    make(a.out, a.n, a.size, a.classes, a.seed, a.ragged, a.rgb, show=True)
+    make(a.out, a.n, a.size, a.classes, a.seed, a.ragged, a.rgb, True, a.center, a.workers)
 
 if __name__ == '__main__':
     sys.stdout.reconfigure(errors='backslashreplace')

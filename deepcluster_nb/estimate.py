@@ -26,8 +26,9 @@ from .features import l2_normalize
 from .clustering import Clustering
 from .fast.kmeans import kmeans
 from .sampling import SAMPLERS
-from .runs import amount, duration, save_checkpoint
-from .fit import Config, agreement, check, network, resolve
+from .runs import amount, duration, pack_checkpoint, save_checkpoint
+from .fit import (Config, agreement, check, disk_space, id_type, most_clusters, network,
+                                resolve)
 from .training import sgd, trunk_parameters
 from .fast.graph import train_epoch
 from .probes import MOST_PROBED, conv_activations, knn_accuracy, linear_probe, pool_activation
@@ -182,7 +183,7 @@ def measure(c:Config, images, facts:dict, seconds:float, echo=None
     learned = [p.numel() for p in net.parameters() if p.requires_grad]
     trunk  = [p.numel() for p in trunk_parameters(net)]
     facts |= dict(dim=net.dim, activations=kept_bytes(forward, x), network=4*(2*sum(learned) + sum(trunk)),
-                  checkpoint=4*(sum(learned) + sum(trunk)))
+                  checkpoint=disk_space(net, c, facts['n'])[0])
     if fits(facts['n']*facts['image_bytes'], c.device):  # as the run will
         images = resident(images.subset(torch.arange(min(len(images), 4096))), c.device)
     rows = torch.arange(16*512) % len(images)
@@ -195,7 +196,8 @@ def measure(c:Config, images, facts:dict, seconds:float, echo=None
     say('measuring training')
     out['training'] = sample_training(net, images, c, .4*seconds)
     say('measuring checkpoints and probes')
-    blob = dict(x=torch.zeros(2**21))                           # 8 MB
+    blob, large = (dict(x=torch.zeros(2**i)) for i in (21, 23)) # 8 and 34 MB
+    out['packing'] = [t/2**25 for t in sample(lambda _: pack_checkpoint(0, large, {}), 1, .01*seconds)[0]]
     with tempfile.TemporaryDirectory() as tmp:
         out['saving'] = [t/2**23
                          for t in sample(lambda _: save_checkpoint(tmp, 0, blob, {}), 1, .02*seconds)[0]]
@@ -227,9 +229,13 @@ class Estimate:
 
     def epoch(self, of=median)->dict: # phase → seconds a reassignment
         c, n, t = self.config, self.facts['n'], {name: of(v) for name,v in self.samples.items()}
-        return dict(features=n*t['features'], pca=n*t['pca'] + t['axes'], kmeans=n*t['kmeans'],
-                    training=c.passes*n*t['training'],
-                    bookkeeping=n*t['books'] + self.facts['checkpoint']*t['saving'])
+        work = dict(features=n*t['features'], pca=n*t['pca'] + t['axes'], kmeans=n*t['kmeans'],
+                    training=c.passes*n*t['training'])
+        # training waits for the copy, and for the disk only where that takes longer than all until the next
+        copied, written = (self.facts['checkpoint']*t[name]/c.checkpoint_epochs
+                           for name in ('packing', 'saving'))
+        late = max(0., written - copied - n*t['books'] - sum(work.values()))
+        return work | dict(bookkeeping=n*t['books'] + copied + late)
 
     def once(self, of=median)->dict: # phase → seconds at the start and the end
         f, e, n = self.facts, self.epoch(of), self.facts['n']
@@ -250,12 +256,21 @@ class Estimate:
     def seconds(self)->float: return sum(self.totals().values())
 
     @property
+    def assignments(self)->int: # bytes of them all, in the smallest type that holds them
+        c, n = self.config, self.facts['n']
+        return id_type(most_clusters(c, n)).itemsize*n*(c.epochs + 1)
+
+    @property
+    def stays(self)->int: # bytes in the run folder at the end: two checkpoints, assignments, clusters.csv
+        return 2*self.facts['checkpoint'] + self.assignments + 20*self.facts['n']
+
+    @property
     def disk(self)->dict: # what → bytes
         f = self.facts
         images = {'packed images': f['n']*f['image_bytes']} if self.config.dataset == 'packed' else {}
         return images | {'three checkpoints and the reserve': 4*f['checkpoint'],
                          'features in half precision': 2*f['n']*f['dim'],
-                         'assignments': 4*f['n']*(self.config.epochs + 1)}
+                         'assignments': self.assignments}
 
     @property
     def memory(self)->dict: # what → bytes
@@ -265,6 +280,7 @@ class Estimate:
                                              *(2*sum(f['probes']) + 4*f['dim']))} if f['classes'] else {}
         return images | {'weights, gradients, momentum': f['network'],
                          f"activations of {c.batch_size} images": c.batch_size*f['activations'],
+                         'copies of the state to be written': 2*f['checkpoint'],
                          'features after PCA': 4*f['n']*c.pca} | probes
 
     def advice(self)->str:
@@ -303,7 +319,8 @@ class Estimate:
             f"{c.epochs} reassignments of {c.passes} {'pass' if c.passes == 1 else 'passes'} · "
             f"{c.precision} on {c.device}, {torch.get_num_threads()} threads",
             f"{'phase':12}{'a reassignment':>18}{'in all':>18}{'share':>8}{'sure to':>9}", *rows, total,
-            f"disk: {what(self.disk)}", f"memory: {what(self.memory)}{peak}",
+            f"disk: {what(self.disk)}; {amount(self.stays)} stay when the run has ended",
+            f"memory: {what(self.memory)}{peak}",
             f"what would help most: {self.advice()}"])
 
 # %% ../nbs/27_estimate.ipynb #7ed4426f

@@ -6,8 +6,9 @@
 __all__ = ['PARTS', 'ONLY_FAST', 'MAY_DIFFER', 'PlainTypes', 'Data', 'Switches', 'Machine', 'Config', 'network', 'plain_cluster',
            'plain_epoch', 'Parts', 'check', 'type_wanted', 'known_names', 'check_types', 'check_ranges',
            'check_together', 'found_device', 'resolve', 'State', 'optimizers', 'momenta', 'state_tensors', 'load_state',
-           'snapshot', 'restore', 'saved_clusters', 'may_differ', 'resume', 'as_npy', 'clusters_csv', 'disk_space',
-           'agreement', 'describe', 'Hooks', 'run_loop', 'Run', 'prepare', 'fit', 'predict', 'load_run']
+           'snapshot', 'restore', 'saved_clusters', 'may_differ', 'resume', 'most_clusters', 'id_type', 'as_npy',
+           'load_assignments', 'clusters_csv', 'disk_space', 'agreement', 'describe', 'Hooks', 'run_loop', 'Run',
+           'prepare', 'fit', 'predict', 'load_run']
 
 # %% ../nbs/18_fit.ipynb #ab39d7d2
 import csv, io, math, os, time, warnings
@@ -80,7 +81,8 @@ class Machine:
     compile:bool = False           # training steps through torch.compile, where that works
     graph:bool = True              # training steps on a GPU as one CUDA graph, where that works
     run_dir:str = ''               # where the run is kept; nowhere when empty
-    checkpoint_minutes:float = 10. # between checkpoints inside an epoch; there is one at every epoch's end
+    checkpoint_minutes:float = 10. # between checkpoints inside an epoch
+    checkpoint_epochs:int = 1      # reassignments between checkpoints at an epoch's end
     # CPU threads; 0: as torch has it, and the same ones when continued; -1: continue with any
     threads:int = 0
 
@@ -152,7 +154,7 @@ def check_types(config):
 def check_ranges(c):
     "Raise a ValueError for a number that is out of its range."
     for name, low in dict(n_images=0, n_test=0, k=2, pca=1, epochs=0, passes=1, batch_size=2, seed=0,
-                          threads=-1).items():
+                          checkpoint_epochs=1, threads=-1).items():
         check(getattr(c, name) >= low, name, getattr(c, name), f"at least {low}")
     check(c.lr > 0 and math.isfinite(c.lr), 'lr', c.lr, 'a finite number above 0')
     for name in ('momentum', 'head_momentum'):
@@ -260,7 +262,7 @@ def saved_clusters(tensors:dict, config)->tuple: # (Clustering, PCA)
 
 # %% ../nbs/18_fit.ipynb #5906449b
 # may differ when a run is continued: they change no result
-MAY_DIFFER = 'run_dir', 'root', 'checkpoint_minutes', 'threads'
+MAY_DIFFER = 'run_dir', 'root', 'checkpoint_minutes', 'checkpoint_epochs', 'threads'
 
 def may_differ(run_dir, params:dict)->tuple: # names
     "Name what may differ when a run continues: MAY_DIFFER, and newer parameters that have their default."
@@ -291,11 +293,27 @@ def resume(folder, net, config,
     return State(net, opts, epoch, step, t.get('total', 0.), *saved_clusters(t, config), state['record'])
 
 # %% ../nbs/18_fit.ipynb #d422529e
-def as_npy(assign)->bytes: # int32, as numpy.load reads it
-    "Serialize assignments as a .npy file."
+def most_clusters(config, n:int)->int: # of n images
+    "Return how many clusters there can be; PIC finds one for about every ten points."
+    return config.k if config.clusterer == 'kmeans' else max(config.k, n//8)
+
+def id_type(k:int)->np.dtype: # uint8, uint16 or int32
+    "Return the smallest type that holds the numbers of k clusters."
+    return np.dtype(np.uint8 if k <= 2**8 else np.uint16 if k <= 2**16 else np.int32)
+
+def as_npy(clustering)->bytes: # as numpy.load reads it
+    "Serialize assignments as a .npy file, in the smallest type that holds them."
     out = io.BytesIO()
-    np.save(out, assign.numpy().astype(np.int32))
+    np.save(out, clustering.assign.numpy().astype(id_type(len(clustering.centroids))))
     return out.getvalue()
+
+def load_assignments(run_dir, epoch:int=-1 # before which they were made; -1: the last ones there
+                    )->Tensor:             # (N,) int64
+    "Read the clusters of an epoch from a run folder, of whatever type they are there."
+    files = sorted((Path(run_dir)/'assignments').glob('epoch_*.npy'))
+    if epoch >= 0: files = [f for f in files if f.name == f'epoch_{epoch:03d}.npy']
+    if not files: raise FileNotFoundError(f"run_dir: no assignments of epoch {epoch} in {str(run_dir)!r}")
+    return torch.from_numpy(np.load(files[-1]).astype(np.int64))
 
 def clusters_csv(paths, assign)->str: # path,cluster
     "Format the cluster of each path as CSV."
@@ -309,10 +327,10 @@ def disk_space(net, config, n:int)->tuple: # bytes of a checkpoint, and of the r
     trained = trunk_parameters(net) + [p for p in net.top_layer.parameters() if config.head_momentum]
     weights = sum(t.numel() * t.element_size()
                   for t in net.state_dict().values()) + 4*sum(p.numel() for p in trained)
-    # PIC finds one for about every ten points
-    k = config.k if config.clusterer == 'kmeans' else max(config.k, n//8)
+    k = most_clusters(config, n)
     weights += 4*(k - config.k)*(net.dim + 1)*(2 if config.head_momentum else 1)
-    return weights + 8*n + 4*k*config.pca + 8*config.pca*net.dim, 2*n*net.dim + 4*n*(config.epochs + 6)
+    files = id_type(k).itemsize*n*(config.epochs + 2) + 20*n          # assignments, and clusters.csv
+    return weights + 8*n + 4*k*config.pca + 8*config.pca*net.dim, 2*n*net.dim + files
 
 # %% ../nbs/18_fit.ipynb #f5387962
 def agreement(clustering, prev, labels)->dict:
@@ -348,10 +366,11 @@ class Hooks:
         self.log = folder.log if folder else []
         self.progress = Progress(config.epochs, state.epoch, folder and folder.path) if echo else None
 
-    def save(self, epoch, step=0, **more): # the state as it is now
+    def save(self, epoch, step=0, wait=False, **more): # the state as it is now
         self.folder.save(epoch, snapshot(self.state) | more,
                          dict(n=len(self.images), threads=torch.get_num_threads(),
-                              device=self.config.device, record=self.state.record if step else None), step)
+                              device=self.config.device, record=self.state.record if step else None), step,
+                         wait)
 
     def clustering(self, done:int, n:int): # while features are computed
         if self.progress and self.state.epoch != self.config.epochs: # after the last one nothing is trained
@@ -363,7 +382,7 @@ class Hooks:
         s.record = dict(epoch=s.epoch, loss=None, ln_k=math.log(len(s.clustering.centroids)),
                         seconds=dict(seconds, training=0.), objective=s.clustering.objective[-1],
                         **agreement(s.clustering, prev and prev.assign, self.images.labels))
-        if self.folder: self.folder.write(f'assignments/epoch_{s.epoch:03d}.npy', as_npy(s.clustering.assign))
+        if self.folder: self.folder.write(f'assignments/epoch_{s.epoch:03d}.npy', as_npy(s.clustering))
 
     def before_training(self): self.start = time.time() - self.state.record['seconds']['training']
 
@@ -381,15 +400,16 @@ class Hooks:
         self.log.append(s.record)
         if self.folder:
             self.folder.append(s.record)
-            self.guard(lambda: self.save(s.epoch), due=True)
+            last, every = s.epoch == self.config.epochs, self.config.checkpoint_epochs
+            self.guard(lambda: self.save(s.epoch), due=last or s.epoch % every == 0)
         if self.echo: self.echo(describe(s.record, self.config.epochs))
 
     def finished(self): # with the final clusters
         s, epochs = self.state, self.config.epochs
         if not self.folder: return
-        self.folder.write(f'assignments/epoch_{epochs:03d}.npy', as_npy(s.clustering.assign))
+        self.folder.write(f'assignments/epoch_{epochs:03d}.npy', as_npy(s.clustering))
         self.folder.write('clusters.csv', clusters_csv(self.images.paths, s.clustering.assign))
-        self.save(epochs)
+        self.save(epochs, wait=True)
         (self.folder.path/'progress.json').unlink(missing_ok=True)
         self.guard()                           # a signal that came in the last moment is not lost
 

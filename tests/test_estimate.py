@@ -9,7 +9,7 @@ from deepcluster_nb.runs import amount
 from deepcluster_nb.fit import Config, resolve
 
 KINDS = dict(features=[2., 3., 4.], pca=[.1, .1], axes=[5.], kmeans=[1.], training=[6., 8.], books=[.01],
-             saving=[1e-3], probe=[.5], pair=[.002])
+             packing=[1e-3], saving=[2e-3], probe=[.5], pair=[.002])
 FACTS = dict(n=1000, n_test=100, classes=10, real=True, decoded=False, listing=0., loading=7.,
              image_bytes=3072., probes=[9600, 9216], dim=4096, activations=100., network=1200, checkpoint=800)
 PHASES = ['loading', 'features', 'pca', 'kmeans', 'training', 'bookkeeping', 'probes']
@@ -24,6 +24,13 @@ def fake(samples=KINDS, facts=FACTS, **change):
 def test_a_reassignment_by_hand():
     e = fake(passes=3).epoch()
     assert e == pytest.approx(dict(features=3000, pca=105, kmeans=1000, training=3*7000, bookkeeping=10.8))
+
+def test_training_waits_for_the_copy_and_for_a_disk_that_is_slower_than_an_epoch():
+    seldom = fake(checkpoint_epochs=4).epoch()
+    assert seldom['bookkeeping'] == pytest.approx(10 + 800*1e-3/4)
+    slow, work = fake(KINDS | dict(saving=[20.])).epoch(), 3000 + 105 + 1000 + 7000
+    assert slow['bookkeeping'] == pytest.approx(10 + .8 + (800*20 - .8 - 10 - work))
+    assert sum(slow.values()) == pytest.approx(800*20)                     # an epoch takes as long as the disk
 
 def test_a_whole_run_by_hand():
     found = fake(epochs=4)
@@ -59,9 +66,13 @@ def test_without_labels_no_probes():
 def test_disk_and_memory_by_hand():
     found = fake(epochs=3)
     assert found.disk == {'three checkpoints and the reserve': 3200,
-                          'features in half precision': 2*1000*4096, 'assignments': 4*1000*4}
+                          'features in half precision': 2*1000*4096, 'assignments': 1000*4}
+    assert found.stays == 2*800 + 4000 + 20*1000 and '25.6 kB stay when the run has ended' in str(found)
+    for k, kind in ((256, 1), (257, 2), (65_537, 4)): # bytes for each number
+        assert fake(facts=FACTS | dict(n=70_000), epochs=499, k=k).assignments == kind*70_000*500
     assert found.memory == {'images': 3072e3, 'weights, gradients, momentum': 1200,
-                            'activations of 16 images': 1600, 'features after PCA': 4*1000*8,
+                            'activations of 16 images': 1600,
+                            'copies of the state to be written': 1600, 'features after PCA': 4*1000*8,
                             'features of the probes': 1100*(2*18816 + 4*4096)}
     packed = Estimate(replace(found.config, dataset='packed'), KINDS, FACTS)
     assert packed.disk['packed images'] == 3072e3 and 'images' not in packed.memory

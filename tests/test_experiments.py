@@ -1,9 +1,13 @@
 "The command, papermill, and the folder that they leave."
 import json, os, re, signal, subprocess, sys, time
+from dataclasses import asdict, replace
+from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
-from deepcluster_nb.experiments import experiments_folder, main, parse_pair, summary
+from deepcluster_nb.experiments import (SPINS, experiments_folder, kernel_environment, main, parse_pair,
+                                        summary)
 from deepcluster_nb.runs import Guard, RunFolder, held_by
+import survive
 from survive import sha256
 
 SMALL = ['-p', 'n_images=150', '-p', 'n_test=60', '-p', 'k=10', '-p', 'pca=16', '-p', 'epochs=2',
@@ -193,3 +197,36 @@ def test_a_run_in_use_is_refused_at_once(tmp_path, capsys):
 def test_what_measures_no_seconds_has_a_summary(tmp_path): # `speed`, for one
     (tmp_path/'metrics.json').write_text('{"speed": {}}')
     assert summary(tmp_path) == ''
+
+# ---------------------------------------------------------------- threads that sleep while they wait
+
+@pytest.mark.parametrize('mine, set_', [({}, dict(GOMP_SPINCOUNT=SPINS)), (dict(GOMP_SPINCOUNT='7'), {}),
+                                        (dict(OMP_WAIT_POLICY='active'), {})])
+def test_kernels_sleep_unless_the_user_chose(monkeypatch, mine, set_):
+    for name in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'): monkeypatch.delenv(name, raising=False)
+    for name,v in mine.items(): monkeypatch.setenv(name, v)
+    before = dict(os.environ)
+    with kernel_environment():
+        assert {k: v for k,v in os.environ.items() if before.get(k) != v and k != 'MPLBACKEND'} == set_
+    assert dict(os.environ) == before
+
+def test_the_makefile_says_the_same():
+    text = (Path(__file__).parent.parent/'Makefile').read_text()
+    assert f'ifndef OMP_WAIT_POLICY\nexport GOMP_SPINCOUNT ?= {SPINS}\nendif\n' in text
+
+def fitted(run_dir, spins): # (what OpenMP says it was told, SHA-256)
+    env = {k: v for k,v in os.environ.items() if k not in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')}
+    config = replace(survive.SMALL, n_images=80, epochs=1, run_dir=str(run_dir))
+    code = ('import torch; torch.set_num_threads(2); from deepcluster_nb.fit import *; '
+            f'fit(Config(**{asdict(config)!r}), echo=None)')
+    more = {} if spins is None else dict(GOMP_SPINCOUNT=spins)
+    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                       env=env | more | dict(OMP_DISPLAY_ENV='verbose'))
+    assert p.returncode == 0, p.stderr
+    return set(re.findall("GOMP_SPINCOUNT = '(.*)'", p.stderr)), sha256(run_dir)
+
+@pytest.mark.skipif(sys.platform != 'linux', reason="GNU OpenMP is Linux's")
+def test_how_threads_wait_changes_no_bit(tmp_path):
+    told, bits = zip(*[fitted(tmp_path/str(spins), spins) for spins in (None, SPINS)])
+    assert told[1] == {SPINS} and SPINS not in told[0]
+    assert len(set(bits)) == 1

@@ -6,7 +6,10 @@ from PIL import Image
 from deepcluster_nb.sources import load_images
 from deepcluster_nb.experiments import main
 from deepcluster_nb.fast.features import compute_features
+from deepcluster_nb.fit import load_assignments
 from deepcluster_nb.model import convnet
+from deepcluster_nb.runs import load_checkpoint
+from rehearse import PHASES, rehearse
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,3 +61,19 @@ def test_imagenet_preset_on_packed_photographs(packed, tmp_path, capsys):
             and list(m['probes']['deepcluster']) == [f'conv{i}' for i in range(1, 6)])
     paths = [l.split(',')[0] for l in (where/'clusters.csv').read_text().splitlines()[1:]]
     assert paths == load_images('folder', packed/'folder').paths and (where/'report.html').exists()
+
+def test_the_run_on_imagenet_rehearsed(tmp_path, capfd):
+    "Two reassignments of made photographs, estimated, killed once inside the second, continued."
+    small = dict(k=4, pca=8, batch_size=4, lr=.005, device='cpu')
+    r = rehearse(tmp_path, small, images=24, n_test=8, seconds=1., workers=1)
+    run, images = tmp_path/'run', load_images('packed', tmp_path/'packed')
+    assert len(images) == 24 and images.center.size == (1, 224, 224)
+    assert load_checkpoint(run/'checkpoint')[:2] == (2, 0) and len(r['measured']) == 2
+    assert [len(load_assignments(run, e)) for e in range(3)] == [24]*3
+    m = json.loads((run/'metrics.json').read_text())
+    assert list(m['probes']['deepcluster']) == [f'conv{i}' for i in range(1, 6)]
+    assert (run/'report.html').exists() and (run/'figures'/'curves.png').exists()
+    # seconds are recorded, never asserted
+    assert json.loads((tmp_path/'rehearsal.json').read_text())['ratio'].keys() == set(PHASES)
+    assert all(v > 0 for v in [*r['ratio'].values(), *r['checkpoint'].values()])
+    assert 'training waits' in capfd.readouterr().out

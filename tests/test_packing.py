@@ -309,6 +309,20 @@ def test_synthetic_sets(synthetic, tmp_path):
     with pytest.raises(ValueError, match='n: expected'): make(tmp_path/'none', 0, [40], 2)
     assert not (tmp_path/'none').exists() and not (tmp_path/'none.part').exists()
 
+def test_synthetic_sets_have_their_central_crops(synthetic, tmp_path):
+    synthetic['make'](tmp_path/'a.safetensors', 6, [90, 120], 3, ragged=True, center=32)
+    images = PackedImages.load(tmp_path/'a.safetensors')
+    crops = center_crop(images.batch(torch.arange(6)), 32)
+    assert images.center.size == (1, 32, 32) and images.center.paths == images.paths
+    assert (crops - images.center.batch(torch.arange(6))).abs().max() <= .51       # rounded to grey levels
+    for p in tmp_path.iterdir(): assert verify_packed(p) == []
+    by_two = [sys.executable, SCRIPTS/'make_synthetic.py', tmp_path/'b.safetensors', '-n', '6', '--size', '90',
+              '120', '--ragged', '--classes', '3', '--center', '32', '--workers', '2']
+    subprocess.run(by_two, check=True, capture_output=True)
+    for name in ('', '-center32'):
+        a, b = (tmp_path/f'{n}{name}.safetensors' for n in 'ab')
+        assert a.read_bytes() == b.read_bytes()
+
 def test_synthetic_classes_are_there_to_be_found(synthetic):
     C, S = 12, 96
     y, x = np.mgrid[:S, :S]

@@ -1,14 +1,15 @@
 "Whole runs: killed and continued, wrong input, folders of images."
-import json, signal, subprocess, sys, time
+import io, json, shutil, signal, subprocess, sys, time
 from dataclasses import asdict, replace
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from deepcluster_nb.fast.images import PackedImages
+from deepcluster_nb.clustering import Clustering
 from deepcluster_nb.sources import load_images
 from deepcluster_nb.runs import load_checkpoint
 from survive import sha256
-from deepcluster_nb.fit import Config, fit, load_run, predict, resolve
+from deepcluster_nb.fit import Config, as_npy, fit, load_assignments, load_run, predict, resolve
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,9 +32,27 @@ def test_run_folder(finished):
     files = sorted((where/'assignments').iterdir())
     assert len(files) == 4                                # one before each epoch, one of the finished network
     last = np.load(files[-1])
-    assert last.dtype == np.int32 and (last == run.clustering.assign.numpy()).all()
+    assert last.dtype == np.uint8 and (last == run.clustering.assign.numpy()).all()
     rows = (where/'clusters.csv').read_text().splitlines()
     assert rows[0] == 'path,cluster' and len(rows) == 201 and rows[1].split(',')[1] == str(last[0])
+
+@pytest.mark.parametrize('k, kind', [(2, 'uint8'), (256, 'uint8'), (257, 'uint16'), (65_536, 'uint16'),
+                                     (65_537, 'int32')])
+def test_assignments_have_the_smallest_type(k, kind):
+    ids = torch.tensor([0, k - 1, 1])
+    found = np.load(io.BytesIO(as_npy(Clustering(ids, torch.empty(k, 0), []))))
+    assert found.dtype == kind and found.tolist() == ids.tolist()
+
+def test_assignments_of_before_are_read_too(finished, tmp_path):
+    where, run = finished
+    shutil.copytree(where, tmp_path/'old')
+    for f in (tmp_path/'old'/'assignments').iterdir(): np.save(f, np.load(f).astype(np.int32))
+    for epoch in (0, 2, -1):
+        new, old = (load_assignments(p, epoch) for p in (where, tmp_path/'old'))
+        assert new.dtype == old.dtype == torch.int64 and torch.equal(new, old)
+    assert torch.equal(old, run.clustering.assign)
+    with pytest.raises(FileNotFoundError, match='run_dir: no assignments of epoch 7 in'):
+        load_assignments(where, 7)
 
 def test_same_seed_same_bits_other_seed_other_sha256(finished, tmp_path):
     for seed, same in ((0, True), (1, False)):

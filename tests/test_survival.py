@@ -1,14 +1,13 @@
 ("What a long run meets: kills, signals, a full disk, damage, a second start, numbers that are none. "
  "`python tests/survive.py` is the long version.")
-import errno, json, os, pickle, random, re, signal, subprocess, sys, time, warnings
+import errno, json, os, pickle, random, re, signal, subprocess, sys, threading, time, warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 import pytest, torch
 from deepcluster_nb import runs
 from deepcluster_nb.fast import features
 from deepcluster_nb.runs import load_checkpoint, save_checkpoint
-from deepcluster_nb.fit import fit
-from deepcluster_nb.fit import disk_space
+from deepcluster_nb.fit import Hooks, disk_space, fit
 from survive import SMALL, sha256
 
 @pytest.fixture(scope='module')
@@ -121,6 +120,76 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, whole, name):
     monkeypatch.undo()
     fit(config, echo=None)
     assert sha256(tmp_path/'r') == whole
+
+# ------------------------------------------- a checkpoint is written while the next step is computed
+
+SELDOM = replace(SMALL, checkpoint_minutes=1e6)            # at the end of each epoch
+
+@pytest.mark.parametrize('parts', ['fast', 'plain'])
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch, parts):
+    config, write, on = replace(SELDOM, parts=parts), runs.write_checkpoint, threading.Event()
+    fit(replace(config, run_dir=str(tmp_path/'whole')), echo=None)
+    after_step, seen = Hooks.after_step, []
+    def step(self, *args):
+        after_step(self, *args)
+        if self.state.epoch == 1: on.set()
+    def waits(folder, name, *more): # the first one, until the next epoch has done a step
+        seen.append((name, on.wait(60)))
+        write(folder, name, *more)
+    monkeypatch.setattr(Hooks, 'after_step', step)
+    monkeypatch.setattr(runs, 'write_checkpoint', waits)
+    fit(replace(config, run_dir=str(tmp_path/'r')), echo=None)
+    assert seen == [('00001-0000000', True), ('00002-0000000', True), ('00002-0000000', True)]
+    assert sha256(tmp_path/'r') == sha256(tmp_path/'whole')
+
+def test_a_failed_write_is_one_error_of_the_training(tmp_path, monkeypatch, whole):
+    config, write = replace(SELDOM, run_dir=str(tmp_path/'r')), runs.write_atomic
+    def fails(path, data, sync=True):
+        if '00002-0000000-' in str(path): raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        write(path, data, sync)
+    monkeypatch.setattr(runs, 'write_atomic', fails)
+    with pytest.raises(OSError, match=r"run_dir: checkpoint 00002-0000000 can't be written into .* "
+                                      r'\(Input/output error\); what was saved before is whole'):
+        fit(config, echo=None)
+    assert load_checkpoint(tmp_path/'r'/'checkpoint')[:2] == (1, 0) and not runs.held_by(tmp_path/'r')
+    monkeypatch.undo()
+    fit(config, echo=None)
+    assert sha256(tmp_path/'r') == whole
+
+def test_a_signal_waits_for_the_checkpoint_that_is_being_written(tmp_path, monkeypatch, whole):
+    config, write, done = replace(SELDOM, run_dir=str(tmp_path/'r')), runs.write_checkpoint, []
+    def slow(folder, name, *more):
+        if not done: os.kill(os.getpid(), signal.SIGTERM); time.sleep(.5)
+        write(folder, name, *more)
+        done.append((name, runs.held_by(tmp_path/'r') != ''))
+    monkeypatch.setattr(runs, 'write_checkpoint', slow)
+    with pytest.raises(KeyboardInterrupt, match='SIGTERM came: the state is saved'): fit(config, echo=None)
+    assert done[0] == ('00001-0000000', True) and all(held for _,held in done)
+    assert load_checkpoint(tmp_path/'r'/'checkpoint')[:2] >= (1, 0) and not runs.held_by(tmp_path/'r')
+    monkeypatch.undo()
+    fit(config, echo=None)
+    assert sha256(tmp_path/'r') == whole
+
+def test_an_error_of_the_training_waits_for_it_too(tmp_path, monkeypatch):
+    config, write, done = replace(SELDOM, run_dir=str(tmp_path/'r')), runs.write_checkpoint, []
+    def slow(*args): time.sleep(.5); write(*args); done.append(args)
+    monkeypatch.setattr(runs, 'write_checkpoint', slow)
+    def stop(line): raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError): fit(config, echo=stop)
+    assert len(done) == 1 and load_checkpoint(tmp_path/'r'/'checkpoint')[:2] == (1, 0)
+
+def test_checkpoints_of_every_third_epoch(tmp_path, monkeypatch):
+    config, save, saved = replace(SELDOM, epochs=5, checkpoint_epochs=3), runs.RunFolder.save, []
+    fit(replace(config, checkpoint_epochs=1, run_dir=str(tmp_path/'whole')), echo=None)
+    def noted(self, epoch, *args): saved.append(epoch); save(self, epoch, *args)
+    monkeypatch.setattr(runs.RunFolder, 'save', noted)
+    def stop(line): assert not line.startswith('epoch 5')
+    with pytest.raises(AssertionError): fit(replace(config, epochs=6, run_dir=str(tmp_path/'r')), echo=stop)
+    assert saved == [3] and log_epochs(tmp_path/'r') == [0, 1, 2, 3, 4]
+    saved.clear(); fit(replace(config, run_dir=str(tmp_path/'s')), echo=None)
+    assert saved == [3, 5, 5] and sha256(tmp_path/'s') == sha256(tmp_path/'whole')
+    saved.clear(); fit(replace(config, epochs=6, run_dir=str(tmp_path/'r')), echo=None)
+    assert saved == [6, 6] and log_epochs(tmp_path/'r') == [0, 1, 2, 3, 4, 5]
 
 def test_no_room_from_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(runs.shutil, 'disk_usage', lambda path: type('U', (), dict(free=10**7)))
