@@ -18,7 +18,7 @@ class Clustering:
     "The result of every clustering algorithm."
     assign:Tensor     # (N,) cluster of each point, int64
     centroids:Tensor  # (k, D)
-    # sum of squared distances: one an iteration, before its update; and that of assign at the end
+    # sum of squared distances of each iteration, before its update; at the end that of assign
     objective:list
     @property
     def sizes(self)->Tensor: # (k,) points in each cluster

@@ -140,7 +140,7 @@ def convnet(arch:str,          # one of ARCHS
 
 # %% ../nbs/03_model.ipynb #5b1d20ac
 def check_arch(arch, k):
-    "Raise a ValueError for a network that there is not, or one without an output."
+    "Raise a ValueError for an unknown network or one without outputs."
     if arch not in ARCHS:
         raise ValueError(f"arch: expected one of {', '.join(ARCHS)}, got {arch!r}")
     if k < 1: raise ValueError(f"k: expected at least 1 cluster, got {k}")
