@@ -417,6 +417,7 @@ def run_loop(state:State, images, config, parts:Parts, hooks:Hooks):
         s.epoch, s.step, s.total = s.epoch + 1, 0, 0.
         hooks.after_epoch(loss)
     if hooks.progress: hooks.progress.close()
+    graph.STEPS.pop(s.net, None)                         # a recorded step keeps its memory
     s.clustering, s.pca, _ = cluster()
     hooks.finished()
 
