@@ -78,8 +78,9 @@ class Machine:
     backend:str = 'torch'          # of k-means: one of fast.kmeans.BACKENDS
     precision:str = 'auto'         # 'float32', 'bfloat16', or 'auto': bfloat16 where the device has it
     device:str = 'auto'            # 'cpu', 'cuda', or 'auto': cuda where there is one
-    compile:bool = False           # training steps through torch.compile, where that works
+    compile:bool = False           # torch.compile, where that works: training steps, a GPU's features
     graph:bool = True              # training steps on a GPU as one CUDA graph, where that works
+    benchmark:bool = False         # cuDNN takes its fastest algorithms, not the same bits in each start
     run_dir:str = ''               # where the run is kept; nowhere when empty
     checkpoint_minutes:float = 10. # between checkpoints inside an epoch; there is one at every epoch's end
     # CPU threads; 0: as torch has it, and the same ones when continued; -1: continue with any
@@ -93,7 +94,7 @@ class Config(PlainTypes, Machine, Switches, training.Config, Data):
 def network(config)->DeepClusterNet: # on its device, with random weights
     "Build the network that a configuration names; on a GPU, have the same bits again."
     c = config
-    if torch.device(c.device).type == 'cuda': same_bits()
+    if torch.device(c.device).type == 'cuda': same_bits(c.benchmark)
     net = convnet(c.arch, c.k, c.sobel, c.dropout, c.seed, c.border, c.relu, c.center_box)
     if c.parts == 'plain': return net.to(c.device)
     return with_small_maps(net).to(c.device, memory_format=torch.channels_last)
