@@ -78,8 +78,9 @@ class Machine:
     backend:str = 'torch'          # of k-means: 'torch' or 'faiss'
     precision:str = 'auto'         # 'float32', 'bfloat16', or 'auto': bfloat16 where the device has it
     device:str = 'auto'            # 'cpu', 'cuda', or 'auto': cuda where there is one
-    compile:bool = False           # training steps through torch.compile, where that works
+    compile:bool = False           # torch.compile, where that works: training steps, a GPU's features
     graph:bool = True              # training steps on a GPU as one CUDA graph, where that works
+    benchmark:bool = False         # cuDNN takes its fastest algorithms, not the same bits in each start
     run_dir:str = ''               # where the run is kept; nowhere when empty
     checkpoint_minutes:float = 10. # between checkpoints inside an epoch
     checkpoint_epochs:int = 1      # reassignments between checkpoints at an epoch's end
@@ -94,7 +95,7 @@ class Config(PlainTypes, Machine, Switches, training.Config, Data):
 def network(config)->DeepClusterNet: # on its device, with random weights
     "Build the network that a configuration names; on a GPU, have the same bits again."
     c = config
-    if torch.device(c.device).type == 'cuda': same_bits()
+    if torch.device(c.device).type == 'cuda': same_bits(c.benchmark)
     net = convnet(c.arch, c.k, c.sobel, c.dropout, c.seed)
     with_switches(net, c.border, c.relu, c.center_box)
     if c.parts == 'plain': return net.to(c.device)
@@ -438,6 +439,7 @@ def run_loop(state:State, images, config, parts:Parts, hooks:Hooks):
         s.epoch, s.step, s.total = s.epoch + 1, 0, 0.
         hooks.after_epoch(loss)
     if hooks.progress: hooks.progress.close()
+    graph.STEPS.pop(s.net, None)                         # a recorded step keeps its memory
     s.clustering, s.pca, _ = cluster()
     hooks.finished()
 

@@ -182,8 +182,9 @@ def linear_probes(train:dict, train_y:Tensor, # name → (N, D) frozen features,
                   capture=None,               # how a step is recorded; as for train_epoch of chapter 27
                  )->dict: # name → accuracies of linear_probe
     "Fit a linear probe on each layer; on a GPU all of them in one recorded step."
-    train_y, test_y = (check_labels(y).to(device) for y in (train_y, test_y))
+    train_y, test_y = check_labels(train_y), check_labels(test_y)
     n, classes = len(train_y), int(train_y.max()) + 1
+    train_y, test_y = train_y.to(device), test_y.to(device)
     steps = -(-n // batch_size)                                        # in an epoch
     epochs = epochs or min(100, max(15, -(-1000 // steps)))
     how = epochs, batch_size, cosine_rates(lr, epochs*steps), seed, device

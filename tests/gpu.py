@@ -45,10 +45,12 @@ def images_like(long_side, n): # made: grey and ragged like ImageNet's, or 32 ×
         return PackedImages(torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=g))
     short = torch.randint(long_side//2, long_side*17//20, (n,), generator=g).tolist()
     shapes = torch.tensor([(1, s, long_side) if i % 2 else (1, long_side, s) for i,s in enumerate(short)])
-    return PackedImages(torch.randint(256, (int(shapes.prod(1).sum()),), dtype=torch.uint8, generator=g), shapes)
+    total = int(shapes.prod(1).sum())
+    return PackedImages(torch.randint(256, (total,), dtype=torch.uint8, generator=g), shapes)
 
 STEPS = {'cifar10': dict(arch='alexnet_small', size=64, k=256, batch_size=128, dropout=0., min_scale=.2),
-         'AlexNet, 224 px': dict(arch='alexnet', size=224, k=10_000, batch_size=256, dropout=.5, min_scale=.08)}
+         'AlexNet, 224 px': dict(arch='alexnet', size=224, k=10_000, batch_size=256, dropout=.5,
+                                 min_scale=.08)}
 
 def step(name, steps=60, **more): # of one of STEPS
     from deepcluster_nb.fast import graph
@@ -74,8 +76,9 @@ def cifar_probes(): # one network's five, and neighbors, on made images: seconds
     return dict(first=took[0], then=took[1])
 
 def command(*args, limit): # seconds; output's last lines
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=limit)
-    if done.returncode not in (0, 5): raise RuntimeError((done.stdout + done.stderr)[-3000:])
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=limit)
+    if done.returncode: raise RuntimeError((done.stdout + done.stderr)[-3000:])
     return (done.stdout + done.stderr).strip().splitlines()[-12:]
 
 def run(name, preset, out, limit, *more):
@@ -83,10 +86,11 @@ def run(name, preset, out, limit, *more):
     return command('-c', code, 'run', name, '--preset', preset, '--out', out/name, *more, limit=limit)
 
 def parts(out): # name → (seconds that it may take, what does it)
-    found = {'tests': (180, lambda s: command('-m', 'pytest', '-q', '-m', 'cuda', '-p', 'no:cacheprovider', 'tests',
-                                              limit=s))}
+    found = {'tests': (180, lambda s: command('-m', 'pytest', '-q', '-m', 'cuda', '-p', 'no:cacheprovider',
+                                              'tests', limit=s))}
+    kinds = {'launched': dict(graph=False), 'recorded': {}, 'recorded, compiled': dict(compile=True)}
     for name in STEPS:
-        for how,more in {'launched': dict(graph=False), 'recorded': {}, 'recorded, compiled': dict(compile=True)}.items():
+        for how,more in kinds.items():
             found[f'step, {name}, {how}'] = 60, lambda s, name=name, more=more: step(name, **more)
     return found | {
         'epoch': (150, lambda s: run('epoch', 'epoch_gpu', out, s)),
@@ -103,7 +107,8 @@ def main():
     if not torch.cuda.is_available(): sys.exit('no CUDA device here: nothing to measure')
     out, begun = args.out.resolve(), time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    found = dict(card=torch.cuda.get_device_name(), torch=torch.__version__, cuda=torch.version.cuda, parts={})
+    found = dict(card=torch.cuda.get_device_name(), torch=torch.__version__, cuda=torch.version.cuda,
+                 parts={})
     def say(line):
         print(line, flush=True)
         with open(out/'gpu.txt', 'a', encoding='utf-8') as f: f.write(line + '\n')
@@ -118,7 +123,8 @@ def main():
         except Exception as e: r = dict(error=''.join(traceback.format_exception_only(e))[-3000:])
         found['parts'][name] = dict(r, seconds=round(time.perf_counter() - start, 1))
         shown = r.get('result', r.get('error'))
-        say(f"-- {name}, {found['parts'][name]['seconds']} s\n" + ('\n'.join(shown) if isinstance(shown, list) else str(shown)))
+        lines = '\n'.join(shown) if isinstance(shown, list) else str(shown)
+        say(f"-- {name}, {found['parts'][name]['seconds']} s\n{lines}")
         (out/'gpu.json').write_text(json.dumps(found, indent=1))
         torch.cuda.empty_cache()
 

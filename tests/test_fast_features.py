@@ -46,6 +46,26 @@ def test_features(kind, how, switches):
     for batch_size in (1, 4, 11, 512): same(fast.compute_features(net, images, 32, batch_size), slow)
     same(torch.cat(list(fast.feature_batches(net, images, 32, 4))), slow)
 
+def test_compiled_features_are_features(monkeypatch): # PyTorch's tracing, without the compiler behind it
+    real, compiled, seen = torch.compile, [], []
+    def traced(f, **how):
+        compiled.append(real(f, backend='aot_eager', **how))
+        return lambda x: seen.append(len(x)) or compiled[-1](x)
+    monkeypatch.setattr(torch, 'compile', traced)
+    net, images = network(), there('color')
+    same(torch.cat(list(fast.feature_batches(net, images, 32, 4, compile=True))),
+         plain.compute_features(net, images, 32, 4))
+    # tried, then two whole batches; the last has three
+    assert len(compiled) == 1 and seen == [4, 4, 4]
+
+def test_where_features_cannot_be_compiled_they_are_computed(monkeypatch):
+    def broken(f, **how): raise RuntimeError('no compiler')
+    monkeypatch.setattr(torch, 'compile', broken)
+    net, images = network(), there('color')
+    with pytest.warns(UserWarning, match="compile: torch.compile can't be used here.*no compiler"):
+        f = torch.cat(list(fast.feature_batches(net, images, 32, 4, compile=True)))
+    same(f, plain.compute_features(net, images, 32, 4))
+
 @pytest.mark.parametrize('features', [plain.compute_features, fast.compute_features], ids=['plain', 'fast'])
 @pytest.mark.parametrize('training', [True, False])
 def test_the_network_comes_back_as_it_was(features, training):

@@ -151,6 +151,59 @@ deepcluster_nb.clustering.kmeans(torch.randn(99, 3), 9)
 """
     assert in_python(code + "print(state()[:2] == before[:2])") == ['True']
 
+ROOMY = dict(noise=lambda g: (torch.randn(2000, 40, generator=g), 130),
+             few=lambda g: (torch.randn(50, 3, generator=g), 3),
+             alone=lambda g: (torch.randn(1, 2, generator=g), 1),
+             unit=lambda g: (torch.nn.functional.normalize(torch.randn(2000, 64, generator=g)), 700),
+             below_zero=lambda g: (.1*torch.nn.functional.normalize(torch.randn(500, 8, generator=g)), 40),
+             pairs=lambda g: (torch.randn(200, 4, generator=g).repeat(2, 1), 60), # equal points and centroids
+             many_tiles=lambda g: (torch.randn(5000, 16, generator=g), 3000))
+
+@pytest.mark.parametrize('given', ROOMY.values(), ids=ROOMY)
+@pytest.mark.parametrize('low', [torch.bfloat16, torch.float32])
+def test_settled_without_a_question(monkeypatch, given, low): # the way of a GPU, on the CPU
+    x, k = given(generator(0, 'settled'))
+    start = x[torch.randperm(len(x), generator=generator(1, 'start'))[:k]]
+    if x.abs().max() <= .1: start = 10*start                                   # all scores are negative
+    monkeypatch.setattr(fast, 'rough_type', lambda x: low)
+    assign, spilled = fast.settled(x, start)
+    assert not spilled and torch.equal(assign, fast.nearest(x, start, low=low))
+
+def test_where_the_room_was_too_little_the_other_way_is_taken(monkeypatch):
+    seen, real = [], fast.nearest
+    def counted(*args, **how): seen.append(1); return real(*args, **how)
+    far = torch.randn(600, 4, generator=generator(0, 'far')) + 300              # all contend with all
+    same = torch.ones(500, 3)
+    for x in (far, same):
+        assert fast.settled(x, x[:40])[1]
+        plainly, before = fast.torch_kmeans(x, 3, x[:40]), len(seen)
+        with monkeypatch.context() as m:
+            m.setitem(fast.WAYS, 'cpu', (fast.settled, counted))
+            other = fast.torch_kmeans(x, 3, x[:40])
+        assert len(seen) > before and torch.equal(plainly.assign, other.assign)
+        assert torch.equal(plainly.centroids, other.centroids) and plainly.objective == other.objective
+
+@pytest.mark.parametrize('name, k', [('digits', 100), ('groups', 300)])
+def test_the_way_of_a_gpu_gives_the_same_bits(monkeypatch, name, k):
+    x = points(name)
+    one = fast.kmeans(x, k)
+    monkeypatch.setitem(fast.WAYS, 'cpu', (fast.settled, fast.nearest))
+    other = fast.kmeans(x, k)
+    assert torch.equal(one.assign, other.assign) and torch.equal(one.centroids, other.centroids)
+    assert one.objective == other.objective
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+def test_a_gpu_assigns_without_being_waited_for():
+    x = torch.nn.functional.normalize(torch.randn(20_000, 64, generator=generator(0))).cuda()
+    start = x[:1000].clone()
+    fast.settled(x, start)                                                     # libraries are loaded
+    torch.cuda.set_sync_debug_mode('error')
+    try: assign, spilled = fast.settled(x, start)
+    finally: torch.cuda.set_sync_debug_mode('default')
+    assert not spilled and torch.equal(assign, fast.nearest(x, start))
+
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 def test_on_a_gpu():
     for name, k in (('digits', 100), ('groups', 300)):

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from deepcluster_nb import probes
-from deepcluster_nb.fast import crops, features, feeding, training
+from deepcluster_nb.fast import crops, features, feeding, kmeans, training
 from deepcluster_nb.fast.crops import (center_crop, crop_batch, crop_ragged, image_sizes, random_resized_crop,
                                        resample)
 from deepcluster_nb.augment import crop_boxes
@@ -376,6 +376,18 @@ def test_a_network_that_fails_fails_compiled_too():
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         with pytest.raises(ZeroDivisionError, match='mine'): feeding.compiled(Broken())(torch.zeros(1))
+
+def test_k_means_asks_once_an_iteration(gpu, monkeypatch):
+    told, asked = [], []
+    monkeypatch.setattr(kmeans, 'free_there', lambda device: 2**24)              # several tiles
+    def tolist(t): told.append(len(t)); return [0, 7, 0]        # nothing spilled, 7 moved, none empty
+    monkeypatch.setattr(FakeTensor, 'tolist', tolist)
+    for niter in (2, 5):
+        x, before = torch.empty(3000, 16, device='cuda'), gpu.numbers + gpu.copies
+        kmeans.torch_kmeans(x, niter, torch.empty(300, 16, device='cuda'))
+        asked.append(gpu.numbers + gpu.copies - before)
+    # besides the range of the points, before the first iteration; and the objective at the end
+    assert asked == [2, 2] and told == [3]*3 + [3] + [3]*6 + [6]
 
 @pytest.mark.parametrize('room', [True, False])
 def test_a_linear_probe_asks_only_when_it_looks(gpu, monkeypatch, room):

@@ -1,6 +1,6 @@
 """The recorded step: on a CPU, where a tape replays operators in the same memory as a CUDA graph would; on a
 GPU that isn't there; and, marked cuda, on one that is."""
-import gc, os, signal, warnings, weakref
+import gc, math, os, signal, warnings, weakref
 from dataclasses import replace
 from functools import partial
 import pytest, torch
@@ -38,9 +38,8 @@ def recordings(monkeypatch): # fit records on a tape; how often it does
 # ---------------------------------------------------------------- a run is the same run
 
 @pytest.mark.parametrize('more, times', [
-    (dict(), 1), (dict(dropout=.5, lr_schedule='cosine'), 1), (dict(sobel=False), 1),
-    (dict(sampler='weighted'), 1), (dict(sampler='released', head_momentum=.9), 1),
-    (dict(head='kept', head_momentum=.5), 1), (dict(head='centroids', calibrate=True), 1),
+    (dict(dropout=.5, lr_schedule='cosine'), 1), (dict(sobel=False, sampler='released', head_momentum=.9), 1),
+    (dict(sampler='weighted', head='centroids', calibrate=True), 1), (dict(head='kept', head_momentum=.5), 1),
     (dict(arch='resnet18', epochs=1), 1)])
 def test_runs_are_the_same_bits(recordings, more, times):
     c = replace(SMALL, **more)
@@ -65,7 +64,7 @@ def test_images_of_all_sizes(recordings):
 def test_a_run_that_was_stopped_ends_in_the_same_bits(recordings, tmp_path, monkeypatch):
     c = replace(SMALL, parts='taped', dropout=.5)
     whole = fit(replace(c, run_dir=str(tmp_path/'whole')), IMAGES, echo=None)
-    for at in ((0, 2), (1, 1), (1, 3)):                                         # the last one is the small batch
+    for at in ((0, 2), (1, 1), (1, 3)):           # in the first, before and after the small batch
         folder, after = tmp_path/str(at), around.Hooks.after_step
         def stop(self, done, *more):
             if (self.state.epoch, done) == at: os.kill(os.getpid(), signal.SIGTERM)
@@ -100,14 +99,14 @@ def test_the_number_of_steps_brought_together_changes_nothing(monkeypatch):
     assert same(found[0], found[1]) and same(found[0], found[2])
 
 @pytest.mark.parametrize('sobel', [True, False])
-def test_a_table_of_crops_is_recorded_with_the_step(monkeypatch, sobel): # a made-up kernel, with the plain crops
+def test_a_table_of_crops_is_recorded_with_the_step(monkeypatch, sobel): # a made-up kernel
     c, tables = resolve(replace(SMALL, sobel=sobel)), []
     def cut(kernel, flat, table, size, planes, what, dtype):
         tables.append(len(table))
-        assert (planes, what, dtype) == (3, 'grey' if sobel else 'normal', torch.float32)
-        at = table[:, 0].long() // (3*32*32)
+        assert (planes, what, dtype) == (IMAGES.size[0], 'grey' if sobel else 'normal', torch.float32)
+        at = table[:, 0].long() // math.prod(IMAGES.size)
         boxes = torch.cat([table[:, 3:5], (table[:, 5:7]*size).round()], 1).float()
-        x = flat.view(-1, 3, 32, 32).index_select(0, at)
+        x = flat.view(-1, *IMAGES.size).index_select(0, at)
         return graph.network_input(x, lambda im: graph.crop_inside(im, boxes, size, table[:, 7] > 0), sobel)
     monkeypatch.setattr(graph, 'crops_cut_by', lambda images: 'kernel')
     monkeypatch.setattr(graph, 'crop_kernel', lambda: None)
@@ -158,7 +157,7 @@ def test_what_cannot_be_recorded_runs_as_before_and_says_why():
             warnings.simplefilter('always')
             found.append(epoch(c, train_epoch, 3, net=net, **how))
     assert same(*[list(f[0].state_dict().values()) for f in found]) and found[0][2] == found[1][2]
-    assert ['asks for a number' in str(w.message) for w in said] == [True]                 # once in three epochs
+    assert ['asks for a number' in str(w.message) for w in said] == [True]        # once in three epochs
 
 def test_a_hook_is_called_so_the_network_is_not_recorded():
     c, calls = resolve(SMALL), []
@@ -302,7 +301,8 @@ def test_probes_that_are_recorded_together_are_those_alone():
     assert len(made) == 1 and together == alone and alone['a']['last'] > 40
     assert probes.linear_probes(train, y, test, t, epochs=5) == alone
 
-@pytest.mark.parametrize('more', [{}, dict(head_norm=True, nesterov=True, schedule='steps'), dict(momentum=0.)])
+@pytest.mark.parametrize('more', [{}, dict(head_norm=True, nesterov=True, schedule='steps'),
+                                  dict(momentum=0.)])
 def test_the_papers_probes_recorded(more, tmp_path):
     net = convnet('alexnet_small', 4, dropout=0., seed=1).eval()
     train, test = load_images('digits', n_images=49), load_images('digits', split='test', n_images=20)
@@ -311,13 +311,13 @@ def test_the_papers_probes_recorded(more, tmp_path):
     found = [probes.train_probes(net, train, test, c, tmp_path/name, capture=how)
              for name,how in (('a', None), ('b', taped))]
     a, b = (load_checkpoint(tmp_path/name)[2] for name in 'ab')
-    for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-5, atol=1e-6)          # one fused update, one not
+    for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-5, atol=1e-6)   # one fused update, one not
     assert found[0] == found[1]
 
 # ---------------------------------------------------------------- on a GPU that is there
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
-def launched(f): return f                                        # the same function, launched kernel by kernel
+def launched(f): return f                             # the same function, launched kernel by kernel
 
 def on_gpu(**more):
     return resolve(replace(SMALL, **dict(dict(device='cuda', precision='bfloat16', dropout=.5), **more)))
@@ -408,8 +408,8 @@ def test_what_cannot_be_recorded_there_runs_as_before():
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter('always')
             for i in range(2):
-                graph.train_epoch(net, near, torch.arange(40), torch.arange(40) % 10, optimizers(net, c), c, i,
-                                  capture=capture)
+                graph.train_epoch(net, near, torch.arange(40), torch.arange(40) % 10,
+                                  optimizers(net, c), c, i, capture=capture)
         found.append(list(net.state_dict().values()))
     assert same(*found) and len([w for w in said if "can't be recorded" in str(w.message)]) == 1
     assert float(torch.ones(2, device='cuda').sum()) == 2        # and the GPU is as usable as before

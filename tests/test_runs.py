@@ -215,7 +215,7 @@ SETTINGS = ("from torch.backends import cuda, cudnn; "
             "cuda.matmul.allow_bf16_reduced_precision_reduction, "
             "cuda.matmul.allow_fp16_reduced_precision_reduction, "
             "torch.get_default_dtype(), torch.get_num_threads(), "
-            "torch.are_deterministic_algorithms_enabled())")
+            "torch.are_deterministic_algorithms_enabled(), cudnn.benchmark)")
 
 def settings(code):
     return subprocess.run([sys.executable, '-W', 'error', '-c', f'import torch; {code}; {SETTINGS}'],
@@ -227,5 +227,8 @@ def test_importing_the_kit_changes_no_setting():
     assert settings('import ' + ', '.join(modules)) == settings('pass')
 
 def test_a_gpu_is_asked_for_the_same_bits_again():
-    code = 'from deepcluster_nb.fast.feeding import same_bits; same_bits()'
-    assert settings(code)[:5] == ['True', 'False', 'False', 'False', 'False']
+    code = ('torch.backends.cudnn.benchmark = True; '
+            'from deepcluster_nb.fast.feeding import same_bits; same_bits()')
+    found = settings(code)
+    assert found[:5] == ['True', 'False', 'False', 'False', 'False'] and found[-1] == 'False'
+    assert settings(code.replace('same_bits()', 'same_bits(True)'))[-1] == 'True'        # as asked

@@ -5,9 +5,11 @@ from torch import nn
 from deepcluster_nb.fast import small_maps
 from deepcluster_nb.data import generator
 from deepcluster_nb.sources import load_images
-from deepcluster_nb.fast.features import autocast
+from deepcluster_nb.fast.features import autocast, fold_batchnorm
 from deepcluster_nb.model import convnet
-from deepcluster_nb.fast.small_maps import AdaptiveMaxPool2d, Conv2d, PatchGradient, with_small_maps
+from deepcluster_nb.fast.feeding import seconds
+from deepcluster_nb.fast.small_maps import (AdaptiveMaxPool2d, Blocks, Conv2d, PatchGradient, block_conv,
+                                            few_planes, with_small_maps)
 from deepcluster_nb.fit import Config, fit
 
 def rand(*shape, scale=1., dtype=torch.float32):
@@ -84,15 +86,100 @@ def test_state_is_pytorchs():
     assert (list(conv(2, 3, 3).state_dict()) == ['weight', 'bias']
             and not list(AdaptiveMaxPool2d(4).state_dict()))
 
-@pytest.mark.parametrize('sides', [(4, 4), (4, 5), (8, 8), (16, 7)])
-def test_pool_is_pytorchs(sides):
-    outs = []
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('sides', [(4, 4), (4, 5), (8, 8), (16, 7), (12, 16)])
+def test_pool_is_pytorchs(sides, dtype, layout): # to the bit
+    outs = []                                    # many are equally large, as behind a ReLU
     for pool in (AdaptiveMaxPool2d(4), nn.AdaptiveMaxPool2d(4)):
-        x = rand(2, 3, *sides).requires_grad_()
+        x = rand(2, 3, *sides).round().relu().to(dtype).contiguous(memory_format=layout).requires_grad_()
         y = pool(x)
         assert (y is x) == (sides == (4, 4) and isinstance(pool, AdaptiveMaxPool2d))
-        outs.append((y, torch.autograd.grad(y, x, rand(*y.shape))[0]))
+        outs.append((y, torch.autograd.grad(y, x, rand(*y.shape).to(dtype))[0]))
     assert all(map(torch.equal, *outs))
+    assert outs[0][0].stride() == outs[1][0].stride()
+
+def test_pool_of_other_kinds_is_pytorchs():
+    x = rand(2, 3, 8, 8)
+    for size in ((2, 4), (None, 4), 1):
+        assert torch.equal(AdaptiveMaxPool2d(size)(x), nn.AdaptiveMaxPool2d(size)(x))
+    assert len(AdaptiveMaxPool2d(4, return_indices=True)(x)) == 2
+
+GEOMETRY = dict(alexnet=(2, 224, 224, 96, 11, 4, 2), smallest=(2, 223, 223, 8, 11, 4, 2),
+                largest=(3, 254, 249, 8, 11, 4, 2), resnet=(3, 64, 61, 8, 7, 2, 3),
+                no_padding=(1, 31, 20, 4, 5, 4, 0),
+                whole_blocks=(4, 16, 24, 4, 8, 4, 3), unreached=(2, 19, 23, 4, 4, 4, 0))
+
+@pytest.mark.parametrize('planes, h, w, width, kernel, stride, padding', GEOMETRY.values(), ids=GEOMETRY)
+@pytest.mark.parametrize('bias', [False, True])
+def test_blocks_are_the_convolution(planes, h, w, width, kernel, stride, padding, bias):
+    given = [rand(2, planes, h, w), rand(width, planes, kernel, kernel), rand(width) if bias else None]
+    def both(f): # output and gradients
+        args = [t if t is None else t.double().requires_grad_() for t in given]
+        y = f(*args, stride, padding)
+        return y, *torch.autograd.grad((y*y).mean(), [t for t in args if t is not None])
+    for ours, theirs in zip(both(block_conv), both(nn.functional.conv2d)):
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()
+
+def test_blocks_are_for_few_planes_and_long_strides():
+    alexnet = dict(kernel_size=11, stride=4, padding=2)
+    assert few_planes(nn.Conv2d(2, 8, **alexnet)) and few_planes(nn.Conv2d(3, 8, **alexnet, bias=False))
+    for other in (dict(stride=2), dict(stride=(4, 2)), dict(kernel_size=(11, 3)), dict(padding=(2, 1)),
+                  dict(padding='valid'), dict(dilation=2), dict(groups=2), dict(padding_mode='replicate')):
+        assert not few_planes(nn.Conv2d(2, 8, **alexnet | other))
+    assert not few_planes(nn.Conv2d(5, 8, **alexnet))
+    for arch in ('alexnet_small', 'vgg16', 'resnet18'):
+        assert not [m for m in with_small_maps(convnet(arch, 5)).modules() if isinstance(m, Blocks)]
+
+def alexnets(): # plain, and with all that is exchanged
+    nets = [convnet('alexnet', 5, dropout=0.) for _ in range(2)]
+    with_small_maps(nets[1])
+    return [net.to(memory_format=torch.channels_last) for net in nets]
+
+def test_a_cpu_convolves_as_ever_and_the_state_is_the_same():
+    (plain, twin), x = alexnets(), rand(2, 1, 224, 224)
+    assert type(twin.features[0]) is Blocks and torch.equal(plain(x), twin(x))
+    a, b = ([(k, v.shape) for k,v in net.state_dict().items()] for net in (plain, twin))
+    assert a == b
+    plain.load_state_dict(twin.state_dict())
+    folded = fold_batchnorm(twin.eval())
+    assert type(folded.features[0]) is Blocks and folded.features[0].weight.shape == (96, 2, 11, 11)
+
+def gradients(net, x): return torch.autograd.grad(net(x).pow(2).mean(), net.features[0].weight)[0]
+
+def test_a_network_over_blocks_learns_the_same(monkeypatch): # the way of a GPU, on the CPU
+    (plain, twin), x = [net.double() for net in alexnets()], rand(2, 1, 224, 224).double()
+    monkeypatch.setattr(Blocks, 'pays', lambda self, x: True)
+    a, b = gradients(plain, x), gradients(twin, x)
+    assert 0 < (a - b).abs().max() <= 1e-10 * a.abs().max()               # twelve layers lie behind
+
+@pytest.mark.parametrize('arch, size', [('alexnet', 224), ('alexnet_small', 64)])
+def test_one_layout_from_sobel_to_the_classifier(monkeypatch, arch, size): # nothing is converted on the way
+    monkeypatch.setattr(Blocks, 'pays', lambda self, x: True)
+    net, seen = with_small_maps(convnet(arch, 5)).to(memory_format=torch.channels_last), []
+    def look(m, given, out):
+        if out.ndim == 4: seen.append((type(m), out.is_contiguous(memory_format=torch.channels_last)))
+    for m in net.modules():
+        if not list(m.children()): m.register_forward_hook(look)
+    with autocast('bfloat16', 'cpu'):
+        net.eval()(rand(2, 1, size, size).contiguous(memory_format=torch.channels_last))
+    assert len(seen) > 15 and all(last for _,last in seen), seen
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+def test_a_gpu_over_blocks():
+    (plain, twin), x = [net.cuda() for net in alexnets()], rand(64, 1, 224, 224).cuda()
+    torch.testing.assert_close(twin.eval()(x), plain.eval()(x), rtol=1e-3, atol=1e-4)
+    exact = gradients(plain.double(), x.double())
+    a, b = (float((gradients(net.float(), x) - exact).norm()) for net in (plain, twin))
+    assert b <= 1.1*a + 1e-5*float(exact.norm())
+    maps = plain.sobel(x).bfloat16().contiguous(memory_format=torch.channels_last)
+    def median(conv): # forward and backward
+        conv = conv.bfloat16()
+        def once(): torch.autograd.grad(conv(maps).float().sum(), conv.weight)
+        return sorted((once(), seconds(once, 'cuda'))[1] for _ in range(11))[5]
+    assert median(twin.features[0]) < median(plain.features[0])
 
 def test_compiled_too(monkeypatch):
     monkeypatch.setattr(small_maps, 'TILES', True)

@@ -19,9 +19,10 @@ from torch import Tensor
 from .images import PackedImages
 
 # %% ../../nbs/fast/20_feeding.ipynb #c9ff410a
-def same_bits():
+def same_bits(benchmark:bool=False): # let cuDNN time its algorithms, and the bits of two processes differ
     "Set what a GPU needs to give the same bits again, and to keep float32 unrounded; a CPU does so anyway."
     torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = benchmark
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -214,10 +215,11 @@ def fetch_ahead(images,               # Images: what is read from
             for *_,x in waiting: x.cancel()
 
 # %% ../../nbs/fast/20_feeding.ipynb #aa4b0d22
-def compiled(net
-            ): # → a function that does what net does
+def compiled(net,
+             call=None, # of its methods, where not all of it
+            ): # → a function that does what net, or the method, does
     "Pass the network through `torch.compile`; where that fails, warn and use the network itself."
-    fast, seen = None, set()
+    call, fast, seen = call or net, None, set()
     def tried(x): # forwards and backwards, and nothing is changed by it
         before = [b.clone() for b in net.buffers()]
         try:
@@ -230,13 +232,13 @@ def compiled(net
     def forward(x):
         nonlocal fast
         try:
-            if fast is None: fast = torch.compile(net, dynamic=False)
+            if fast is None: fast = torch.compile(call, dynamic=False)
             # each size of a batch is compiled for itself
-            if fast is not net and x.shape not in seen: tried(x)
+            if fast is not call and x.shape not in seen: tried(x)
         except Exception as e:
             warnings.warn("compile: torch.compile can't be used here, so the run goes on without "
                           f"({type(e).__name__}: {str(e).strip().partition(chr(10))[0][:200]})")
-            fast = net
+            fast = call
         return fast(x)
     return forward
 

@@ -197,14 +197,17 @@ def learner(net, opts, config, kept)->callable: # kept: the Step with the tensor
 def recipe(net, opts, weights, pixels, config)->tuple: # pixels: of the images, where they are recorded too
     "List what a recording takes for granted: layers, addresses, constants."
     at = [(t.data_ptr(), t.requires_grad) for t in [*net.parameters(), *net.buffers()]]
-    constants = [{k: v for k,v in g.items() if k not in ('params', 'lr')} for o in opts for g in o.param_groups]
+    constants = [{k: v for k,v in g.items() if k not in ('params', 'lr')}
+                 for o in opts for g in o.param_groups]
     return (str(net), at, str(constants), weights is not None and len(weights),
-            None if pixels is None else pixels.data_ptr(), config.batch_size, config.size, config.precision, config.compile)
+            None if pixels is None else pixels.data_ptr(), config.batch_size, config.size, config.precision,
+            config.compile)
 
 def hooked(net)->str: # '' where there is none
     "Name a module with a hook, which a recording would not call."
-    return next((f"a hook of {name or 'the network'} would not be called" for name,m in net.named_modules()
-                 if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks), '')
+    kinds = '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
+    return next((f"a hook of {name or 'the network'} would not be called"
+                 for name,m in net.named_modules() if any(getattr(m, kind) for kind in kinds)), '')
 
 class Step:
     "What a network's recorded step keeps from epoch to epoch."
@@ -218,7 +221,7 @@ class Step:
         self.recorded, self.parcel = Recorded(config.batch_size, None if why else capture), Parcel(device)
         self.changed = [*net.parameters(), *net.buffers(), self.total, self.bad,
                         *(m for own in self.momentum for _,m in own)]
-    def begin(self, opts, weights, total): # an epoch: the sum of the losses so far, each momentum in its place
+    def begin(self, opts, weights, total): # an epoch, with the sum of its losses so far
         self.total.copy_(torch.as_tensor(total))
         self.bad.zero_()
         if weights is not None: self.weights.copy_(weights)

@@ -16,7 +16,7 @@ from .crops import random_resized_crop
 from ..clustering import Clustering
 from .kmeans import kmeans
 from .feeding import compiled, fetch_ahead, to_device
-from .features import HalfFeatures, PCA, autocast, feature_batches
+from .features import HalfFeatures, PCA, autocast, feature_batches, input_type
 from ..features import l2_normalize
 from .crops import network_input
 from ..switches import SCHEDULES
@@ -53,7 +53,7 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int,
             g = generator(config.seed, 'step', epoch, step)
             torch.manual_seed(g.initial_seed())
             x = network_input(x, lambda im: random_resized_crop(im, config.size, g, (config.min_scale, 1.)),
-                              net.sobel is not None)
+                              net.sobel is not None, input_type(config.precision, device))
             for o in opts:      # the last gradients make room before the next activations need it
                 o.zero_grad()
                 o.param_groups[0]['lr'] = (o.defaults['lr']
@@ -98,7 +98,10 @@ def cluster(net, images, config, epoch:int,
     "One reassignment: features → PCA → unit length → clusters, batch by batch."
     mark, pca = mark or (lambda part: None), PCA(config.pca)
     with closing(HalfFeatures(len(images), folder)) as feats:
-        for f in feature_batches(net, images, config.size, 512, config.device, config.precision, progress):
+        # on a CPU extraction gains nothing from the compiler
+        compile = config.compile and torch.device(config.device).type == 'cuda'
+        for f in feature_batches(net, images, config.size, 512, config.device, config.precision, progress,
+                                 compile):
             f = feats.add(f); mark('features')
             pca.add(f); mark('pca')
         pca.solve()
