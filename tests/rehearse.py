@@ -21,9 +21,9 @@ def photographs(folder, images, n_test, workers): # ImageNet's mean number of pi
     folder.mkdir(parents=True, exist_ok=True)
     for seed, (split, n) in enumerate(dict(train=images, val=n_test).items()):
         if (folder/f'{split}.safetensors').exists(): continue
-        script = ROOT/'data_scripts'/'make_synthetic.py'
-        subprocess.run([sys.executable, script, folder/f'{split}.safetensors', '-n', str(n),
-                        '--size', '500', '500', '--ragged', '--center', '224', '--seed', str(seed), '--workers', str(workers)], check=True)
+        how = ['-n', n, '--size', 500, '--ragged', '--center', 224, '--seed', seed, '--workers', workers]
+        subprocess.run([sys.executable, ROOT/'data_scripts'/'make_synthetic.py',
+                        folder/f'{split}.safetensors', *map(str, how)], check=True)
 
 # in processes of their own: a GPU's memory is for the run
 
