@@ -1,9 +1,9 @@
 """The paper's run on ImageNet, rehearsed in small: `python tests/rehearse.py DIR`.
 
-Made photographs, packed as ImageNet is; what `estimate` says of the run; the preset imagenet_alexnet with \
-two reassignments through the command, killed (SIGKILL) once inside the second, and continued with the same \
-command; then the seconds of each phase beside the estimate, into DIR/rehearsal.json. Defaults are for a GPU; \
-for two CPU cores and ten minutes:
+Made photographs, packed as ImageNet is; what `estimate` says of the run; the preset imagenet_alexnet \
+with two reassignments through the command, killed (SIGKILL) once inside the second, and continued with \
+the same command; then the seconds of each phase beside the estimate, into DIR/rehearsal.json. The \
+defaults are for a GPU; for two CPU cores:
 
     python tests/rehearse.py DIR --images 600 --n-test 60 -p k=20 -p pca=32 -p batch_size=64
 
@@ -21,9 +21,9 @@ def photographs(folder, images, n_test, workers): # ImageNet's mean number of pi
     folder.mkdir(parents=True, exist_ok=True)
     for seed, (split, n) in enumerate(dict(train=images, val=n_test).items()):
         if (folder/f'{split}.safetensors').exists(): continue
-        subprocess.run([sys.executable, ROOT/'data_scripts'/'make_synthetic.py', folder/f'{split}.safetensors',
-                        '-n', str(n), '--size', '500', '500', '--ragged', '--center', '224',
-                        '--seed', str(seed), '--workers', str(workers)], check=True)
+        how = ['-n', n, '--size', 500, '--ragged', '--center', 224, '--seed', seed, '--workers', workers]
+        subprocess.run([sys.executable, ROOT/'data_scripts'/'make_synthetic.py',
+                        folder/f'{split}.safetensors', *map(str, how)], check=True)
 
 # in processes of their own: a GPU's memory is for the run
 

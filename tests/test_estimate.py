@@ -30,7 +30,7 @@ def test_training_waits_for_the_copy_and_for_a_disk_that_is_slower_than_an_epoch
     assert seldom['bookkeeping'] == pytest.approx(10 + 800*1e-3/4)
     slow, work = fake(KINDS | dict(saving=[20.])).epoch(), 3000 + 105 + 1000 + 7000
     assert slow['bookkeeping'] == pytest.approx(10 + .8 + (800*20 - .8 - 10 - work))
-    assert sum(slow.values()) == pytest.approx(800*20)                     # an epoch takes as long as the disk
+    assert sum(slow.values()) == pytest.approx(800*20)               # an epoch takes as long as the disk
 
 def test_a_whole_run_by_hand():
     found = fake(epochs=4)

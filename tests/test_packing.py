@@ -316,8 +316,8 @@ def test_synthetic_sets_have_their_central_crops(synthetic, tmp_path):
     assert images.center.size == (1, 32, 32) and images.center.paths == images.paths
     assert (crops - images.center.batch(torch.arange(6))).abs().max() <= .51       # rounded to grey levels
     for p in tmp_path.iterdir(): assert verify_packed(p) == []
-    by_two = [sys.executable, SCRIPTS/'make_synthetic.py', tmp_path/'b.safetensors', '-n', '6', '--size', '90',
-              '120', '--ragged', '--classes', '3', '--center', '32', '--workers', '2']
+    by_two = [sys.executable, SCRIPTS/'make_synthetic.py', tmp_path/'b.safetensors', '-n', '6', '--size',
+              '90', '120', '--ragged', '--classes', '3', '--center', '32', '--workers', '2']
     subprocess.run(by_two, check=True, capture_output=True)
     for name in ('', '-center32'):
         a, b = (tmp_path/f'{n}{name}.safetensors' for n in 'ab')

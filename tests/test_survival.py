@@ -197,6 +197,14 @@ def test_no_room_from_the_start(tmp_path, monkeypatch):
         fit(replace(SMALL, run_dir=str(tmp_path/'r')), echo=None)
     assert not list((tmp_path/'r').glob('checkpoint/0*'))
 
+def test_what_a_stopped_run_left_needs_no_new_room(tmp_path, monkeypatch):
+    folder = runs.RunFolder(tmp_path/'r', {})
+    folder.write('assignments/epoch_000.npy', bytes(1_000_000))
+    monkeypatch.setattr(runs.shutil, 'disk_usage', lambda path: type('U', (), dict(free=500_000)))
+    with runs.Guard(folder).held(more=1_400_000): pass
+    with pytest.raises(ValueError, match='this run needs 600 kB more in .*, but 500 kB are free'):
+        with runs.Guard(folder).held(more=1_600_000): pass
+
 def test_no_run_takes_more_room_than_it_asked_for(tmp_path, monkeypatch):
     config, rename, most = replace(SMALL, run_dir=str(tmp_path/'r')), os.replace, []
     def measured(new, old): # when the new file is whole and the old ones are there still
