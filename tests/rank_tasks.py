@@ -1,13 +1,28 @@
 "What the processes of test_distributed.py do: functions of a module, called with a Ranks."
 import hashlib, os, signal, time
 from dataclasses import replace
-import torch
-from deepcluster_nb.data import digits, generator
+import sklearn.metrics, torch                # which a run imports at its first clustering
+from torch import nn
+from deepcluster_nb.data import generator
+from deepcluster_nb.fast.images import PackedImages
 from deepcluster_nb.fast import distributed
+from deepcluster_nb.model import ARCHS, SIZES, conv_stack
 from deepcluster_nb.fit import Config, fit, network, optimizers, resolve
 
-SMALL = Config(dataset='digits', n_images=130, k=8, pca=16, epochs=2, passes=1, batch_size=40,
+def tiny(planes, dropout):
+    features = conv_stack([(8, 3, 2, 1), nn.MaxPool2d(2), (16, 3, 1, 1), nn.AdaptiveMaxPool2d(4)], planes)
+    return features, nn.Sequential(nn.Dropout(dropout), nn.Linear(256, 32), nn.BatchNorm1d(32),
+                                   nn.ReLU(inplace=True))
+
+ARCHS['tiny'], SIZES['tiny'] = tiny, (16, 64)
+SMALL = Config(arch='tiny', size=16, k=6, pca=8, epochs=2, passes=1, batch_size=20,
                precision='float32', device='cpu', checkpoint_minutes=0.)
+
+def made_images(n=60): # six patterns and noise
+    g = generator(0, 'patterns')
+    patterns, kinds = torch.rand(6, 1, 20, 20, generator=g), torch.arange(n) % 6
+    pixels = patterns[kinds]*180 + 70*torch.rand(n, 1, 20, 20, generator=g)
+    return PackedImages(pixels.to(torch.uint8), labels=kinds, classes=range(6))
 
 def sha256(*tensors): return hashlib.sha256(b''.join(t.contiguous().numpy().tobytes() for t in tensors)).hexdigest()
 
@@ -33,11 +48,11 @@ def gradients(ranks, config, n, weights=None):
     c, net = resolve(config), network(config)
     opts, seen = optimizers(net, c), []
     def keep(*_): seen.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
-    assign = torch.arange(130) % 8
-    loss = distributed.train_epoch(net, digits('train').subset(range(130)), torch.arange(n), assign, opts, c, 0,
+    assign = torch.arange(60) % 6
+    loss = distributed.train_epoch(net, made_images(), torch.arange(n), assign, opts, c, 0,
                                    weights, keep, ranks=ranks)
     return loss, seen, [b.clone() for b in net.buffers()]
 
 def run(ranks, config):
-    r = fit(config, echo=None)
+    r = fit(config, made_images(), echo=None)
     return [l['loss'] for l in r.log], sha256(*r.net.state_dict().values()), sha256(r.clustering.assign)

@@ -467,7 +467,7 @@ def in_ranks(world:int, # processes
             )->list:    # what it returned, by rank
     "Run a function in several processes of this machine, which meet in a file."
     context = get_context('forkserver')
-    context.set_forkserver_preload(['deepcluster_nb.fast.distributed'])
+    context.set_forkserver_preload([__name__, work.__module__])             # imported once for all
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [context.Pipe() for _ in range(world)], []
         for rank,(_,theirs) in enumerate(pipes):
