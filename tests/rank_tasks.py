@@ -39,7 +39,7 @@ def kmeans(ranks, cases):
 
 def pca(ranks, x, dim, ends=None):
     own, fitted = share(x, ranks, ends), distributed.PCA(dim)
-    for b in own.split(64): fitted.add(b)
+    for b in own.split(64) if len(own) else (): fitted.add(b)
     p = distributed.pooled(fitted, x.shape[1], 'cpu', ranks)
     return p.mean, p.axes
 
@@ -56,3 +56,56 @@ def gradients(ranks, config, n, weights=None):
 def run(ranks, config):
     r = fit(config, made_images(), echo=None)
     return [l['loss'] for l in r.log], sha256(*r.net.state_dict().values()), sha256(r.clustering.assign)
+
+# ---------------------------------------------------------------- what goes wrong, on one rank at one moment
+
+def trouble(ranks, config, rank, at, what):
+    "A run in which something happens on one rank: after a step (epoch, step), or at the clustering (epoch, 0)."
+    from deepcluster_nb import fit as around
+    here, note = ranks.rank == rank, os.path.join(os.path.dirname(config.run_dir), 'when')
+    def happen():
+        if not here: return
+        with open(note, 'w') as f: f.write(str(time.time()))
+        if what == 'raise': raise ValueError('something is wrong here')
+        os.kill(os.getpid(), getattr(signal, what))
+    after_step, clustering, cross_entropy = (around.Hooks.after_step, around.Hooks.clustering,
+                                             distributed.F.cross_entropy)
+    class Spoilt(around.Hooks):
+        def after_step(self, done, n, *more):
+            if (self.state.epoch, done) == at and what != 'nan': happen()
+            super().after_step(done, n, *more)
+            if here and what == 'nan' and (self.state.epoch, done + 1) == at:
+                distributed.F.cross_entropy = lambda *a, **k: cross_entropy(*a, **k) * float('nan')
+        def clustering(self, done, n):
+            if (self.state.epoch, 0) == at: happen()
+            super().clustering(done, n)
+    around.Hooks = Spoilt
+    return run(ranks, config)
+
+def other_clusters(ranks, config):
+    "A rank that moves a centroid."
+    lloyd = distributed.shared_lloyd
+    def moved(*args):
+        c = lloyd(*args)
+        if ranks.rank == 1: c.centroids[0, 0] += 1e-6
+        return c
+    distributed.shared_lloyd = moved
+    return run(ranks, config)
+
+def broken_image(ranks, config, folder):
+    "A rank whose copy of an image is damaged."
+    return fit(replace(config, dataset='folder', root=f'{folder}/{ranks.rank}'), echo=None)
+
+def full_disk(ranks, config):
+    "Nothing more fits on rank 0's disk from the second epoch's assignments on."
+    import errno
+    from deepcluster_nb import runs
+    write = runs.write_atomic
+    def fails(path, data, sync=True):
+        if 'epoch_001' in str(path) or os.path.exists(f'{config.run_dir}/full'):
+            if not os.path.exists(f'{config.run_dir}/full'): open(f'{config.run_dir}/full', 'w').close()
+            if os.path.exists(f'{config.run_dir}/checkpoint/reserve'):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, data, sync)
+    runs.write_atomic = fails
+    return run(ranks, config)

@@ -477,7 +477,9 @@ def in_ranks(world:int, # processes
         answers = []
         for (ours,_),p in zip(pipes, processes):
             try: answers.append(ours.recv())
-            except EOFError: answers.append((f"RuntimeError: the process ended with status {p.exitcode}", None))
+            except EOFError:
+                p.join()
+                answers.append((f"it ended with status {p.exitcode}", None))
         for ours,_ in pipes:
             with suppress(OSError): ours.send(None)
         for p in processes: p.join()
