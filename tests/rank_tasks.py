@@ -53,7 +53,13 @@ def gradients(ranks, config, n, weights=None):
                                    weights, keep, ranks=ranks)
     return loss, seen, [b.clone() for b in net.buffers()]
 
-def run(ranks, config):
+def run(ranks, config, before=lambda epoch: None):
+    "A whole run, of shares that consist of 16 images; before each clustering something may happen."
+    cluster = distributed.cluster
+    def of_few(net, images, c, epoch, *more, **kwargs):
+        before(epoch)
+        return cluster(net, images, c, epoch, *more, batch=16, **kwargs)
+    distributed.cluster = of_few
     r = fit(config, made_images(), echo=None)
     return [l['loss'] for l in r.log], sha256(*r.net.state_dict().values()), sha256(r.clustering.assign)
 
@@ -68,19 +74,16 @@ def trouble(ranks, config, rank, at, what):
         with open(note, 'w') as f: f.write(str(time.time()))
         if what == 'raise': raise ValueError('something is wrong here')
         os.kill(os.getpid(), getattr(signal, what))
-    after_step, clustering, cross_entropy = (around.Hooks.after_step, around.Hooks.clustering,
-                                             distributed.F.cross_entropy)
+    cross_entropy = distributed.F.cross_entropy
+    if what == 'SIGSTOP': distributed.PATIENCE, distributed.GRACE = 3., 1.
     class Spoilt(around.Hooks):
         def after_step(self, done, n, *more):
             if (self.state.epoch, done) == at and what != 'nan': happen()
             super().after_step(done, n, *more)
             if here and what == 'nan' and (self.state.epoch, done + 1) == at:
                 distributed.F.cross_entropy = lambda *a, **k: cross_entropy(*a, **k) * float('nan')
-        def clustering(self, done, n):
-            if (self.state.epoch, 0) == at: happen()
-            super().clustering(done, n)
     around.Hooks = Spoilt
-    return run(ranks, config)
+    return run(ranks, config, lambda epoch: happen() if (epoch, 0) == at else None)
 
 def other_clusters(ranks, config):
     "A rank that moves a centroid."

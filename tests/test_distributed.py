@@ -144,6 +144,10 @@ def test_a_run_of_two_ranks_is_one_run(whole, tmp_path):
     (shared, *_), _ = in_ranks(2, tasks.run, replace(SMALL, sync_bn=True))
     assert [r['loss'] for r in alone.log] == pytest.approx(shared, rel=1e-3)
 
+def goes_on(config, whole): # in the same bits; what was logged before, rank 0 knows
+    a, b = in_ranks(2, tasks.run, config)
+    assert a == whole[1][0] and b[1:] == a[1:]
+
 def ends(world, config, *args, task=tasks.trouble):
     "What the ranks say at the end, and how many seconds it took from what happened."
     with pytest.raises(RuntimeError) as e: in_ranks(world, task, config, *args)
@@ -156,7 +160,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_and_the_run_goes_on(tmp_path, wh
     said, seconds = ends(2, c, rank, at, 'SIGTERM')
     assert 'rank 0: Stopped' in said and 'rank 1: Stopped' in said and f'SIGTERM came to rank {rank}' in said
     assert seconds < 20
-    assert in_ranks(2, tasks.run, c) == whole[1]
+    goes_on(c, whole)
 
 @pytest.mark.parametrize('rank, at', [(0, (0, 2)), (1, (1, 1)), (0, (1, 0)), (1, (1, 0))])
 def test_a_killed_rank_ends_the_run_and_it_goes_on_in_the_same_bits(tmp_path, whole, rank, at):
@@ -164,7 +168,7 @@ def test_a_killed_rank_ends_the_run_and_it_goes_on_in_the_same_bits(tmp_path, wh
     said, seconds = ends(2, c, rank, at, 'SIGKILL')
     assert f'rank {rank}: it ended with status -9' in said
     assert f'rank {1 - rank}: Lost: rank {rank}: it is gone' in said and seconds < 20
-    assert in_ranks(2, tasks.run, c) == whole[1]
+    goes_on(c, whole)
 
 @pytest.mark.parametrize('at', [(0, 2), (1, 0)])
 def test_an_error_on_one_rank_is_told_by_all(tmp_path, at):
@@ -172,10 +176,11 @@ def test_an_error_on_one_rank_is_told_by_all(tmp_path, at):
     why = 'ValueError: something is wrong here'
     assert said == f'rank 0: Lost: rank 1: {why}; rank 1: {why}; rank 2: Lost: rank 1: {why}' and seconds < 20
 
-def test_a_rank_that_stands_still(tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, 'SHORT', True, raising=False)
-    said, seconds = ends(2, replace(SMALL, run_dir=str(tmp_path/'r')), 1, (0, 2), 'STILL')
-    assert 'no sign of life' in said and seconds < 40
+def test_a_rank_that_stands_still(tmp_path, monkeypatch): # as on a machine that has lost its network
+    monkeypatch.setattr(distributed, 'PATIENCE', 3.)
+    monkeypatch.setattr(distributed, 'GRACE', 1.)
+    said, seconds = ends(2, replace(SMALL, run_dir=str(tmp_path/'r')), 1, (0, 2), 'SIGSTOP')
+    assert said == 'rank 0: it ended with status 1; rank 1: it ended with status -9' and seconds < 40
 
 def test_not_a_number_on_one_rank_stops_all_before_the_update(tmp_path):
     c = replace(SMALL, run_dir=str(tmp_path/'r'))
@@ -203,7 +208,7 @@ def test_a_full_disk_on_rank_0_loses_nothing(tmp_path, whole):
     said, _ = ends(2, c, task=tasks.full_disk)
     assert 'rank 0: Stopped: the disk is full' in said and 'rank 1: Stopped' in said
     (tmp_path/'r'/'full').unlink()
-    assert in_ranks(2, tasks.run, c) == whole[1]
+    goes_on(c, whole)
 
 def test_checkpoints_know_no_number_of_ranks(tmp_path, whole):
     c = replace(SMALL, sync_bn=True, run_dir=str(tmp_path/'r'))

@@ -457,8 +457,8 @@ def as_rank(rank, world, folder, threads, answer, work, args):
     try:
         with connected(dist.FileStore(f'{folder}/store', world), rank, world) as ranks:
             answer.send((None, work(ranks, *args)))
+            with suppress(EOFError): answer.recv()          # tensors in the answer are shared until it was read
     except BaseException as e: answer.send((f"{type(e).__name__}: {e}", None))
-    with suppress(EOFError): answer.recv()                  # tensors in the answer are shared until it was read
 
 def in_ranks(world:int, # processes
              work,      # a function of a module: called with a Ranks and the arguments
@@ -467,23 +467,32 @@ def in_ranks(world:int, # processes
             )->list:    # what it returned, by rank
     "Run a function in several processes of this machine, which meet in a file."
     context = get_context('forkserver')
-    context.set_forkserver_preload([__name__, work.__module__])             # imported once for all
+    # imported once for all; the second comes with the first optimizer
+    context.set_forkserver_preload([__name__, 'torch._dynamo', work.__module__])
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [context.Pipe() for _ in range(world)], []
         for rank,(_,theirs) in enumerate(pipes):
             processes.append(context.Process(target=as_rank, args=(rank, world, folder, threads, theirs, work, args)))
             processes[-1].start()
             theirs.close()
-        answers = []
-        for (ours,_),p in zip(pipes, processes):
-            try: answers.append(ours.recv())
-            except EOFError:
-                p.join()
-                answers.append((f"it ended with status {p.exitcode}", None))
+        answers, over = {}, None
+        while len(answers) < world:
+            for rank,((ours,_),p) in enumerate(zip(pipes, processes)):
+                if rank in answers or not ours.poll(.05): continue
+                try: answers[rank] = ours.recv()
+                except EOFError:
+                    p.join()
+                    answers[rank] = f"it ended with status {p.exitcode}", None
+                if answers[rank][0]: over = over or time.monotonic()
+            # who does not end when another has, by itself or by its watch
+            if over and time.monotonic() - over > PATIENCE + 4*GRACE:
+                for rank in set(range(world)) - answers.keys(): processes[rank].kill()
         for ours,_ in pipes:
             with suppress(OSError): ours.send(None)
         for p in processes: p.join()
-    if errors := [f"rank {r}: {e}" for r,(e,_) in enumerate(answers) if e]: raise RuntimeError('; '.join(errors))
+    answers = [answers[r] for r in range(world)]
+    if errors := [f"rank {r}: {e}" for r,(e,_) in enumerate(answers) if e]:
+        raise RuntimeError('; '.join(errors))
     return [a for _,a in answers]
 
 # %% ../../nbs/fast/28_distributed.ipynb #9acf34f0
