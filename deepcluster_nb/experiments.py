@@ -8,10 +8,11 @@ __all__ = ['TAKE_ALL', 'PAGE', 'SPINS', 'experiments_folder', 'one_of', 'paramet
            'parse_pairs', 'run_epochs', 'Passing', 'Watcher', 'write_report', 'signals_passed_on', 'sleeping_threads',
            'kernel_environment', 'drawn', 'kept', 'run_experiment', 'summary', 'Look', 'look_at', 'sparkline',
            'dashboard', 'event_writer', 'log_numbers', 'watch', 'watch_figure', 'decoded_bytes', 'kept_recipe',
-           'read_some', 'room_for', 'predict_folder', 'listing', 'forecast', 'any_text', 'main']
+           'read_some', 'room_for', 'predict_folder', 'listing', 'forecast', 'any_text', 'run_rank', 'launch',
+           'told_end', 'ended', 'main']
 
 # %% ../nbs/15_experiments.ipynb #450f8668
-import argparse, base64, io, json, logging, math, os, re, shutil, signal, socket, sys, threading, time
+import argparse, base64, io, json, logging, math, os, re, shutil, signal, socket, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -28,9 +29,10 @@ from .pictures import training_curves
 from .fast.packing import read_like
 from .probes import ProbeConfig, resolve_probe
 from .released import open_run
-from .runs import (MEASURING, RunFolder, Stopped, amount, duration, held_by, progress_line,
+from .runs import (MEASURING, RunFolder, Stopped, amount, duration, held_by, in_notebook, progress_line,
                                  signals_to, write_atomic)
-from .fit import Config, check, clusters_csv, describe, may_differ, predict, resolve
+from .fast.distributed import started_as_rank
+from .fit import Config, check, clusters_csv, describe, fit, may_differ, predict, resolve
 
 # %% ../nbs/15_experiments.ipynb #f10743b4
 def experiments_folder()->Path: # nbs/experiments of the clone
@@ -641,6 +643,52 @@ def any_text(*streams):
     for s in streams:
         if hasattr(s, 'reconfigure'): s.reconfigure(errors='replace')
 
+# %% ../nbs/15_experiments.ipynb #630d0863
+def run_rank(name:str, params:dict=None, run_dir=None, preset:str=None):
+    "Do the part of a rank other than 0: no notebook and no folder, the same call of `fit`."
+    notebook, given = gather(name, preset, params)
+    if name != 'train': raise ValueError(f"experiment: expected train with several ranks, got {name!r}")
+    values = parameters(notebook) | given | dict(run_dir=str(run_dir or ''))
+    fit(Config(**{f.name: values[f.name] for f in fields(Config)}), echo=None)
+
+def launch(nproc:int,    # processes on this machine
+           command:list, # what follows `deepcluster-nb run`
+          )->int:        # exit status
+    "Start the ranks with PyTorch's launcher, and say in one line why they ended before their end."
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    check(nproc >= 1, '--nproc', nproc, 'at least 1 process')
+    logging.getLogger('torch.distributed').setLevel(logging.CRITICAL)
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // nproc)))
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ['DEEPCLUSTER_END'] = end = f'{folder}/end'
+        config = LaunchConfig(1, 1, nproc, run_id=Path(folder).name, rdzv_backend='c10d',
+                              rdzv_endpoint='localhost:0', max_restarts=0, monitor_interval=.5)
+        try: elastic_launch(config, sys.executable)('-m', 'deepcluster_nb.experiments', 'run', *command)
+        except (ChildFailedError, SignalException) as e: return told_end(e, Path(end))
+    return 0
+
+def told_end(e, end:Path)->int: # exit status
+    "Print the line of whoever ended first."
+    line, status = 'deepcluster-nb: stopped', 143
+    failed = sorted((f.timestamp, rank, f.exitcode) for rank,f in getattr(e, 'failures', {}).items())
+    if end.exists(): status, line = json.loads(end.read_text(encoding='utf-8'))
+    elif failed: line, status = f"deepcluster-nb: rank {failed[0][1]} ended with status {failed[0][2]}", 1
+    # SIGKILL and the like leave no line of their own
+    if failed and failed[0][2] < 0:
+        line, status = f"deepcluster-nb: rank {failed[0][1]} was killed by {signal.Signals(-failed[0][2]).name}", 1
+    print(line, file=sys.stderr)
+    return status
+
+def ended(line:str, status:int)->int: # the status
+    "Say why a command ends: on stderr, or to the process that started the ranks."
+    if file := os.environ.get('DEEPCLUSTER_END'):
+        with suppress(FileExistsError, FileNotFoundError), open(file, 'x', encoding='utf-8') as f:
+            json.dump([status, line], f)
+    else: print(line, file=sys.stderr)
+    return status
+
 # %% ../nbs/15_experiments.ipynb #51eaf956
 def main(argv=None
          # exit status: 0 done, 1 the run failed, 2 the input
@@ -660,6 +708,8 @@ def main(argv=None
     run.add_argument('name', metavar='NAME', help='of the experiment, such as train')
     run.add_argument('--preset', metavar='PRESET', help='a file of parameters by its name, such as digits')
     run.add_argument('--out', metavar='DIR', help='the run folder; runs/NAME-PRESET where not given')
+    run.add_argument('--nproc', type=int, default=1, metavar='N',
+                     help='processes on this machine, a GPU each; torchrun starts them on several (chapter 28)')
     see = commands.add_parser('watch', help='how a run of train stands, again and again until it has ended')
     see.add_argument('run', metavar='RUN', help='its folder')
     see.add_argument('--once', action='store_true', help='look once')
@@ -697,15 +747,26 @@ def main(argv=None
                   *([f"{len(broken):,} images can't be read and were left out:", *(f"  {b}" for b in broken)]
                     if broken else []), sep='\n')
             return 0
-        where = run_experiment(args.name, parse_pairs(args.name, args.p), args.out, args.preset)
+        pairs = parse_pairs(args.name, args.p)
+        if args.nproc != 1:
+            options = [x for p in args.p for x in ('-p', p)]
+            for name in ('preset', 'out'):
+                if value := getattr(args, name): options += [f'--{name}', value]
+            return launch(args.nproc, [args.name, *options])
+        if started_as_rank() and int(os.environ['RANK']):
+            run_rank(args.name, pairs, args.out, args.preset)
+            return 0
+        where = run_experiment(args.name, pairs, args.out, args.preset)
     except (ValueError, RuntimeError, FloatingPointError, OSError) as e:
-        print(f"deepcluster-nb: {e}", file=sys.stderr)
-        return 2 if isinstance(e, (ValueError, FileNotFoundError)) else 1
+        return ended(f"deepcluster-nb: {e}", 2 if isinstance(e, (ValueError, FileNotFoundError)) else 1)
     except KeyboardInterrupt as e:
         more = {'run': f"; {str(e) or 'the same command goes on from the last checkpoint'}",
                 'watch': ' watching; the run is not touched by that'}
-        print(f"deepcluster-nb: stopped{more.get(args.command, '')}", file=sys.stderr)
-        return getattr(e, 'status', 130)
+        return ended(f"deepcluster-nb: stopped{more.get(args.command, '')}", getattr(e, 'status', 130))
     print(summary(where), f"report    {where/'report.html'}", f"notebook  {where/'notebook.ipynb'}",
           f"numbers   {where/'metrics.json'}", sep='\n')
     return 0
+
+# %% ../nbs/15_experiments.ipynb #20a73127
+# torchrun --nproc-per-node 8 -m deepcluster_nb.experiments run train …
+if __name__ == '__main__' and not in_notebook(): sys.exit(main())

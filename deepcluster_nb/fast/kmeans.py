@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'BACKENDS', 'REPAIRS', 'flip', 'contenders', 'rough_type', 'full_precision', 'rounding_losses', 'tiled',
-           'nearest', 'settle', 'settled', 'Sums', 'assigned', 'torch_kmeans', 'slow_faiss', 'faiss_kmeans', 'kmeans']
+           'nearest', 'settle', 'settled', 'whole_unit', 'Sums', 'assigned', 'torch_kmeans', 'slow_faiss',
+           'faiss_kmeans', 'kmeans']
 
 # %% ../../nbs/fast/23_kmeans.ipynb #9c489b1d
 import math, warnings
@@ -164,12 +165,16 @@ def settled(x:Tensor, centroids:Tensor, losses=None # as for nearest
     return assign, torch.stack(spilled).any()
 
 # %% ../../nbs/fast/23_kmeans.ipynb #1ab4504a
+def whole_unit(largest:float, n:int)->float: # a power of two
+    "Return the unit in which n numbers no larger than this are whole and add up exactly."
+    size = lambda n: math.ceil(math.log2(max(n, 1e-30)))
+    return 2.**(size(largest) + size(n) - 52)
+
 class Sums:
     "The sum of each cluster's points, bit for bit the same in any order."
     def __init__(self, x:Tensor, k:int): # (N, D) points, number of clusters
         self.x, self.assign, self.whole = x, None, x.new_zeros(k, x.shape[1], dtype=torch.float64)
-        size = lambda n: math.ceil(math.log2(max(n, 1e-30)))
-        self.unit = 2.**(size(max(abs(v.item()) for v in x.aminmax())) + size(len(x)) - 52)
+        self.unit = whole_unit(max(abs(v.item()) for v in x.aminmax()), len(x))
     def changed(self, assign:Tensor)->Tensor: # (N,) clusters → (N,) bool
         return torch.ones_like(assign, dtype=torch.bool) if self.assign is None else assign != self.assign
     def update(self, assign:Tensor, n:int=None): # (N,) clusters, how many changed, where that is known

@@ -1,0 +1,226 @@
+"Several ranks: the same clusters in the same bits, gradients of the whole batch, and an end that is never a hang."
+import json, os, signal, sys, time
+from dataclasses import replace
+from pathlib import Path
+import pytest, torch
+
+os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get('PYTHONPATH'))))
+import rank_tasks as tasks
+from rank_tasks import SMALL, made_images, sha256
+from deepcluster_nb.data import generator
+from deepcluster_nb.fast import distributed, features, kmeans, training
+from deepcluster_nb.fast.distributed import bounds, in_ranks
+from deepcluster_nb.fit import fit, load_run, network, optimizers, resolve
+
+pytestmark = [pytest.mark.usefixtures('one_thread'),
+              pytest.mark.skipif(not sys.platform.startswith('linux'), reason='gloo in forked processes')]
+
+# ------------------------------------------------------------------------------------------------ clustering
+
+def test_every_image_is_in_one_share():
+    for n in (1, 7, 512, 513, 5000):
+        for shares in (1, 2, 3, 4, 9):
+            for unit in (1, 512):
+                b = bounds(n, shares, unit)
+                sizes = [j - i for i,j in zip(b, b[1:])]
+                assert b[0] == 0 and b[-1] == n and len(sizes) == shares and sizes[0] > 0 and min(sizes) >= 0
+                assert all(i % unit == 0 or i == n for i in b) and max(sizes) - min(sizes) < 2*unit
+
+def cases():
+    noise = torch.randn(1003, 24, generator=generator(0, 'ranks'))
+    bad = noise[:40].clone()
+    bad[20:] += 100                                                    # nobody's: half of the clusters are empty
+    sides = torch.cat([torch.randn(200, 4, generator=generator(1, 'ranks')) + 50*s for s in range(3)])
+    few = torch.tensor([[0., -0.], [1., 0], [-0., 1]])
+    return {'even shares': (noise, 40, None, {}),
+            'uneven shares': (noise, 40, {1: [0, 1003], 2: [0, 7, 1003], 3: [0, 900, 901, 1003], 4: [0, 1, 500, 502, 1003]}, {}),
+            'a rank without points': (noise, 40, {1: [0, 1003], 2: [0, 1003, 1003], 3: [0, 0, 1003, 1003], 4: [0, 5, 5, 5, 1003]}, {}),
+            'empty clusters': (noise, 40, None, dict(init=bad, niter=3)),
+            "the paper's repair": (noise, 40, None, dict(init=bad, repair='paper')),
+            'clusters on some ranks only': (sides, 30, None, {}),
+            'as many clusters as points, fewer points than ranks': (few, 3, None, {}),
+            'one cluster': (noise, 1, None, dict(seed=3, epoch=2))}
+
+@pytest.fixture(scope='module')
+def alone():
+    found = {}
+    for name,(x, k, _, more) in cases().items():
+        c = kmeans.kmeans(x, k, **more)
+        found[name] = sha256(c.assign, c.centroids), c.objective[-1], c.n_empty
+    return found
+
+@pytest.mark.parametrize('world', [1, 2, 3, 4])
+def test_the_same_bits_for_any_number_of_ranks(world, alone):
+    answers = in_ranks(world, tasks.kmeans, list(cases().values()))
+    for found in answers:
+        assert [f[0] for f in found] == [f[0] for f in alone.values()]
+        assert [f[2] for f in found] == [f[2] for f in alone.values()]
+        assert [f[1] for f in found] == pytest.approx([f[1] for f in alone.values()], rel=1e-9, abs=1e-9)
+
+def test_refused_k_means():
+    with pytest.raises(RuntimeError, match=r'rank 0: ValueError: k: expected 1 to 3, the number of points, got 4'):
+        in_ranks(2, tasks.kmeans, [(torch.zeros(3, 2), 4, None, {})])
+
+@pytest.mark.parametrize('n, ends', [(300, None), (300, [0, 290, 300, 300]), (20, None), (20, [0, 19, 19, 20])])
+def test_pca_of_all_features_on_every_rank(n, ends):
+    x = (torch.randn(n, 32, generator=generator(n)) * torch.linspace(3, .1, 32) + 5).half()
+    p = features.PCA(8)
+    for b in x.split(64): p.add(b)
+    p.solve()
+    found = in_ranks(3, tasks.pca, x, 8, ends)
+    assert len({sha256(*f) for f in found}) == 1
+    assert torch.allclose(found[0][0], p.mean, rtol=1e-12) and torch.allclose(found[0][1], p.axes, rtol=1e-6, atol=1e-9)
+
+def test_pca_refuses_what_is_no_number_on_any_rank():
+    x = torch.randn(40, 8, generator=generator(0))
+    x[39, 3] = torch.nan
+    with pytest.raises(RuntimeError, match='rank 0: ValueError: x: expected finite features, got 1 NaN'):
+        in_ranks(2, tasks.pca, x, 4)
+
+# ---------------------------------------------------------------------------------------------------- training
+
+def flat(tensors): return torch.cat([t.flatten().float() for t in tensors])
+def apart(a, b): return float((flat(a) - flat(b)).norm() / flat(b).norm())
+
+def one_process(config, n, weights=None):
+    c, net = resolve(config), network(config)
+    opts, seen = optimizers(net, c), []
+    def keep(*_): seen.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+    loss = training.train_epoch(net, made_images(), torch.arange(n), torch.arange(60) % 6, opts, c, 0, weights, keep)
+    return loss, seen, [b.clone() for b in net.buffers()]
+
+STILL = replace(SMALL, lr=1e-4, sync_bn=True)
+
+# 23 images: of the last three, more than one rank gets some among two, not among four
+@pytest.mark.parametrize('world, weights', [(2, None), (4, None), (3, torch.linspace(.5, 1.5, 6))])
+def test_gradients_of_the_whole_batch(world, weights):
+    loss, grads, buffers = one_process(STILL, 23, weights)
+    for other, g, b in in_ranks(world, tasks.gradients, STILL, 23, weights):
+        assert other == pytest.approx(loss, rel=1e-6)
+        assert [apart(x, y) < 2e-5 for x,y in zip(g, grads)] == [True, True]
+        assert apart(b, buffers) < 1e-5
+
+def test_batch_norm_of_each_rank_is_that_of_its_slice():
+    c = replace(STILL, sync_bn=False)
+    found = in_ranks(2, tasks.gradients, c, 20)
+    net = network(resolve(c))
+    parts = []
+    for idx in torch.arange(20).split(10):
+        g = generator(c.seed, 'step', 0, 0)
+        images = made_images()
+        boxes = distributed.crop_boxes(images.shapes[:20, 1:], g, (c.min_scale, 1.))[idx]
+        flip = (torch.rand(20, generator=g) < .5)[idx]
+        x = distributed.network_input(images.batch(idx), lambda im: distributed.crop_inside(im, boxes, c.size, flip), True)
+        net.zero_grad()
+        torch.nn.functional.cross_entropy(net.train()(x.contiguous(memory_format=torch.channels_last)), idx % 6).backward()
+        parts.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+    mean = [(a + b)/2 for a,b in zip(*parts)]
+    assert apart(found[0][1][0], mean) < 2e-5 and apart(found[1][1][0], mean) < 2e-5
+    assert apart(found[0][1][0], one_process(c, 20)[1][0]) > .01                 # and not that of the whole batch
+    assert all(torch.equal(a, b) for a,b in zip(found[0][2], found[1][2]))      # rank 0's statistics, everywhere
+
+def test_compressed_gradients_have_eight_binary_digits():
+    exact = one_process(STILL, 20)[1][0]
+    found = in_ranks(2, tasks.gradients, replace(STILL, compress_gradients=True), 20)
+    assert 1e-4 < apart(found[0][1][0], exact) < 1e-2
+    assert all(torch.equal(a, b) for a,b in zip(found[0][1][0], found[1][1][0]))
+
+# --------------------------------------------------------------------------------------------------- whole runs
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory): # undisturbed, of two ranks
+    where = tmp_path_factory.mktemp('whole')/'run'
+    return where, in_ranks(2, tasks.run, replace(SMALL, run_dir=str(where)))
+
+def test_a_run_of_two_ranks_is_one_run(whole, tmp_path):
+    where, (a, b) = whole
+    assert a == b and len(a[0]) == 2
+    run, log = load_run(where), [json.loads(l) for l in (where/'log.jsonl').read_text().splitlines()]
+    assert sha256(*run.net.state_dict().values()) == a[1] and sha256(run.clustering.assign) == a[2]
+    assert [r['loss'] for r in log] == a[0]
+    assert {p.name for p in where.iterdir()} == {'params.yaml', 'data.json', 'log.jsonl', 'assignments', 'clusters.csv',
+                                                 'checkpoint', 'figures'}
+    alone = fit(replace(SMALL, sync_bn=True), made_images(), echo=None)
+    (shared, *_), _ = in_ranks(2, tasks.run, replace(SMALL, sync_bn=True))
+    assert [r['loss'] for r in alone.log] == pytest.approx(shared, rel=1e-3)
+
+def goes_on(config, whole): # in the same bits; what was logged before, rank 0 knows
+    a, b = in_ranks(2, tasks.run, config)
+    assert a == whole[1][0] and b[1:] == a[1:]
+
+def ends(world, config, *args, task=tasks.trouble):
+    "What the ranks say at the end, and how many seconds it took from what happened."
+    with pytest.raises(RuntimeError) as e: in_ranks(world, task, config, *args)
+    when = Path(config.run_dir).parent/'when'
+    return str(e.value), time.time() - float(when.read_text()) if when.exists() else 0.
+
+@pytest.mark.parametrize('rank, at', [(0, (0, 2)), (1, (1, 1)), (1, (1, 0))])
+def test_a_signal_to_one_rank_stops_all_of_them_and_the_run_goes_on(tmp_path, whole, rank, at):
+    c = replace(SMALL, run_dir=str(tmp_path/'r'))
+    said, seconds = ends(2, c, rank, at, 'SIGTERM')
+    assert 'rank 0: Stopped' in said and 'rank 1: Stopped' in said and f'SIGTERM came to rank {rank}' in said
+    assert seconds < 20
+    goes_on(c, whole)
+
+@pytest.mark.parametrize('rank, at', [(0, (0, 2)), (1, (1, 1)), (0, (1, 0)), (1, (1, 0))])
+def test_a_killed_rank_ends_the_run_and_it_goes_on_in_the_same_bits(tmp_path, whole, rank, at):
+    c = replace(SMALL, run_dir=str(tmp_path/'r'))
+    said, seconds = ends(2, c, rank, at, 'SIGKILL')
+    assert f'rank {rank}: it ended with status -9' in said
+    assert f'rank {1 - rank}: Lost: rank {rank}: it is gone' in said and seconds < 20
+    goes_on(c, whole)
+
+@pytest.mark.parametrize('at', [(0, 2), (1, 0)])
+def test_an_error_on_one_rank_is_told_by_all(tmp_path, at):
+    said, seconds = ends(3, replace(SMALL, run_dir=str(tmp_path/'r')), 1, at, 'raise')
+    why = 'ValueError: something is wrong here'
+    assert said == f'rank 0: Lost: rank 1: {why}; rank 1: {why}; rank 2: Lost: rank 1: {why}' and seconds < 20
+
+def test_a_rank_that_stands_still(tmp_path, monkeypatch): # as on a machine that has lost its network
+    monkeypatch.setattr(distributed, 'PATIENCE', 3.)
+    monkeypatch.setattr(distributed, 'GRACE', 1.)
+    said, seconds = ends(2, replace(SMALL, run_dir=str(tmp_path/'r')), 1, (0, 2), 'SIGSTOP')
+    assert said == 'rank 0: it ended with status 1; rank 1: it ended with status -9' and seconds < 40
+
+def test_not_a_number_on_one_rank_stops_all_before_the_update(tmp_path):
+    c = replace(SMALL, run_dir=str(tmp_path/'r'))
+    said, _ = ends(2, c, 1, (1, 2), 'nan')
+    assert said.count('FloatingPointError: loss or gradient is not finite in epoch 1, step 1, images [') == 2
+    run = load_run(c.run_dir)
+    assert all(t.isfinite().all() for t in run.net.state_dict().values())
+
+def test_ranks_with_other_clusters_are_named(tmp_path):
+    said, _ = ends(3, SMALL, task=tasks.other_clusters)
+    assert said.count('RuntimeError: clusters: rank 1 found others than rank 0') == 3
+
+def test_a_broken_image_on_one_rank(tmp_path):
+    from PIL import Image
+    for r in range(2):
+        (tmp_path/str(r)/'a').mkdir(parents=True)
+        for i in range(12): Image.new('RGB', (24, 24), (20*i, 100, 50)).save(tmp_path/str(r)/'a'/f'{i}.png')
+    broken = tmp_path/'1'/'a'/'7.png'
+    broken.write_bytes(broken.read_bytes()[:60])
+    said, _ = ends(2, replace(SMALL, k=2, pca=4, batch_size=8), str(tmp_path), task=tasks.broken_image)
+    assert 'rank 0: Lost: rank 1: ValueError: ' in said and '7.png' in said
+
+def test_a_full_disk_on_rank_0_loses_nothing(tmp_path, whole):
+    c = replace(SMALL, run_dir=str(tmp_path/'r'))
+    said, _ = ends(2, c, task=tasks.full_disk)
+    assert 'rank 0: Stopped: the disk is full' in said and 'rank 1: Stopped' in said
+    (tmp_path/'r'/'full').unlink()
+    goes_on(c, whole)
+
+def test_checkpoints_know_no_number_of_ranks(tmp_path, whole):
+    c = replace(SMALL, sync_bn=True, run_dir=str(tmp_path/'r'))
+    ends(3, c, 2, (0, 2), 'SIGTERM')
+    with pytest.warns(UserWarning, match='saved by 3 and goes on with 1 ranks: the last digits will differ'):
+        alone = fit(c, made_images(), echo=None)
+    assert [r['loss'] for r in alone.log] == pytest.approx([r['loss'] for r in fit(replace(c, run_dir=''), made_images(), echo=None).log], rel=1e-3)
+    again = in_ranks(2, tasks.run, c)                                  # finished: only the clusters are computed
+    assert again[0][1:] == again[1][1:] and again[0][1] == sha256(*alone.net.state_dict().values())
+
+@pytest.mark.parametrize('more, says', [(dict(parts='plain'), "parts: expected 'fast' with several ranks"),
+                                        (dict(clusterer='pic'), "clusterer: expected 'kmeans' with several ranks"),
+                                        (dict(batch_size=3), 'batch_size: expected at least 4, two images for each of 2')])
+def test_what_ranks_can_not_do_is_refused(more, says):
+    with pytest.raises(RuntimeError, match=says): in_ranks(2, tasks.run, replace(SMALL, **more))
