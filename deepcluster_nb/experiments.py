@@ -29,8 +29,9 @@ from .pictures import training_curves
 from .fast.packing import read_like
 from .probes import ProbeConfig, resolve_probe
 from .released import open_run
-from .runs import (MEASURING, RunFolder, Stopped, amount, duration, held_by, in_notebook, progress_line,
-                                 signals_to, write_atomic)
+from .report import read_finished, write_page
+from .runs import (MEASURING, RunFolder, Stopped, amount, duration, held_by, in_notebook,
+                                 progress_line, signals_to, write_atomic)
 from .fast.distributed import started_as_rank
 from .fit import Config, check, clusters_csv, describe, fit, may_differ, predict, resolve
 
@@ -135,25 +136,31 @@ def run_params(path)->dict: # of a run of train; what came into the kit later ha
         raise ValueError(f"run: {str(path)!r} is the folder of another experiment than train")
     return known | there
 
-def is_run(path)->bool:
-    "Return whether a folder holds a run of `train`."
-    try: return bool(run_params(path))
+def is_run(path,
+           read=run_params, # what reads the folder, and raises where it holds no run
+          )->bool:
+    "Return whether a folder holds a run of `train`, or of what `read` reads."
+    try: return bool(read(path))
     except (ValueError, FileNotFoundError): return False
 
-def find_runs(text:str)->list: # of folders
-    ("Find runs of `train`, finished or not, by paths and patterns with spaces between them; "
+def find_runs(text:str,
+              read=run_params, # as of is_run
+             )->list:          # of folders
+    ("Find runs, finished or not, by paths and patterns with spaces between them; "
      "a path may hold spaces too, so the longest that exists counts.")
     found, words = [], text.split(' ')
     while words:
         for n in range(len(words), 0, -1):
             word = ' '.join(words[:n])
             here = [word] if Path(word).is_dir() and word.strip() else [
-                p for p in sorted(glob(word)) if is_run(p)]
+                p for p in sorted(glob(word)) if is_run(p, read)]
             if here: break
         words = words[n:]
         # an error says what is wrong
-        if len(here) == 1 or not set(word) & set('*?['): [run_params(p) for p in here or [word] if p.strip()]
-        elif not here: raise FileNotFoundError(f"runs: no run of train at {word!r}")
+        if len(here) == 1 or not set(word) & set('*?['): [read(p) for p in here or [word] if p.strip()]
+        elif not here:
+            kind = ' of train' if read is run_params else ''
+            raise FileNotFoundError(f"runs: no run{kind} at {word!r}")
         found += here
     return list(dict.fromkeys(Path(p).resolve() for p in found))
 
@@ -168,6 +175,7 @@ def check_parameters(notebook:Path, given:dict, run_dir:Path):
                      if f.name in values and type(own.get(f.name, f.default)) is type(f.default)})
     checked(config)
     if notebook.stem == 'compare': find_runs(values['runs'])                                       # likewise
+    if notebook.stem == 'report': find_runs(values['runs'], read_finished)
     # which says what is missing
     if config.root and not Path(config.root).exists(): load_images(config.dataset, config.root)
     if who := held_by(run_dir):
@@ -730,6 +738,10 @@ def main(argv=None
                      help='path,cluster of each image (clusters.csv)')
     new.add_argument('--force', action='store_true', help='replace the file')
     new.add_argument('--skip-broken', action='store_true', help="leave out images that can't be read")
+    page = commands.add_parser('report', help="the paper's tables beside any finished runs, as one HTML page")
+    page.add_argument('runs', nargs='+', metavar='RUN', help='folders of train, probe, voc and retrieval')
+    page.add_argument('--out', metavar='FILE', default='report.html', help='the page (report.html)')
+    page.add_argument('--force', action='store_true', help='replace the file')
     for p in (run, ask):
         p.add_argument('-p', action='append', default=[], metavar='key=value',
                        help='one parameter; may be repeated')
@@ -741,6 +753,7 @@ def main(argv=None
         if args.command == 'estimate':
             print(forecast(args.preset, parse_pairs('train', args.p), args.images, args.seconds))
             return 0
+        if args.command == 'report': print(write_page(args.runs, args.out, args.force)); return 0
         if args.command == 'predict':
             rows, broken = predict_folder(args.run, args.folder, args.out, args.force, args.skip_broken)
             print(f"{len(rows):,} images in {len({c for _,c in rows}):,} clusters: {args.out}",

@@ -93,7 +93,7 @@ def test_published_numbers_stand_beside_the_papers_network(tmp_path):
     row = next(l for l in text.splitlines() if 'ECCV' in l)
     # FACTS: printed by others
     assert ([c.strip() for c in row.split('|')[2:8]] == ['13.4', '32.3', '41.0', '39.6', '38.2', '26.8']
-            and 'third parties' in row)
+            and 'pub: ' in row and 'as others print it' in row and 'arXiv' not in text)
     assert 'no clusters yet' in text and 'one seed' in text
 
 @pytest.mark.parametrize('given, message', [

@@ -103,7 +103,7 @@ def test_papermills_own_help(tmp_path):
     assert (re.search(r"k: int \(default 100\) +clusters\n", out)
             and re.search(r"min_scale: float \(default 0.2\)\n +smallest share", out))
 
-@pytest.mark.parametrize('command', ['list', 'run', 'estimate', 'predict', 'watch'])
+@pytest.mark.parametrize('command', ['list', 'run', 'estimate', 'predict', 'watch', 'report'])
 def test_every_argument_of_the_command_says_what_it_is(command, capsys):
     with pytest.raises(SystemExit): main([command, '--help'])
     lines = capsys.readouterr().out.splitlines()

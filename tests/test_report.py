@@ -1,0 +1,329 @@
+"The paper's tables beside runs: what a folder is, where its numbers go, and what is missing."
+import json, re, shlex
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+import pytest, yaml
+from deepcluster_nb.experiments import (check_parameters, experiments_folder, find_runs, gather, main,
+                                        parameters, parse_pairs)
+from deepcluster_nb.fit import Config
+from deepcluster_nb.report import (KINDS, LAYERS, PUBLISHED, SURE, TABLES, commands, data_of, differences,
+                                   measured, published, published_table, read_finished, report_page)
+
+NETS = 'random', 'random_calibrated', 'supervised', 'deepcluster'
+
+def made(path, name, metrics=None, log=(), **params): # a run folder as the experiment `name` writes it
+    known = parameters(experiments_folder()/f'{name}.ipynb')
+    assert params.keys() <= known.keys()
+    path.mkdir(parents=True)
+    (path/'params.yaml').write_text(yaml.safe_dump(known | params))
+    if metrics: (path/'metrics.json').write_text(json.dumps(metrics))
+    if log: (path/'log.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in log))
+    return path
+
+def levels(nets, columns, first=10.): return {n: {c: first + 10*i + j for j,c in enumerate(columns)}
+                                              for i,n in enumerate(nets)}
+
+def epochs(*nmi): # lines of a log
+    return [dict(epoch=i, loss=2., ln_k=4., nmi_prev=v if i else None, nmi_prev_chance=.01 if i else None,
+                 nmi_labels=v/2, seconds=dict(features=1., pca=1., kmeans=1., training=6.))
+            for i,v in enumerate(nmi)]
+
+IMAGENET = dict(n_images=1_281_167, n_test=50_000)
+
+def probe(path, columns=LAYERS, metrics={}, crops='ten', **params):
+    keys = ['probes', 'probes_best'] + ['probes_center', 'probes_center_best'] * (crops == 'ten')
+    found = {k: levels(NETS, columns, 10. + i/10) for i,k in enumerate(keys)}
+    found |= dict(arch='alexnet', size=224, crops=crops, protocol='paper',
+                  knn={n: 30. + i for i,n in enumerate(NETS)}) | IMAGENET | metrics
+    return made(path, 'probe', found, **dict(dataset='packed', arch='alexnet', n_bank=0) | params)
+
+def train(path, metrics={}, log=epochs(.3, .5), **params):
+    found = dict(classes=1000, probes=levels(NETS[:2] + NETS[3:], LAYERS),
+                 knn=dict(random=1., random_calibrated=2., deepcluster=3.)) | IMAGENET | metrics
+    given = dict(dataset='packed', arch='alexnet', size=224, k=10_000, epochs=500)
+    return made(path, 'train', found, log, **given | params)
+
+def voc(path, **params):
+    nets = 'random', 'random, calibrated', 'deepcluster'
+    rules = lambda v: dict(step=v, interpolated=v + 1, **{'11-point': v + 2}, classes={})
+    found = {part: {n: rules(20.*i + j) for i,n in enumerate(nets)}
+             for j,part in enumerate(('SVM conv5', 'fc6-8', 'all'))}
+    found['low-shot conv5'] = {n: {str(k): dict(mean=5., std=1., best=6. + i, cost=1.) for k in (1, 96)}
+                               for i,n in enumerate(nets)}
+    given = dict(data='voc2007', size=224, arch='alexnet')
+    return made(path, 'voc', found | dict(blind=7., arch='alexnet', n_images=5011, n_test=4952), **given | params)
+
+def rows_of(*paths, table, net='deepcluster'):
+    return [r for r in measured([read_finished(p) for p in paths]) if (r.table, r.net) == (table, net)]
+
+# the published numbers
+
+def test_each_published_row_fits_its_table():
+    assert all(len(p.values) == len(TABLES[p.table].columns) and p.sure in SURE and p.source for p in PUBLISHED)
+    assert len({(p.table, p.who, p.source, p.how) for p in PUBLISHED}) == len(PUBLISHED)
+
+def test_published_numbers_stand_in_one_place(): # in the module's own chapter, not as literals elsewhere
+    numbers = {f'{v}' for p in PUBLISHED if p.table in ('imagenet', 'mm_svm', 'mm_shots', 'mm_places')
+               for v in p.values if v is not None and round(v*100) % 10}
+    folder = experiments_folder()
+    code = {p.name: ''.join(''.join(c['source']) for c in json.loads(p.read_text())['cells'])
+            for p in [*folder.glob('*.ipynb'), folder.parent/'11_voc.ipynb', folder.parent/'09_probes.ipynb']}
+    assert numbers and {name: n for name,text in code.items() for n in numbers if n in text} == {}
+    assert not any('13.4, 32.3' in text or '44.2, 48.3' in text for text in code.values())
+
+def test_a_markdown_table_of_published_numbers():
+    head, dashes, *lines = published_table('mm_svm').splitlines()
+    assert 'SVM' in head and set(dashes) <= set('|- ') and len(lines) == 1 and '74.3' in lines[0] and 'pub' in lines[0]
+
+def test_unknown_table():
+    with pytest.raises(ValueError, match="table: expected one of imagenet.*got 'tabel'"): published('tabel')
+
+# what a folder is
+
+def test_folders_are_told_by_their_files_alone(tmp_path):
+    paths = dict(train=train(tmp_path/'probe-voc'), probe=probe(tmp_path/'train'), voc=voc(tmp_path/'retrieval'),
+                 retrieval=made(tmp_path/'x', 'retrieval', dict(mAP=dict(random=5.)), data='paris6k'))
+    assert {kind: read_finished(p).kind for kind,p in paths.items()} == {kind: kind for kind in paths}
+    assert set(KINDS) == set(paths)
+
+def test_what_is_no_run_or_another_experiment(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no params.yaml'): read_finished(tmp_path)
+    other = made(tmp_path/'c', 'choices')
+    with pytest.raises(ValueError, match='expected the folder of train, probe, voc, retrieval, got .*another'):
+        read_finished(other)
+    (tmp_path/'d').mkdir(); (tmp_path/'d'/'params.yaml').write_text('- a list')
+    with pytest.raises(ValueError, match='another experiment'): read_finished(tmp_path/'d')
+
+@pytest.mark.parametrize('params, metrics, name', [
+    (dict(dataset='cifar10'), dict(classes=10, n_images=50_000), 'cifar10'),
+    (dict(dataset='packed'), dict(n_images=1_281_167), 'imagenet'),
+    (dict(dataset='folder'), dict(n_images=9000, classes=1000), 'imagenet'),
+    (dict(dataset='folder'), dict(n_images=9000, classes=205), 'places'),
+    (dict(dataset='folder'), dict(n_images=437_513), 'inat'),
+    (dict(dataset='folder'), dict(n_images=73_257, classes=10), 'svhn'),
+    (dict(dataset='packed'), dict(n_images=3000, classes=10), '')])
+def test_which_images(tmp_path, params, metrics, name):
+    made(tmp_path/'r', 'probe', metrics, **params)
+    assert data_of(read_finished(tmp_path/'r')) == name
+
+# where numbers go
+
+def test_probes_of_alexnet_on_imagenet(tmp_path):
+    best, last, one_best, one_last = rows_of(probe(tmp_path/'p'), table='imagenet')
+    assert [r.values['conv1'] for r in (best, last, one_best, one_last)] == [40.1, 40., 40.3, 40.2]
+    assert [r.how for r in (best, last, one_best, one_last)] == [
+        'best epoch, ten crops', 'last epoch, ten crops', 'best epoch, one crop', 'last epoch, one crop']
+    assert differences(best) == [] and 'kNN' not in best.values
+    assert [r.values['conv5'] for r in rows_of(tmp_path/'p', table='imagenet', net='random')] == [14.1]
+    assert [r.values for r in rows_of(tmp_path/'p', table='knn')] == [dict(kNN=33.)]
+
+def test_what_differs_is_named(tmp_path):
+    path = probe(tmp_path/'p', crops='center', metrics=dict(n_images=50_000, classes=1000), epochs=20,
+                 ten_crops=False)
+    best, last = rows_of(path, table='imagenet')
+    assert differences(best) == ['epochs 20 (source: 90)', 'n_images 50,000 (source: 1,281,167)',
+                                 'ten_crops False (source: True)']
+    assert best.how == 'best epoch, one crop'
+    page = report_page([read_finished(path)])
+    assert 'epochs 20 (source: 90)' in page
+
+@pytest.mark.parametrize('metrics, table', [
+    (dict(arch='resnet50', classes=1000), 'mm_imagenet'),
+    (dict(arch='resnet50', n_images=2_448_873), 'mm_places'),
+    (dict(arch='resnet50', n_images=437_513), 'mm_inat'),
+    (dict(n_images=2_448_873), 'places'),
+    (dict(arch='vgg16'), ''),
+    (dict(n_images=3000, classes=10), '')])
+def test_tables_of_probes(tmp_path, metrics, table):
+    rows = rows_of(probe(tmp_path/'p', metrics=metrics, crops='center'), table=table)
+    assert len(rows) == 2 and ('kNN' in rows[0].values) == (table == '')
+
+def test_the_average_pool_of_a_resnet(tmp_path):
+    path = probe(tmp_path/'p', LAYERS + ('avgpool',), dict(arch='resnet50'), 'center')
+    assert rows_of(path, table='mm_imagenet')[0].values['avgpool'] == 45.1
+
+def test_quick_probes_are_called_that(tmp_path):
+    (row,) = rows_of(train(tmp_path/'t'), table='imagenet')
+    assert 'quick' in row.how and row.values['conv3'] == 32.
+    (row,) = rows_of(train(tmp_path/'c', dict(n_images=10_000, classes=10, n_test=0), dataset='cifar10',
+                           arch='alexnet_small', size=32), table='cifar10')
+    assert row.values['kNN'] == 3. and 'n_images 10,000 (source: 50,000)' in differences(row)
+
+def test_logs(tmp_path):
+    path = train(tmp_path/'t')
+    (row,) = rows_of(path, table='nmi')
+    assert list(row.values.values()) == ['0.150', '0.250', '0.500'] and 'after 2 of 500' in row.how
+    (row,) = rows_of(path, table='cost')
+    assert row.values['reassignments'] == 2 and row.values['clustering'] == '33%'
+    assert '<img alt=' in report_page([read_finished(path)])
+
+def test_a_run_without_labels_and_without_an_end(tmp_path):
+    log = [r | dict(nmi_labels=None) for r in epochs(.3)]
+    path = made(tmp_path/'t', 'train', None, log, dataset='packed', arch='alexnet')
+    (row,) = rows_of(path, table='nmi')
+    assert list(row.values.values()) == ['', '', '']
+    page = report_page([read_finished(path)])
+    assert 'Not finished, shown with what is there: t.' in page
+
+def test_numbers_of_clusters_need_two(tmp_path):
+    a, b = train(tmp_path/'a', k=100), train(tmp_path/'b', k=1000, seed=1)
+    other = train(tmp_path/'c', k=10, lr=.01)
+    assert rows_of(a, table='clusters') == [] == rows_of(a, other, table='clusters')
+    assert [r.values['k'] for r in rows_of(a, b, other, table='clusters')] == [100, 1000]
+
+def test_voc_by_the_rule_of_each_source(tmp_path):
+    path = voc(tmp_path/'v')
+    assert [r.values for r in rows_of(path, table='voc')] == [{'classification, fc6-8': 41.},
+                                                             {'classification, all': 42.}]
+    assert [r.values for r in rows_of(path, table='mm_svm')] == [dict(SVM=41.)]      # interpolated
+    (shots,) = rows_of(path, table='mm_shots')
+    assert shots.values == {'k = 1': 8., 'k = 96': 8.} and 'best on the test images' in shots.how
+    assert differences(shots) == ['arch alexnet (source: resnet50)']
+    assert rows_of(voc(tmp_path/'made', data='made'), table='voc') == []
+
+def test_photographs_without_classes(tmp_path):
+    weights = train(tmp_path/'t', dict(classes=0, n_images=900_000, probes={}, knn={}))
+    path = voc(tmp_path/'v', weights=str(weights))
+    assert len(rows_of(path, table='yfcc')) == 2 and rows_of(path, table='voc') == []
+    runs = [read_finished(p) for p in (weights, path)]
+    assert any(str(weights) in l for _,lines in commands(TABLES['yfcc'], [], runs) for l in lines)
+
+def test_retrieval(tmp_path):
+    path = made(tmp_path/'r', 'retrieval', dict(mAP=dict(random=5., deepcluster=60., blind=1.), arch='vgg16'),
+                data='oxford5k', arch='vgg16')
+    (row,) = rows_of(path, table='retrieval')
+    assert row.values == dict(oxford5k=60.) and differences(row) == []
+    ((empty, lines),) = commands(TABLES['retrieval'], [row], [row.run])
+    assert empty == ['paris6k'] and 'retrieval_paris6k' in lines[-1]
+
+# what is missing
+
+def test_a_command_names_the_run_that_fits(tmp_path):
+    fits, rgb = train(tmp_path/'fits'), train(tmp_path/'rgb', sobel=False)
+    of = lambda *paths: commands(TABLES['imagenet'], [], [read_finished(p) for p in paths])[0][1]
+    assert of(rgb, fits) == [f'deepcluster-nb run probe --preset probe_imagenet -p weights={fits}']
+    assert len(of(rgb)) == 2 and of(rgb)[0].endswith('--out runs/imagenet_alexnet')
+
+def all_commands():
+    return [line for table in TABLES.values() for _,lines in commands(table, [], []) for line in lines
+            if line.startswith('deepcluster-nb')]
+
+@pytest.mark.parametrize('line', sorted(set(all_commands())))
+def test_commands_have_names_that_exist(line):
+    words = shlex.split(line, comments=True)
+    assert words[:2] == ['deepcluster-nb', 'run']
+    pairs = [w for before,w in zip(words, words[1:]) if before == '-p' and not re.search('=[A-Z]+$', w)]
+    preset = words[words.index('--preset') + 1]
+    says = re.match(r'# for (\w+):', (experiments_folder()/'presets'/f'{preset}.yaml').read_text())
+    notebook, given = gather(words[2], preset, parse_pairs(words[2], pairs))
+    assert notebook.stem == words[2] == (says[1] if says else 'train')
+    # what is made first is not there yet
+    check_parameters(notebook, {k: v for k,v in given.items() if k != 'weights'} | dict(device='auto'),
+                     Path('nowhere'))
+
+def test_each_table_has_a_command_or_says_that_there_is_none():
+    for table in TABLES.values():
+        assert table.fill
+        for columns,text in table.fill.items():
+            assert set(columns) <= set(table.columns)
+            assert text.startswith(('deepcluster-nb', 'not here: the kit has no', 'no numbers'))
+
+# the page and the command
+
+def test_every_table_is_on_the_page(tmp_path):
+    page = report_page([])
+    assert all(escape(t.title) in page for t in TABLES.values())
+    assert all(escape(p.source) in page and escape(p.who) in page for p in PUBLISHED)
+    assert page.count('not run') == sum(1 for t in TABLES.values() if t.columns)
+    for line in set(all_commands()): assert escape(line) in page
+    assert 'http' not in page and '<script' not in page
+
+def test_names_are_escaped_and_two_of_a_name_told_apart(tmp_path):
+    a, b = probe(tmp_path/'<b>'/'p'), probe(tmp_path/'x'/'p')
+    page = report_page([read_finished(a), read_finished(b)])
+    assert '<b>' not in page and '&lt;b&gt;' in page and escape(str(b)) in page
+
+def test_the_command(tmp_path, capsys):
+    path, out = probe(tmp_path/'p'), tmp_path/'page.html'
+    before = sorted((p, p.read_bytes()) for p in path.iterdir())
+    assert main(['report', str(path), '--out', str(out)]) == 0 and str(out) in capsys.readouterr().out
+    assert before == sorted((p, p.read_bytes()) for p in path.iterdir())
+    first = out.read_bytes()
+    assert main(['report', str(path), '--out', str(out)]) == 2 and 'exists already' in capsys.readouterr().err
+    assert main(['report', str(path), '--out', str(out), '--force']) == 0 and out.read_bytes() == first
+
+@pytest.mark.parametrize('args, message', [
+    (['{0}/nothing'], 'no run in .*nothing'),
+    (['{0}'], 'no params.yaml'),
+    (['{0}', '--out', '{0}'], 'out: expected a file in an existing folder')])
+def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path, capsys, args, message):
+    args = [a.format(tmp_path) for a in args]
+    out = [] if '--out' in args else ['--out', str(tmp_path/'page.html')]
+    assert main(['report', *args, *out]) == 2
+    err = capsys.readouterr().err.strip()
+    assert re.search(message, err) and len(err.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+def test_finding_runs_of_all_kinds(tmp_path):
+    for name,make in dict(p=probe, t=train, v=voc).items(): make(tmp_path/name)
+    made(tmp_path/'c', 'choices')
+    assert [p.name for p in find_runs(f'{tmp_path}/*', read_finished)] == ['p', 't', 'v']
+    assert [p.name for p in find_runs(f'{tmp_path}/*')] == ['t']
+
+# the true format: small runs of the experiments themselves
+
+@pytest.fixture(scope='module')
+def real(tmp_path_factory):
+    top, few = tmp_path_factory.mktemp('real'), ['n_images=60', 'n_test=40', 'epochs=1']
+    def run(name, *pairs, out=None, preset=None):
+        where = str(top/(out or name))
+        more = ['--preset', preset] if preset else []
+        assert main(['run', name, *more, '--out', where, *[x for p in pairs for x in ('-p', p)]]) == 0
+        return read_finished(where)
+    t = run('train', *few, 'k=5', 'pca=8', 'passes=1', preset='digits')
+    return dict(train=t,
+                probe=run('probe', *few, f'weights={t.path}', 'supervised=1', 'batch_size=16', preset='probe_digits'),
+                voc=run('voc', 'steps=3', 'epochs=1', 'k=5', 'n_images=40', 'shots=[1]', 'samples=1',
+                        'costs=[1.0]', preset='voc_small'),
+                retrieval=run('retrieval', 'epochs=1', 'k=4', 'sides=[64]', 'dim=16', 'size=32',
+                              preset='retrieval_small'))
+
+def shape(value): # keys and types, without what a run is about
+    if isinstance(value, dict): return {k: shape(v) for k,v in value.items()}
+    return type(value) if not isinstance(value, int) else float
+
+def test_the_format_is_what_the_experiments_write(real, tmp_path): # made ones have nothing that these lack
+    ours = dict(train=train(tmp_path/'t'), probe=probe(tmp_path/'p'), voc=voc(tmp_path/'v'),
+                retrieval=made(tmp_path/'r', 'retrieval', dict(arch='vgg16', mAP=dict(random=5., deepcluster=6.,
+                                                                                      blind=1.))))
+    for kind,path in ours.items():
+        true, mine = real[kind], read_finished(path)
+        assert true.kind == kind and true.params.keys() == mine.params.keys()
+        assert mine.metrics.keys() <= true.metrics.keys()
+    for key in ('probes', 'probes_best', 'probes_center', 'probes_center_best', 'knn'):
+        assert shape(real['probe'].metrics[key]) == shape(read_finished(ours['probe']).metrics[key])
+    assert shape(real['train'].metrics['probes']) == shape(read_finished(ours['train']).metrics['probes'])
+    for part in ('SVM conv5', 'fc6-8', 'all'):
+        nets = real['voc'].metrics[part]
+        assert list(nets) == ['random', 'random, calibrated', 'deepcluster'] and 'step' in nets['random']
+    assert set(real['voc'].metrics['low-shot conv5']['random']['1']) == {'mean', 'std', 'best', 'cost'}
+    for r in real['train'].log: assert set(epochs(.3)[0]) <= set(r)
+
+def test_real_runs_on_the_page(real):
+    runs = list(real.values())
+    rows = measured(runs)
+    assert {r.table for r in rows} == {'', 'nmi', 'cost'}          # digits and made photographs are no table's
+    kinds = {r.run.kind for r in rows if r.table == ''}
+    assert kinds == {'train', 'probe', 'voc', 'retrieval'}
+    page = report_page(runs)
+    assert page.count('<h2') == len(TABLES) + 1 and 'In none of the tables' in page
+
+def test_the_notebook(real, tmp_path):
+    top = real['train'].path.parent
+    assert main(['run', 'report', '-p', f'runs={top}/*', '--out', str(tmp_path/'out')]) == 0
+    m = json.loads((tmp_path/'out'/'metrics.json').read_text())
+    assert {Path(r['run']).name for r in m['rows']} == {'train', 'probe', 'voc', 'retrieval'}
+    page, html = (tmp_path/'out'/'page.html').read_text(), (tmp_path/'out'/'report.html').read_text()
+    assert all(escape(t.title) in html and escape(t.title) in page for t in TABLES.values())
+
+def test_config_has_what_a_run_of_train_is_told_by(): assert KINDS['train'] <= asdict(Config()).keys()
