@@ -24,7 +24,7 @@ from .images import PackedImages
 from .feeding import Ragged, compiled, fetch_ahead
 from .crops import (crop_inside, crop_kernel, crop_table, cut_crops, kernel_takes,
                                        network_input)
-from .features import autocast
+from .features import autocast, input_type
 from .training import CHECK_EVERY, nonfinite_flag
 
 # %% ../../nbs/fast/27_graph.ipynb #27808b71
@@ -144,7 +144,7 @@ class Feed:
                  size:int, sobel:bool, precision:str, parcel:Parcel, device):
         self.images, self.steps, self.first, self.draw, self.parcel = images, steps, first, draw, parcel
         self.size, self.sobel, self.cut = size, sobel, crops_cut_by(images)
-        self.dtype = torch.bfloat16 if precision == 'bfloat16' else torch.float32
+        self.dtype = input_type(precision, device)
         self.fetched = fetch_ahead(images, steps[first:], device) if self.cut == 'host' else None
     def row(self, step:int)->tuple: # (seed, (tensors of the crops, more))
         b, (seed, boxes, flip, more) = self.steps[step], self.draw(step)
@@ -164,7 +164,8 @@ class Feed:
         if self.cut == 'host': boxes, flip = own[2:4]                   # by boxes on the host
         x = (self.images.pixels.view(-1, *self.images.size).index_select(0, *rows) if rows else
              next(self.fetched)[1])
-        return network_input(x, lambda im: crop_inside(im, boxes, self.size, flip), self.sobel), y, rates
+        def crop(images): return crop_inside(images, boxes, self.size, flip)
+        return network_input(x, crop, self.sobel, self.dtype), y, rates
     def recordable(self, learn)->callable: # the step, with the kernel's crops in it
         if self.cut != 'kernel': return learn
         def crop_and_learn(table, y, rates):
