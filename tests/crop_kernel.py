@@ -1,5 +1,5 @@
-"""Triton's crops against the plain ones, in Triton's interpreter, which changes the process that it runs in: \
-test_crop_kernel.py runs these in one of their own. On a GPU the same tests run there.
+"""Triton's crops against the plain ones, in Triton's interpreter. That changes the process it runs in, so \
+test_crop_kernel.py runs these in one of their own; where there is a GPU, once more on that.
 
 Tolerances are those of test_fast_crops.py: both compute in the whole image's coordinates, so only sums are
 rounded; a last place in bfloat16, whose 8 digits the interpreter cuts off where a GPU rounds."""
@@ -17,7 +17,8 @@ SUMS = 256 * 1e-5
 def kernel(): return crops.jitted()
 
 def noise(h, w, planes=3):
-    return torch.randint(256, (planes, h, w), dtype=torch.uint8, generator=generator(0, 'noise', h, w, planes))
+    g = generator(0, 'noise', h, w, planes)
+    return torch.randint(256, (planes, h, w), dtype=torch.uint8, generator=g)
 
 def cut(kernel, images, boxes, size, flip=None, what='same', dtype=torch.float32):
     ragged = isinstance(images, list)
@@ -43,9 +44,10 @@ def test_one_size(kernel, planes):
     boxes, flip = drawn(images)
     close(cut(kernel, images, boxes, 6, flip), augment.resample(images, boxes, 6, flip))
 
-@pytest.mark.parametrize('box', [[0, 0, 10, 8], [0, 0, 1, 1], [9, 7, 1, 1], [0, 7, 10, 1], [.3, .6, 9.7, 7.4],
-                                 [7.25, 3.5, 2.75, .5]],
-                         ids=['all', 'first pixel', 'last pixel', 'last row', 'to the corner', 'half a pixel'])
+PLACES = dict(all=[0, 0, 10, 8], first_pixel=[0, 0, 1, 1], last_pixel=[9, 7, 1, 1], last_row=[0, 7, 10, 1],
+              to_the_corner=[.3, .6, 9.7, 7.4], half_a_pixel=[7.25, 3.5, 2.75, .5])
+
+@pytest.mark.parametrize('box', PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize('size', [3, 10, 20])           # smaller, as large as the image is wide, up-scaled
 def test_every_place(kernel, box, size):
     image, boxes = noise(8, 10, 1)[None], torch.tensor([box], dtype=torch.float32)

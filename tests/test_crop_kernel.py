@@ -33,7 +33,8 @@ def compiled(out, capability, **fixed):
     kinds |= dict(pixels='*u8', table='*fp64', out=out) | {n: 'constexpr' for n in fixed}
     return triton.compile(ASTSource(kernel, kinds, fixed), target=GPUTarget('cuda', capability, 32),
                           options=dict(enable_fp_fusion=False)).asm
-for capability,out,planes,outs,summed in ((90, '*bf16', 1, 1, 1), (80, '*fp32', 3, 1, 3), (90, '*bf16', 3, 3, 1)):
+for capability,out,planes,outs,summed in ((90, '*bf16', 1, 1, 1), (80, '*fp32', 3, 1, 3),
+                                          (90, '*bf16', 3, 3, 1)):
     asm = compiled(out, capability, planes=planes, outs=outs, summed=summed, rows=8, columns=32)
     assert asm['cubin'] and 'fma' not in asm['ptx'] and 'local' not in asm['ptx']
 print('compiled')
@@ -109,7 +110,8 @@ def test_it_can_be_captured(): # in a CUDA graph, with the next batch's table in
 @NO_GPU
 def test_one_launch_is_faster_than_many(monkeypatch):
     images = torch.randint(256, (256, 1, 300, 400), dtype=torch.uint8, generator=generator(0)).cuda()
-    def once(): crops.network_input(images, lambda im: crops.random_resized_crop(im, 224, generator(0)), True)
+    def view(im): return crops.random_resized_crop(im, 224, generator(0))
+    def once(): crops.network_input(images, view, True)
     def median(): return sorted(seconds(once, 'cuda') for _ in range(11))[5]
     kernel = (once(), median())[1]
     monkeypatch.setattr(crops, 'kernel_takes', lambda images: False)

@@ -54,7 +54,8 @@ def test_compiled_features_are_features(monkeypatch): # PyTorch's tracing, witho
     net, images = network(), there('color')
     same(torch.cat(list(fast.feature_batches(net, images, 32, 4, compile=True))),
          plain.compute_features(net, images, 32, 4))
-    assert len(compiled) == 1 and seen == [4, 4, 4]         # tried, then two whole batches; the last has three
+    # tried, then two whole batches; the last has three
+    assert len(compiled) == 1 and seen == [4, 4, 4]
 
 def test_where_features_cannot_be_compiled_they_are_computed(monkeypatch):
     def broken(f, **how): raise RuntimeError('no compiler')

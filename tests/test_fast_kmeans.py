@@ -152,7 +152,8 @@ deepcluster_nb.clustering.kmeans(torch.randn(99, 3), 9)
     assert in_python(code + "print(state()[:2] == before[:2])") == ['True']
 
 ROOMY = dict(noise=lambda g: (torch.randn(2000, 40, generator=g), 130),
-             few=lambda g: (torch.randn(50, 3, generator=g), 3), alone=lambda g: (torch.randn(1, 2, generator=g), 1),
+             few=lambda g: (torch.randn(50, 3, generator=g), 3),
+             alone=lambda g: (torch.randn(1, 2, generator=g), 1),
              unit=lambda g: (torch.nn.functional.normalize(torch.randn(2000, 64, generator=g)), 700),
              below_zero=lambda g: (.1*torch.nn.functional.normalize(torch.randn(500, 8, generator=g)), 40),
              pairs=lambda g: (torch.randn(200, 4, generator=g).repeat(2, 1), 60), # equal points and centroids

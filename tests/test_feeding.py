@@ -380,7 +380,7 @@ def test_a_network_that_fails_fails_compiled_too():
 def test_k_means_asks_once_an_iteration(gpu, monkeypatch):
     told, asked = [], []
     monkeypatch.setattr(kmeans, 'free_there', lambda device: 2**24)              # several tiles
-    def tolist(t): told.append(len(t)); return [0, 7, 0]                        # nothing spilled, 7 moved, none empty
+    def tolist(t): told.append(len(t)); return [0, 7, 0]        # nothing spilled, 7 moved, none empty
     monkeypatch.setattr(FakeTensor, 'tolist', tolist)
     for niter in (2, 5):
         x, before = torch.empty(3000, 16, device='cuda'), gpu.numbers + gpu.copies

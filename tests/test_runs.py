@@ -208,6 +208,8 @@ def test_importing_the_kit_changes_no_setting():
     assert settings('import ' + ', '.join(modules)) == settings('pass')
 
 def test_a_gpu_is_asked_for_the_same_bits_again():
-    code = 'torch.backends.cudnn.benchmark = True; from deepcluster_nb.fast.feeding import same_bits; same_bits()'
-    assert settings(code)[:5] == ['True', 'False', 'False', 'False', 'False'] and settings(code)[-1] == 'False'
-    assert settings(code.replace('same_bits()', 'same_bits(True)'))[-1] == 'True'                # as asked
+    code = ('torch.backends.cudnn.benchmark = True; '
+            'from deepcluster_nb.fast.feeding import same_bits; same_bits()')
+    found = settings(code)
+    assert found[:5] == ['True', 'False', 'False', 'False', 'False'] and found[-1] == 'False'
+    assert settings(code.replace('same_bits()', 'same_bits(True)'))[-1] == 'True'        # as asked

@@ -8,8 +8,8 @@ from deepcluster_nb.sources import load_images
 from deepcluster_nb.fast.features import autocast, fold_batchnorm
 from deepcluster_nb.model import convnet
 from deepcluster_nb.fast.feeding import seconds
-from deepcluster_nb.fast.small_maps import (AdaptiveMaxPool2d, Blocks, Conv2d, PatchGradient, block_conv, few_planes,
-                                            with_small_maps)
+from deepcluster_nb.fast.small_maps import (AdaptiveMaxPool2d, Blocks, Conv2d, PatchGradient, block_conv,
+                                            few_planes, with_small_maps)
 from deepcluster_nb.fit import Config, fit
 
 def rand(*shape, scale=1., dtype=torch.float32):
@@ -89,8 +89,8 @@ def test_state_is_pytorchs():
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('sides', [(4, 4), (4, 5), (8, 8), (16, 7), (12, 16)])
-def test_pool_is_pytorchs(sides, dtype, layout): # to the bit, also where many are equally large, as behind a ReLU
-    outs = []
+def test_pool_is_pytorchs(sides, dtype, layout): # to the bit
+    outs = []                                    # many are equally large, as behind a ReLU
     for pool in (AdaptiveMaxPool2d(4), nn.AdaptiveMaxPool2d(4)):
         x = rand(2, 3, *sides).round().relu().to(dtype).contiguous(memory_format=layout).requires_grad_()
         y = pool(x)
@@ -106,7 +106,8 @@ def test_pool_of_other_kinds_is_pytorchs():
     assert len(AdaptiveMaxPool2d(4, return_indices=True)(x)) == 2
 
 GEOMETRY = dict(alexnet=(2, 224, 224, 96, 11, 4, 2), smallest=(2, 223, 223, 8, 11, 4, 2),
-                largest=(3, 254, 249, 8, 11, 4, 2), resnet=(3, 64, 61, 8, 7, 2, 3), no_padding=(1, 31, 20, 4, 5, 4, 0),
+                largest=(3, 254, 249, 8, 11, 4, 2), resnet=(3, 64, 61, 8, 7, 2, 3),
+                no_padding=(1, 31, 20, 4, 5, 4, 0),
                 whole_blocks=(4, 16, 24, 4, 8, 4, 3), unreached=(2, 19, 23, 4, 4, 4, 0))
 
 @pytest.mark.parametrize('planes, h, w, width, kernel, stride, padding', GEOMETRY.values(), ids=GEOMETRY)
@@ -139,7 +140,8 @@ def alexnets(): # plain, and with all that is exchanged
 def test_a_cpu_convolves_as_ever_and_the_state_is_the_same():
     (plain, twin), x = alexnets(), rand(2, 1, 224, 224)
     assert type(twin.features[0]) is Blocks and torch.equal(plain(x), twin(x))
-    assert [(k, v.shape) for k,v in plain.state_dict().items()] == [(k, v.shape) for k,v in twin.state_dict().items()]
+    a, b = ([(k, v.shape) for k,v in net.state_dict().items()] for net in (plain, twin))
+    assert a == b
     plain.load_state_dict(twin.state_dict())
     folded = fold_batchnorm(twin.eval())
     assert type(folded.features[0]) is Blocks and folded.features[0].weight.shape == (96, 2, 11, 11)

@@ -193,7 +193,7 @@ def crop_table(images,       # (B, C, H, W), or Ragged
                       flip[:, None]], 1)
 
 # %% ../../nbs/fast/21_crops.ipynb #07ead742
-tl = SimpleNamespace(constexpr='constexpr')   # Triton's language, which is imported when a GPU needs it
+tl = SimpleNamespace(constexpr='constexpr')   # Triton's language, imported when needed
 
 def tap(start, step, at, n,  # of the window, pixels; output pixels; pixels in the image
         t):                  # number of the tap
@@ -219,7 +219,8 @@ def crop_block(pixels, table, out,            # flat; (B, 8) of crop_table; (B, 
     x = tl.program_id(2)*columns + tl.arange(0, columns)
     y = tl.program_id(1)*rows + tl.arange(0, rows)
     seen_x = tl.where(tl.load(entry + 7) > 0, size - 1 - x, x)
-    total, weights, weights_x = blank, tl.full((rows,), 0., tl.float32), tl.full((columns,), 0., tl.float32)
+    total, weights = blank, tl.full((rows,), 0., tl.float32)
+    weights_x = tl.full((columns,), 0., tl.float32)
     for j in range(tl.ceil(2*tl.maximum(step_y, 1.)).to(tl.int32)):
         row, weight_y = tap(top, step_y, y, h, j)
         line, weights_x = blank, tl.full((columns,), 0., tl.float32)
@@ -263,17 +264,20 @@ def crop_kernel(): # None where it can't be used
 def kernel_takes(images)->bool: # (B, C, H, W), a list, Views or Ragged
     "Whether the kernel cuts these images: bytes on a GPU that are not grey yet."
     if isinstance(images, Views) or isinstance(images, Ragged) and images.then: return False
-    pixels = images if isinstance(images, Tensor) else images.flat if isinstance(images, Ragged) else images[0]
+    pixels = images.flat if isinstance(images, Ragged) else images
+    if isinstance(pixels, list): pixels = pixels[0]
     return pixels.is_cuda and pixels.dtype == torch.uint8 and crop_kernel() is not None
 
 # %% ../../nbs/fast/21_crops.ipynb #7ef1e7de
 def colors(planes:int, # of the images
            what:str,   # 'same': as they are; 'grey' and normalized, one plane; or 'normal', three
-          )->tuple:    # planes of the crops, planes that are summed, (3) share of each, (3) taken from each
+           # planes of the crops, how many are summed for each, three shares, and what is taken from each
+          )->tuple:
     "Say what the kernel makes of the planes of an image."
     if what == 'same': return planes, 1, (1.,)*3, (0.,)*3
     if planes not in (1, 3): raise ValueError(f"images: expected 1 or 3 planes, got {planes}")
-    if what == 'normal': return 3, 1, tuple(1/255/s for s in STD), tuple(m/s for m,s in zip(MEAN, STD))
+    if what == 'normal':
+        return 3, 1, tuple(1/255/s for s in STD), tuple(m/s for m,s in zip(MEAN, STD))
     return 1, planes, tuple(SCALE*g for g in GREY) if planes == 3 else (SCALE,)*3, (SHIFT,)*3
 
 def cut_crops(kernel, flat:Tensor, # from jitted; pixels of all images
@@ -286,17 +290,24 @@ def cut_crops(kernel, flat:Tensor, # from jitted; pixels of all images
     outs, summed, shares, shifts = colors(planes, what)
     if out is None:
         layout = torch.contiguous_format if what == 'same' else torch.channels_last
-        out = torch.empty(len(table), outs, size, size, dtype=dtype, device=flat.device, memory_format=layout)
+        out = torch.empty(len(table), outs, size, size, dtype=dtype, device=flat.device,
+                          memory_format=layout)
     grid = len(table)*outs, -(-size // 8), -(-size // 32)
-    with torch.cuda.device_of(flat): # sums are rounded as they are written, whatever the version of Triton
-        kernel[grid](flat, table, out, size, *shares, *shifts, *out.stride(), planes, outs, summed, 8, 32,
-                     enable_fp_fusion=False)
+    if not len(table): return out
+    with torch.cuda.device_of(flat):
+        # each product is rounded before it is added, whatever the version of Triton
+        kernel[grid](flat, table, out, size, *shares, *shifts, *out.stride(), planes, outs, summed,
+                     8, 32, enable_fp_fusion=False)
     return out
 
 # %% ../../nbs/fast/21_crops.ipynb #c38c62e7
 class Uncut:
-    "Images on a GPU and what their crops shall be, for the kernel: stands where `Views` would on a CPU."
-    def __init__(self, images, what:str='same', dtype=torch.float32): # (B, C, H, W), a list or Ragged; see colors
+    "Images on a GPU, and what the kernel shall make of them; stands where `Views` would on a CPU."
+    def __init__(self,
+                 images,              # (B, C, H, W) uint8, a list of (C, H, W), or Ragged
+                 what:str='same',     # as for colors
+                 dtype=torch.float32, # of the crops
+                ):
         self.images = Ragged.of(images) if isinstance(images, list) else images
         self.what, self.dtype = what, dtype
     def __len__(self): return len(self.images)

@@ -75,8 +75,8 @@ def rounding_losses(x:Tensor, low
     return torch.cat([torch.stack([b, b - b.to(low)]).norm(dim=2) for b in x.split(8192)], 1)
 
 def tiled(x, centroids, tile=0, low=None, losses=None # as for nearest
-         # dtype of the rough scores, and a function: (N,) assignments → iterator of a tile's points and
-         # assignments, centroids and half their squares, padded, scores, by how much two of them may be off
+         # dtype of the rough scores, and a function: (N,) assignments → iterator of a tile's points
+         # and assignments, centroids and half their squares, padded, scores, by how much two may be off
          )->tuple:
     "Score the points roughly, a tile at a time."
     (k, d), low = centroids.shape, low or rough_type(x)
@@ -188,7 +188,8 @@ class Sums:
 WAYS = dict(cpu=(nearest,), cuda=(settled, nearest))
 
 def assigned(x:Tensor, centroids:Tensor, sums:Sums, losses
-            )->tuple: # (N,) clusters, (k,) points in each, how many points moved, how many clusters are empty
+            # (N,) clusters, (k,) points in each, how many points moved, how many clusters are empty
+            )->tuple:
     "Assign all points; a GPU is asked a single time, for all that the host has to know."
     for way in WAYS[x.device.type]:
         found = way(x, centroids, losses=losses)

@@ -55,7 +55,7 @@ class Conv2d(nn.Conv2d):
 
 # %% ../../nbs/fast/24_small_maps.ipynb #393dea29
 class AdaptiveMaxPool2d(nn.AdaptiveMaxPool2d):
-    "An adaptive max pool that passes on a map of the right size as it is, and pools multiples plainly."
+    "An adaptive max pool that passes on a map of the right size, and pools multiples of it plainly."
     def forward(self, x:Tensor)->Tensor: # (B, C, H, W) → (B, C, size, size)
         (H, W), n = x.shape[-2:], self.output_size
         if self.return_indices or not isinstance(n, int) or H % n or W % n: return super().forward(x)
@@ -73,7 +73,7 @@ def as_blocks(x:Tensor,     # (B, C, H, W)
 def block_conv(x:Tensor, w:Tensor, b, # (B, C, H, W), (O, C, K, K), (O,) or None
                stride:int, padding:int)->Tensor: # (B, O, H', W')
     "Convolve with a stride as a convolution of stride 1 over blocks."
-    more = -w.shape[2] % stride                                   # zeros that fill the kernel's last blocks
+    more = -w.shape[2] % stride                            # zeros that fill the kernel's last blocks
     def pads(n): # before and after a side of n pixels; what no window reaches is cut off
         return padding, (n + 2*padding - w.shape[2])//stride*stride + w.shape[2] + more - n - padding
     x = F.pad(x, (*pads(x.shape[3]), *pads(x.shape[2])))
