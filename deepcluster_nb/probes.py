@@ -401,7 +401,7 @@ def train_probes(net,                # frozen
                  config:ProbeConfig, # resolved, with a size
                  folder=None,        # where to keep a checkpoint an epoch, and to go on from
                  after=None,         # called with (steps done in the epoch, steps, epoch, tests so far)
-                capture=None,       # how a step is recorded; as for train_epoch of chapter 27
+                 capture=None,       # how a step is recorded; as for train_epoch of chapter 27
                 )->dict:             # name → 'center' and 'ten' → 'last' and 'best', per cent
     "The paper's linear probes, all layers in one pass over the images (section 4.2 and the released script)."
     c, y = config, check_labels(train.labels).to(config.device)
