@@ -387,20 +387,21 @@ def probe_accuracies(net, heads:Heads, images:PackedImages, config:ProbeConfig
             if ten: r['ten'] += (l.softmax(2).mean(1).argmax(1) == y).sum()
     return {n: {crop: 100*int(count)/len(images) for crop,count in r.items()} for n,r in right.items()}
 
-# %% ../nbs/09_probes.ipynb #ddb406e4
+# %% ../nbs/09_probes.ipynb #09p10003
 def last_and_best(tests:list # of probe_accuracies' results, in order
                  )->dict:    # name → crop → last, best
     "Collect the last and the best accuracy of each probe."
     return {n: {crop: dict(last=r, best=max(t[n][crop] for t in tests)) for crop,r in tests[-1][n].items()}
             for n in tests[-1]}
 
+# %% ../nbs/09_probes.ipynb #ddb406e4
 def train_probes(net,                # frozen
                  train:PackedImages, # with labels
                  test:PackedImages,  # with labels
                  config:ProbeConfig, # resolved, with a size
                  folder=None,        # where to keep a checkpoint an epoch, and to go on from
                  after=None,         # called with (steps done in the epoch, steps, epoch, tests so far)
-                capture=None,       # how a step is recorded; as for train_epoch of chapter 27
+                 capture=None,       # how a step is recorded; as for train_epoch of chapter 27
                 )->dict:             # name → 'center' and 'ten' → 'last' and 'best', per cent
     "The paper's linear probes, all layers in one pass over the images (section 4.2 and the released script)."
     c, y = config, check_labels(train.labels).to(config.device)

@@ -285,6 +285,11 @@ def test_how_a_gpu_records(monkeypatch): # made up, with a log: warm-up and reco
     assert log == ['side waits for main', 'in side', 'f', 'f', 'f', 'in thread_local graph in side', 'f',
                    'out of thread_local graph in side', 'out of side', 'main waits for side', 'replay']
 
+def test_the_share_of_time_that_a_device_works():
+    from gpu import covered, parts
+    assert covered([(0, 2), (1, 3), (5, 6), (5, 5.5)]) == 4 and covered([]) == 0
+    assert list(parts(None))[0] == 'tests'                                          # the most important first
+
 # ---------------------------------------------------------------- probes
 
 def some_features(n, g=generator(0, 'features')):
