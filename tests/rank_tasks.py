@@ -112,3 +112,13 @@ def full_disk(ranks, config):
         write(path, data, sync)
     runs.write_atomic = fails
     return run(ranks, config)
+
+def killed(ranks, config, rank, after):
+    "A run in which one rank is killed after some seconds, wherever it is then."
+    import threading
+    def kill():
+        time.sleep(after)
+        with open(os.path.join(os.path.dirname(config.run_dir), 'when'), 'w') as f: f.write(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    if ranks.rank == rank: threading.Thread(target=kill, daemon=True).start()
+    return run(ranks, config)

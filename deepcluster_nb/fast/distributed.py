@@ -6,8 +6,8 @@
 __all__ = ['BEAT', 'PATIENCE', 'GRACE', 'HERE', 'MEETINGS', 'bounds', 'Ranks', 'named', 'SharedSums', 'chosen_rows', 'kmeans',
            'shared_lloyd', 'same_clusters', 'pooled', 'cluster', 'existing', 'own_part', 'GlobalSum', 'shared_norm',
            'norms_shared', 'replica', 'train_epoch', 'Lost', 'Notes', 'note_text', 'Watch', 'current', 'ranks_here',
-           'backend', 'connected', 'started_as_rank', 'meeting_place', 'joined', 'as_rank', 'in_ranks',
-           'shared_tensors', 'same_images', 'RankGuard']
+           'backend', 'connected', 'started_as_rank', 'meeting_place', 'joined', 'as_rank', 'in_ranks', 'share_of',
+           'call', 'ring_bytes', 'measure_sum', 'shared_tensors', 'same_images', 'RankGuard']
 
 # %% ../../nbs/fast/28_distributed.ipynb #5ab7f133
 import hashlib, json, os, sys, tempfile, threading, time
@@ -494,6 +494,32 @@ def in_ranks(world:int, # processes
     if errors := [f"rank {r}: {e}" for r,(e,_) in enumerate(answers) if e]:
         raise RuntimeError('; '.join(errors))
     return [a for _,a in answers]
+
+# %% ../../nbs/fast/28_distributed.ipynb #8f5b0a38
+def share_of(ranks, f, x, *args, **kwargs):
+    "Call a function with this rank's share of some rows."
+    return f(x[slice(*bounds(len(x), ranks.world)[ranks.rank:ranks.rank + 2])], *args, ranks=ranks, **kwargs)
+
+def call(ranks, f, *args, **kwargs):
+    "Call a function that finds its ranks by itself, as `fit` does."
+    return f(*args, **kwargs)
+
+# %% ../../nbs/fast/28_distributed.ipynb #37b3a3b5
+def ring_bytes(nbytes:float, world:int)->float: # that one rank sends
+    "Return the cost of adding up so many bytes over all ranks."
+    return 2 * nbytes * (world - 1) / world
+
+def measure_sum(ranks, nbytes:int, times:int=1)->tuple: # (bytes sent or None, seconds), of one sum
+    "Add up zeros over all ranks, and look at the clock and at what the system has counted."
+    def written():
+        with suppress(OSError): return int(Path('/proc/self/io').read_text().split('wchar: ')[1].split()[0])
+    x = torch.zeros(nbytes // 4, device='cuda' if torch.cuda.is_available() else 'cpu')
+    ranks.sum(x)                                            # the first one connects
+    before, start = written(), time.perf_counter()
+    for _ in range(times): ranks.sum(x)
+    if x.is_cuda: torch.cuda.synchronize()
+    seconds, after = time.perf_counter() - start, written()
+    return None if before is None else (after - before) / times, seconds / times
 
 # %% ../../nbs/fast/28_distributed.ipynb #9acf34f0
 def shared_tensors(tensors:dict, # name → tensor on the CPU, of rank 0
