@@ -611,11 +611,18 @@ def forecast(preset:str=None,    # a file in nbs/experiments/presets
              params:dict=None,   # parameters by name
              n_images:int=None,  # images to scale to
              seconds:float=90.,  # time to measure
-            ):                   # → Estimate
+             nproc:int=1,        # ranks
+             bandwidth:float=0., # GB/s that a rank sends; measured where 0
+            ):                   # → what to print
     "Estimate what a run takes, for `deepcluster-nb estimate`."
-    from deepcluster_nb.estimate import estimate
-    return estimate(Config(**gather('train', preset, params)[1]), n_images, seconds,
-                    lambda line: print(line, file=sys.stderr, flush=True))
+    from deepcluster_nb.estimate import estimate, measured_bandwidth, rank_table
+    check(nproc >= 1, '--nproc', nproc, 'at least 1 rank')
+    found = estimate(Config(**gather('train', preset, params)[1]), n_images, seconds,
+                     lambda line: print(line, file=sys.stderr, flush=True))
+    if nproc == 1: return found
+    sent = bandwidth*1e9 or measured_bandwidth()
+    check(sent == sent, '--bandwidth', None, 'GB/s between ranks, for one GPU alone can not measure it')
+    return f"{found}\n\n{rank_table(found, nproc, sent)}"
 
 # %% ../nbs/15_experiments.ipynb #ca175538
 def any_text(*streams):
@@ -702,6 +709,9 @@ def main(argv=None
     ask.add_argument('--images', type=int, metavar='N',
                      help='images to scale to; those of the preset where not given')
     ask.add_argument('--seconds', type=float, default=90., help='time to measure')
+    ask.add_argument('--nproc', type=int, default=1, metavar='N', help='also on N ranks with a device each')
+    ask.add_argument('--bandwidth', type=float, default=0., metavar='GB/S',
+                     help='that a rank sends; measured on this machine where not given')
     new = commands.add_parser('predict',
                               help="the clusters of new images: a run's network, PCA and centroids")
     new.add_argument('run', metavar='RUN', help='the folder of a run of train')
@@ -719,7 +729,8 @@ def main(argv=None
         if args.command == 'list': print(listing(args.name)); return 0
         if args.command == 'watch': return watch(args.run, args.every, args.once, args.tensorboard)
         if args.command == 'estimate':
-            print(forecast(args.preset, parse_pairs('train', args.p), args.images, args.seconds))
+            print(forecast(args.preset, parse_pairs('train', args.p), args.images, args.seconds, args.nproc,
+                           args.bandwidth))
             return 0
         if args.command == 'predict':
             rows, broken = predict_folder(args.run, args.folder, args.out, args.force, args.skip_broken)

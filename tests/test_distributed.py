@@ -224,3 +224,26 @@ def test_checkpoints_know_no_number_of_ranks(tmp_path, whole):
                                         (dict(batch_size=3), 'batch_size: expected at least 4, two images for each of 2')])
 def test_what_ranks_can_not_do_is_refused(more, says):
     with pytest.raises(RuntimeError, match=says): in_ranks(2, tasks.run, replace(SMALL, **more))
+
+# ---------------------------------------------------------------------------------------------------- the model
+
+def test_the_estimate_of_ranks():
+    from deepcluster_nb.estimate import Estimate, on_ranks, rank_table
+    c = resolve(replace(SMALL, k=50, pca=16))
+    samples = dict(features=[1e-3], pca=[1e-4], axes=[.5], kmeans=[1e-3], training=[1e-2], books=[1e-5], saving=[0.])
+    e = Estimate(c, samples, dict(n=10_000, dim=64, classes=0, network=3*4e6, checkpoint=2*4e6))
+    for world in (1, 4):
+        found = on_ranks(e, world, float('inf'))
+        assert {p: w for p,(_,w) in found.items()} == dict.fromkeys(found, 0.)
+        assert found['features'][0] == pytest.approx(10/world) and found['pca'][0] == pytest.approx(1/world + .5)
+    slow = on_ranks(e, 2, 1e6)                                       # a megabyte a second; a ring of two sends once
+    assert slow['kmeans'][1] == pytest.approx(21*8*50*16/1e6)
+    assert slow['training'][1] == pytest.approx(500*4 - 2/3*50)      # 500 steps of 20 images
+    half = on_ranks(replace(e, config=replace(c, compress_gradients=True)), 2, 1e6)
+    assert half['training'][1] == pytest.approx(500*2 - 2/3*50)
+    assert 'in all' in rank_table(e, 2, 1e6) and '1 MB a second' in rank_table(e, 2, 1e6)
+
+def test_bytes_are_those_of_the_formula():
+    for world in (2, 3):
+        for sent,_ in in_ranks(world, distributed.measure_sum, 4_000_000):
+            assert sent == pytest.approx(distributed.ring_bytes(4_000_000, world), rel=.02)
