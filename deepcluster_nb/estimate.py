@@ -332,7 +332,7 @@ def measured_bandwidth(mb:int=64)->float: # bytes a second that a rank sends; Na
 def on_ranks(e:Estimate,
              world:int,       # ranks, each with a device like this one
              bandwidth:float, # bytes a second that a rank sends
-            )->dict:          # phase → (seconds of work, seconds that it waits for the network), a reassignment
+            )->dict:          # phase → (seconds of work, seconds of waiting for the network)
     "Predict a reassignment on several ranks from the times of one."
     c, f, t, axes = e.config, e.facts, e.epoch(), median(e.samples['axes'])
     def wire(nbytes, times=1): return times * ring_bytes(nbytes, world) / bandwidth
@@ -350,6 +350,7 @@ def rank_table(e:Estimate, world:int, bandwidth:float)->str:
     both = sum(map(sum, found.values()))
     rows = [f"{p:12}{long(one[p]):>18}{long(sum(v)):>18}{long(v[1]):>18}" for p,v in found.items()]
     return '\n'.join([f"{world} ranks, {amount(bandwidth)} a second between them",
-                      f"{'a reassignment':16}{'one rank':>14}{f'{world} ranks':>18}{'of it waiting':>18}", *rows,
+                      f"{'a reassignment':16}{'one rank':>14}{f'{world} ranks':>18}{'of it waiting':>18}",
+                      *rows,
                       f"{'in all':12}{long(sum(one.values())):>18}{long(both):>18}"
                       f"   {sum(one.values())/both:.1f} times as fast"])

@@ -11,7 +11,8 @@ __all__ = ['PAGE', 'experiments_folder', 'one_of', 'parameters', 'typed', 'whole
            'predict_folder', 'listing', 'forecast', 'any_text', 'run_rank', 'launch', 'told_end', 'ended', 'main']
 
 # %% ../nbs/15_experiments.ipynb #450f8668
-import argparse, base64, io, json, logging, math, os, re, shutil, signal, socket, sys, tempfile, threading, time
+import argparse, base64, io, json, logging, math, os, re, shutil, signal, socket, sys
+import tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
@@ -664,7 +665,8 @@ def told_end(e, end:Path)->int: # exit status
     elif failed: line, status = f"deepcluster-nb: rank {failed[0][1]} ended with status {failed[0][2]}", 1
     # SIGKILL and the like leave no line of their own
     if failed and failed[0][2] < 0:
-        line, status = f"deepcluster-nb: rank {failed[0][1]} was killed by {signal.Signals(-failed[0][2]).name}", 1
+        name = signal.Signals(-failed[0][2]).name
+        line, status = f"deepcluster-nb: rank {failed[0][1]} was killed by {name}", 1
     print(line, file=sys.stderr)
     return status
 
@@ -696,7 +698,7 @@ def main(argv=None
     run.add_argument('--preset', metavar='PRESET', help='a file of parameters by its name, such as digits')
     run.add_argument('--out', metavar='DIR', help='the run folder; runs/NAME-PRESET where not given')
     run.add_argument('--nproc', type=int, default=1, metavar='N',
-                     help='processes on this machine, a GPU each; torchrun starts them on several (chapter 28)')
+                     help='processes on this machine, a GPU each; on several, see chapter 28')
     see = commands.add_parser('watch', help='how a run of train stands, again and again until it has ended')
     see.add_argument('run', metavar='RUN', help='its folder')
     see.add_argument('--once', action='store_true', help='look once')

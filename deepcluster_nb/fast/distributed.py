@@ -141,9 +141,12 @@ def kmeans(x:Tensor,          # (N/ranks, D) this rank's points
 
 def shared_lloyd(x, init, niter, repair, ranks, lengths)->Clustering:
     "Assign the own points, add up the sums of all, and move and repair the centroids on every rank alike."
-    k, centroids, sums, objective = len(init), init.clone(), SharedSums(x, len(init), ranks, sum(lengths)), []
+    k, centroids, objective = len(init), init.clone(), []
+    sums = SharedSums(x, k, ranks, sum(lengths))
     losses = rounding_losses(x, rough_type(x)) if len(x) else None
-    squares = ranks.sum(sum((b.double().pow(2).sum() for b in x.split(8192)), x.new_zeros((), dtype=torch.double)))
+    squares = x.new_zeros((), dtype=torch.double)
+    for b in x.split(8192): squares += b.double().pow(2).sum()
+    ranks.sum(squares)
     for i in range(niter + 1):
         assign = nearest(x, centroids, losses=losses) if len(x) else x.new_empty(0, dtype=torch.long)
         total, moved = sums.update(assign)
@@ -262,7 +265,7 @@ def norms_shared(net, ranks, counts):
 
 # %% ../../nbs/fast/28_distributed.ipynb #f5e6aa99
 def replica(net, compress:bool, ranks)->nn.parallel.DistributedDataParallel:
-    "Wrap the network for training: rank 0's weights everywhere, and gradients averaged while they are computed."
+    "Wrap the network for training: rank 0's weights everywhere, and the mean of all gradients."
     kind = nn.parallel.DistributedDataParallel
     # PyTorch's newer name first
     buffers = [n for n in ('forward_sync_buffers', 'broadcast_buffers') if n in signature(kind).parameters][0]
@@ -339,7 +342,8 @@ class Notes:
         return json.loads(self.read('end') or 'null')
 
     def leave(self, rank:int, text:str, stopped:bool=False)->dict: # the first one's note, whoever was faster
-        return json.loads(self.store.compare_set('end', '', json.dumps(dict(rank=rank, text=text, stopped=stopped))))
+        mine = json.dumps(dict(rank=rank, text=text, stopped=stopped))
+        return json.loads(self.store.compare_set('end', '', mine))
 
     def beat(self, n:int): self.store.set(f'beat{self.rank}', str(n))
     def sign(self, rank:int)->str: return self.read(f'done{rank}') or self.read(f'beat{rank}')
@@ -418,7 +422,8 @@ def backend()->str:
 @contextmanager
 def connected(store, rank:int, world:int): # → Ranks
     "Be one of several ranks inside this block; an error in one of them ends all of them."
-    if gpus := torch.cuda.device_count(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', rank)) % gpus)
+    if gpus := torch.cuda.device_count():
+        torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', rank)) % gpus)
     dist.init_process_group(backend(), store=store, rank=rank, world_size=world, timeout=timedelta(hours=4))
     ranks, notes = Ranks(rank, world), Notes(store, rank, world)
     watch = Watch(ranks, notes)
@@ -457,7 +462,8 @@ def as_rank(rank, world, folder, threads, answer, work, args):
     try:
         with connected(dist.FileStore(f'{folder}/store', world), rank, world) as ranks:
             answer.send((None, work(ranks, *args)))
-            with suppress(EOFError): answer.recv()          # tensors in the answer are shared until it was read
+            # its tensors are shared until it was read
+            with suppress(EOFError): answer.recv()
     except BaseException as e: answer.send((f"{type(e).__name__}: {e}", None))
 
 def in_ranks(world:int, # processes
@@ -472,7 +478,8 @@ def in_ranks(world:int, # processes
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [context.Pipe() for _ in range(world)], []
         for rank,(_,theirs) in enumerate(pipes):
-            processes.append(context.Process(target=as_rank, args=(rank, world, folder, threads, theirs, work, args)))
+            given = rank, world, folder, threads, theirs, work, args
+            processes.append(context.Process(target=as_rank, args=given))
             processes[-1].start()
             theirs.close()
         answers, over = {}, None
@@ -512,7 +519,8 @@ def ring_bytes(nbytes:float, world:int)->float: # that one rank sends
 def measure_sum(ranks, nbytes:int, times:int=1)->tuple: # (bytes sent or None, seconds), of one sum
     "Add up zeros over all ranks, and look at the clock and at what the system has counted."
     def written():
-        with suppress(OSError): return int(Path('/proc/self/io').read_text().split('wchar: ')[1].split()[0])
+        with suppress(OSError):
+            return int(Path('/proc/self/io').read_text().split('wchar: ')[1].split()[0])
     x = torch.zeros(nbytes // 4, device='cuda' if torch.cuda.is_available() else 'cpu')
     ranks.sum(x)                                            # the first one connects
     before, start = written(), time.perf_counter()
@@ -565,5 +573,6 @@ class RankGuard(Guard):
         self.ranks.saving = True
         try:
             if self.folder: super().__call__(save, due)
-            elif self.reason: raise Stopped(f"{self.reason}: rank 0 keeps the state")
+            elif self.reason: raise Stopped(f"{self.reason}: rank 0 saves the state; "
+                                             "the same command goes on from there")
         finally: self.ranks.saving = False
