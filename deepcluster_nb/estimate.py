@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'IMAGENET', 'sample', 'per_image', 'kept_bytes', 'made_up', 'material', 'sample_clustering',
-           'sample_training', 'sample_probes', 'measure', 'long', 'Estimate', 'estimate']
+           'sample_training', 'sample_probes', 'measure', 'long', 'Estimate', 'estimate', 'measured_bandwidth',
+           'on_ranks', 'rank_table']
 
 # %% ../nbs/27_estimate.ipynb #c7f7952f
-import os, shutil, sys, tempfile, time
+import math, os, shutil, sys, tempfile, time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from .fit import (Config, agreement, check, disk_space, id_type, most_clusters, 
                                 resolve)
 from .training import sgd, trunk_parameters
 from .fast.graph import train_epoch
+from .fast.distributed import in_ranks, measure_sum, ring_bytes
 from .probes import MOST_PROBED, conv_activations, knn_accuracy, linear_probe, pool_activation
 
 # %% ../nbs/27_estimate.ipynb #c7fa19ba
@@ -337,3 +339,35 @@ def estimate(config:Config,     # of the run
     images, facts = material(c, n_images or 0)
     check(c.k <= facts['n'], 'k', c.k, f"at most {facts['n']:,}, the number of images")
     return Estimate(c, measure(c, images, facts, seconds, echo), facts)
+
+# %% ../nbs/27_estimate.ipynb #600e5ad6
+def measured_bandwidth(mb:int=64)->float: # bytes a second that a rank sends; NaN on a machine with one GPU
+    "Time the sum of a tensor over two processes of this machine."
+    if torch.cuda.device_count() == 1: return math.nan
+    return ring_bytes(mb * 10**6, 2) / max(t for _,t in in_ranks(2, measure_sum, mb * 10**6, 3))
+
+def on_ranks(e:Estimate,
+             world:int,       # ranks, each with a device like this one
+             bandwidth:float, # bytes a second that a rank sends
+            )->dict:          # phase → (seconds of work, seconds of waiting for the network)
+    "Predict a reassignment on several ranks from the times of one."
+    c, f, t, axes = e.config, e.facts, e.epoch(), median(e.samples['axes'])
+    def wire(nbytes, times=1): return times * ring_bytes(nbytes, world) / bandwidth
+    gradients = (f['network'] - f['checkpoint']) / (2 if c.compress_gradients else 1)
+    work = {p: s / world for p,s in t.items() if p != 'bookkeeping'} | dict(bookkeeping=t['bookkeeping'])
+    work['pca'] = (t['pca'] - axes) / world + axes                 # rank 0 finds the directions alone
+    waits = dict.fromkeys(t, 0.) | dict(pca=wire(8*f['dim']**2), kmeans=wire(8*c.k*min(c.pca, f['dim']), 21))
+    steps = math.ceil(c.passes * f['n'] / c.batch_size)
+    waits['training'] = max(0., wire(gradients, steps) - 2/3*work['training'])
+    return {p: (work[p], waits[p]) for p in t}
+
+def rank_table(e:Estimate, world:int, bandwidth:float)->str:
+    "Format on_ranks beside the times of one process."
+    found, one = on_ranks(e, world, bandwidth), e.epoch()
+    both = sum(map(sum, found.values()))
+    rows = [f"{p:12}{long(one[p]):>18}{long(sum(v)):>18}{long(v[1]):>18}" for p,v in found.items()]
+    return '\n'.join([f"{world} ranks, {amount(bandwidth)} a second between them",
+                      f"{'a reassignment':16}{'one rank':>14}{f'{world} ranks':>18}{'of it waiting':>18}",
+                      *rows,
+                      f"{'in all':12}{long(sum(one.values())):>18}{long(both):>18}"
+                      f"   {sum(one.values())/both:.1f} times as fast"])

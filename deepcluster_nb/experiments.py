@@ -12,7 +12,8 @@ __all__ = ['TAKE_ALL', 'PAGE', 'SPINS', 'experiments_folder', 'one_of', 'paramet
            'told_end', 'ended', 'main']
 
 # %% ../nbs/15_experiments.ipynb #450f8668
-import argparse, base64, io, json, logging, math, os, re, shutil, signal, socket, sys, tempfile, threading, time
+import argparse, base64, io, json, logging, math, os, re, shutil, signal, socket, sys
+import tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -639,11 +640,18 @@ def forecast(preset:str=None,    # a file in nbs/experiments/presets
              params:dict=None,   # parameters by name
              n_images:int=None,  # images to scale to
              seconds:float=90.,  # time to measure
-            ):                   # → Estimate
+             nproc:int=1,        # ranks
+             bandwidth:float=0., # GB/s that a rank sends; measured where 0
+            ):                   # → what to print
     "Estimate what a run takes, for `deepcluster-nb estimate`."
-    from deepcluster_nb.estimate import estimate
-    return estimate(Config(**gather('train', preset, params)[1]), n_images, seconds,
-                    lambda line: print(line, file=sys.stderr, flush=True))
+    from deepcluster_nb.estimate import estimate, measured_bandwidth, rank_table
+    check(nproc >= 1, '--nproc', nproc, 'at least 1 rank')
+    found = estimate(Config(**gather('train', preset, params)[1]), n_images, seconds,
+                     lambda line: print(line, file=sys.stderr, flush=True))
+    if nproc == 1: return found
+    sent = bandwidth*1e9 or measured_bandwidth()
+    check(sent == sent, '--bandwidth', None, 'GB/s between ranks, for one GPU alone can not measure it')
+    return f"{found}\n\n{rank_table(found, nproc, sent)}"
 
 # %% ../nbs/15_experiments.ipynb #ca175538
 def any_text(*streams):
@@ -685,7 +693,8 @@ def told_end(e, end:Path)->int: # exit status
     elif failed: line, status = f"deepcluster-nb: rank {failed[0][1]} ended with status {failed[0][2]}", 1
     # SIGKILL and the like leave no line of their own
     if failed and failed[0][2] < 0:
-        line, status = f"deepcluster-nb: rank {failed[0][1]} was killed by {signal.Signals(-failed[0][2]).name}", 1
+        name = signal.Signals(-failed[0][2]).name
+        line, status = f"deepcluster-nb: rank {failed[0][1]} was killed by {name}", 1
     print(line, file=sys.stderr)
     return status
 
@@ -717,7 +726,7 @@ def main(argv=None
     run.add_argument('--preset', metavar='PRESET', help='a file of parameters by its name, such as digits')
     run.add_argument('--out', metavar='DIR', help='the run folder; runs/NAME-PRESET where not given')
     run.add_argument('--nproc', type=int, default=1, metavar='N',
-                     help='processes on this machine, a GPU each; torchrun starts them on several (chapter 28)')
+                     help='processes on this machine, a GPU each; on several, see chapter 28')
     see = commands.add_parser('watch', help='how a run of train stands, again and again until it has ended')
     see.add_argument('run', metavar='RUN', help='its folder')
     see.add_argument('--once', action='store_true', help='look once')
@@ -730,6 +739,9 @@ def main(argv=None
     ask.add_argument('--images', type=int, metavar='N',
                      help='images to scale to; those of the preset where not given')
     ask.add_argument('--seconds', type=float, default=90., help='time to measure')
+    ask.add_argument('--nproc', type=int, default=1, metavar='N', help='also on N ranks with a device each')
+    ask.add_argument('--bandwidth', type=float, default=0., metavar='GB/S',
+                     help='that a rank sends; measured on this machine where not given')
     new = commands.add_parser('predict',
                               help="the clusters of new images: a run's network, PCA and centroids")
     new.add_argument('run', metavar='RUN', help='the folder of a run of train')
@@ -751,7 +763,8 @@ def main(argv=None
         if args.command == 'list': print(listing(args.name)); return 0
         if args.command == 'watch': return watch(args.run, args.every, args.once, args.tensorboard)
         if args.command == 'estimate':
-            print(forecast(args.preset, parse_pairs('train', args.p), args.images, args.seconds))
+            print(forecast(args.preset, parse_pairs('train', args.p), args.images, args.seconds, args.nproc,
+                           args.bandwidth))
             return 0
         if args.command == 'report': print(write_page(args.runs, args.out, args.force)); return 0
         if args.command == 'predict':

@@ -297,7 +297,8 @@ def resume(folder, net, config,
         warnings.warn(f"this run began on {state['device']} and goes on on {config.device}: "
                       "the last digits will differ")
     if ranks != were:
-        warnings.warn(f"this run was saved by {were} and goes on with {ranks} ranks: the last digits will differ")
+        warnings.warn(f"this run was saved by {were} and goes on with {ranks} ranks: "
+                      "the last digits will differ")
     opts = restore(net, config, t)
     folder.keep_epochs(epoch)
     return State(net, opts, epoch, step, t.get('total', 0.), *saved_clusters(t, config), state['record'])
@@ -482,7 +483,7 @@ def prepare(config:Config, images=None,
     return c, images
 
 # %% ../nbs/18_fit.ipynb #7f747fe0
-# what several ranks can't do otherwise
+# what several ranks do not have otherwise
 WITH_RANKS = dict(parts='fast', backend='torch', clusterer='kmeans', compile=False)
 
 def rank_parts(c, images, ranks)->Parts:

@@ -24,7 +24,8 @@ def made_images(n=60): # six patterns and noise
     pixels = patterns[kinds]*180 + 70*torch.rand(n, 1, 20, 20, generator=g)
     return PackedImages(pixels.to(torch.uint8), labels=kinds, classes=range(6))
 
-def sha256(*tensors): return hashlib.sha256(b''.join(t.contiguous().numpy().tobytes() for t in tensors)).hexdigest()
+def sha256(*tensors):
+    return hashlib.sha256(b''.join(t.contiguous().numpy().tobytes() for t in tensors)).hexdigest()
 
 def share(x, ranks, ends=None): # of the rows; ends: where shares end, even ones where not given
     ends = ends or distributed.bounds(len(x), ranks.world)
@@ -66,7 +67,7 @@ def run(ranks, config, before=lambda epoch: None):
 # ---------------------------------------------------------------- what goes wrong, on one rank at one moment
 
 def trouble(ranks, config, rank, at, what):
-    "A run in which something happens on one rank: after a step (epoch, step), or at the clustering (epoch, 0)."
+    "A run in which something happens on one rank: after a step (epoch, step), or at a clustering (epoch, 0)."
     from deepcluster_nb import fit as around
     here, note = ranks.rank == rank, os.path.join(os.path.dirname(config.run_dir), 'when')
     def happen():
@@ -111,4 +112,20 @@ def full_disk(ranks, config):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write(path, data, sync)
     runs.write_atomic = fails
+    return run(ranks, config)
+
+def timed(ranks, config):
+    "Seconds that a run takes, without the start of its process."
+    start = time.time()
+    run(ranks, config)
+    return time.time() - start
+
+def killed(ranks, config, rank, after):
+    "A run in which one rank is killed after some seconds, wherever it is then."
+    import threading
+    def kill():
+        time.sleep(after)
+        with open(os.path.join(os.path.dirname(config.run_dir), 'when'), 'w') as f: f.write(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    if ranks.rank == rank: threading.Thread(target=kill, daemon=True).start()
     return run(ranks, config)

@@ -1,10 +1,11 @@
-"Several ranks: the same clusters in the same bits, gradients of the whole batch, and an end that is never a hang."
+"Several ranks: the same clusters bit for bit, gradients of the whole batch, and an end that is never a hang."
 import json, os, signal, sys, time
 from dataclasses import replace
 from pathlib import Path
 import pytest, torch
 
-os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get('PYTHONPATH'))))
+HERE = str(Path(__file__).parent)                          # where the processes find rank_tasks
+os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, (HERE, os.environ.get('PYTHONPATH'))))
 import rank_tasks as tasks
 from rank_tasks import SMALL, made_images, sha256
 from deepcluster_nb.data import generator
@@ -15,7 +16,7 @@ from deepcluster_nb.fit import fit, load_run, network, optimizers, resolve
 pytestmark = [pytest.mark.usefixtures('one_thread'),
               pytest.mark.skipif(not sys.platform.startswith('linux'), reason='gloo in forked processes')]
 
-# ------------------------------------------------------------------------------------------------ clustering
+# -------------------------------------------------------------------------------- clustering
 
 def test_every_image_is_in_one_share():
     for n in (1, 7, 512, 513, 5000):
@@ -29,12 +30,13 @@ def test_every_image_is_in_one_share():
 def cases():
     noise = torch.randn(1003, 24, generator=generator(0, 'ranks'))
     bad = noise[:40].clone()
-    bad[20:] += 100                                                    # nobody's: half of the clusters are empty
+    bad[20:] += 100                                             # nobody's: half of the clusters are empty
     sides = torch.cat([torch.randn(200, 4, generator=generator(1, 'ranks')) + 50*s for s in range(3)])
+    uneven = {1: [0, 1003], 2: [0, 7, 1003], 3: [0, 900, 901, 1003], 4: [0, 1, 500, 502, 1003]}
+    without = {1: [0, 1003], 2: [0, 1003, 1003], 3: [0, 0, 1003, 1003], 4: [0, 5, 5, 5, 1003]}
     few = torch.tensor([[0., -0.], [1., 0], [-0., 1]])
     return {'even shares': (noise, 40, None, {}),
-            'uneven shares': (noise, 40, {1: [0, 1003], 2: [0, 7, 1003], 3: [0, 900, 901, 1003], 4: [0, 1, 500, 502, 1003]}, {}),
-            'a rank without points': (noise, 40, {1: [0, 1003], 2: [0, 1003, 1003], 3: [0, 0, 1003, 1003], 4: [0, 5, 5, 5, 1003]}, {}),
+            'uneven shares': (noise, 40, uneven, {}), 'a rank without points': (noise, 40, without, {}),
             'empty clusters': (noise, 40, None, dict(init=bad, niter=3)),
             "the paper's repair": (noise, 40, None, dict(init=bad, repair='paper')),
             'clusters on some ranks only': (sides, 30, None, {}),
@@ -58,10 +60,11 @@ def test_the_same_bits_for_any_number_of_ranks(world, alone):
         assert [f[1] for f in found] == pytest.approx([f[1] for f in alone.values()], rel=1e-9, abs=1e-9)
 
 def test_refused_k_means():
-    with pytest.raises(RuntimeError, match=r'rank 0: ValueError: k: expected 1 to 3, the number of points, got 4'):
+    with pytest.raises(RuntimeError, match='rank 0: ValueError: k: expected 1 to 3, the number of points, got'):
         in_ranks(2, tasks.kmeans, [(torch.zeros(3, 2), 4, None, {})])
 
-@pytest.mark.parametrize('n, ends', [(300, None), (300, [0, 290, 300, 300]), (20, None), (20, [0, 19, 19, 20])])
+@pytest.mark.parametrize('n, ends', [(300, None), (300, [0, 290, 300, 300]), (20, None),
+                                     (20, [0, 19, 19, 20])])
 def test_pca_of_all_features_on_every_rank(n, ends):
     x = (torch.randn(n, 32, generator=generator(n)) * torch.linspace(3, .1, 32) + 5).half()
     p = features.PCA(8)
@@ -69,7 +72,8 @@ def test_pca_of_all_features_on_every_rank(n, ends):
     p.solve()
     found = in_ranks(3, tasks.pca, x, 8, ends)
     assert len({sha256(*f) for f in found}) == 1
-    assert torch.allclose(found[0][0], p.mean, rtol=1e-12) and torch.allclose(found[0][1], p.axes, rtol=1e-6, atol=1e-9)
+    assert torch.allclose(found[0][0], p.mean, rtol=1e-12)
+    assert torch.allclose(found[0][1], p.axes, rtol=1e-6, atol=1e-9)
 
 def test_pca_refuses_what_is_no_number_on_any_rank():
     x = torch.randn(40, 8, generator=generator(0))
@@ -77,7 +81,7 @@ def test_pca_refuses_what_is_no_number_on_any_rank():
     with pytest.raises(RuntimeError, match='rank 0: ValueError: x: expected finite features, got 1 NaN'):
         in_ranks(2, tasks.pca, x, 4)
 
-# ---------------------------------------------------------------------------------------------------- training
+# -------------------------------------------------------------------------------- training
 
 def flat(tensors): return torch.cat([t.flatten().float() for t in tensors])
 def apart(a, b): return float((flat(a) - flat(b)).norm() / flat(b).norm())
@@ -86,7 +90,8 @@ def one_process(config, n, weights=None):
     c, net = resolve(config), network(config)
     opts, seen = optimizers(net, c), []
     def keep(*_): seen.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
-    loss = training.train_epoch(net, made_images(), torch.arange(n), torch.arange(60) % 6, opts, c, 0, weights, keep)
+    idx, assign = torch.arange(n), torch.arange(60) % 6
+    loss = training.train_epoch(net, made_images(), idx, assign, opts, c, 0, weights, keep)
     return loss, seen, [b.clone() for b in net.buffers()]
 
 STILL = replace(SMALL, lr=1e-4, sync_bn=True)
@@ -110,14 +115,16 @@ def test_batch_norm_of_each_rank_is_that_of_its_slice():
         images = made_images()
         boxes = distributed.crop_boxes(images.shapes[:20, 1:], g, (c.min_scale, 1.))[idx]
         flip = (torch.rand(20, generator=g) < .5)[idx]
-        x = distributed.network_input(images.batch(idx), lambda im: distributed.crop_inside(im, boxes, c.size, flip), True)
+        crop = lambda im: distributed.crop_inside(im, boxes, c.size, flip)
+        x = distributed.network_input(images.batch(idx), crop, True)
+        x = x.contiguous(memory_format=torch.channels_last)
         net.zero_grad()
-        torch.nn.functional.cross_entropy(net.train()(x.contiguous(memory_format=torch.channels_last)), idx % 6).backward()
+        torch.nn.functional.cross_entropy(net.train()(x), idx % 6).backward()
         parts.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
     mean = [(a + b)/2 for a,b in zip(*parts)]
     assert apart(found[0][1][0], mean) < 2e-5 and apart(found[1][1][0], mean) < 2e-5
-    assert apart(found[0][1][0], one_process(c, 20)[1][0]) > .01                 # and not that of the whole batch
-    assert all(torch.equal(a, b) for a,b in zip(found[0][2], found[1][2]))      # rank 0's statistics, everywhere
+    assert apart(found[0][1][0], one_process(c, 20)[1][0]) > .01     # and not that of the whole batch
+    assert all(torch.equal(a, b) for a,b in zip(found[0][2], found[1][2]))  # rank 0's statistics, everywhere
 
 def test_compressed_gradients_have_eight_binary_digits():
     exact = one_process(STILL, 20)[1][0]
@@ -125,7 +132,7 @@ def test_compressed_gradients_have_eight_binary_digits():
     assert 1e-4 < apart(found[0][1][0], exact) < 1e-2
     assert all(torch.equal(a, b) for a,b in zip(found[0][1][0], found[1][1][0]))
 
-# --------------------------------------------------------------------------------------------------- whole runs
+# -------------------------------------------------------------------------------- whole runs
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory): # undisturbed, of two ranks
@@ -138,8 +145,8 @@ def test_a_run_of_two_ranks_is_one_run(whole, tmp_path):
     run, log = load_run(where), [json.loads(l) for l in (where/'log.jsonl').read_text().splitlines()]
     assert sha256(*run.net.state_dict().values()) == a[1] and sha256(run.clustering.assign) == a[2]
     assert [r['loss'] for r in log] == a[0]
-    assert {p.name for p in where.iterdir()} == {'params.yaml', 'data.json', 'log.jsonl', 'assignments', 'clusters.csv',
-                                                 'checkpoint', 'figures'}
+    assert {p.name for p in where.iterdir()} == {'params.yaml', 'data.json', 'log.jsonl', 'assignments',
+                                                 'clusters.csv', 'checkpoint', 'figures'}
     alone = fit(replace(SMALL, sync_bn=True), made_images(), echo=None)
     (shared, *_), _ = in_ranks(2, tasks.run, replace(SMALL, sync_bn=True))
     assert [r['loss'] for r in alone.log] == pytest.approx(shared, rel=1e-3)
@@ -215,12 +222,39 @@ def test_checkpoints_know_no_number_of_ranks(tmp_path, whole):
     ends(3, c, 2, (0, 2), 'SIGTERM')
     with pytest.warns(UserWarning, match='saved by 3 and goes on with 1 ranks: the last digits will differ'):
         alone = fit(c, made_images(), echo=None)
-    assert [r['loss'] for r in alone.log] == pytest.approx([r['loss'] for r in fit(replace(c, run_dir=''), made_images(), echo=None).log], rel=1e-3)
-    again = in_ranks(2, tasks.run, c)                                  # finished: only the clusters are computed
+    undisturbed = fit(replace(c, run_dir=''), made_images(), echo=None)
+    assert [r['loss'] for r in alone.log] == pytest.approx([r['loss'] for r in undisturbed.log], rel=1e-3)
+    again = in_ranks(2, tasks.run, c)                             # finished: only the clusters are computed
     assert again[0][1:] == again[1][1:] and again[0][1] == sha256(*alone.net.state_dict().values())
 
-@pytest.mark.parametrize('more, says', [(dict(parts='plain'), "parts: expected 'fast' with several ranks"),
-                                        (dict(clusterer='pic'), "clusterer: expected 'kmeans' with several ranks"),
-                                        (dict(batch_size=3), 'batch_size: expected at least 4, two images for each of 2')])
+@pytest.mark.parametrize('more, says', [
+    (dict(parts='plain'), "parts: expected 'fast' with several ranks"),
+    (dict(clusterer='pic'), "clusterer: expected 'kmeans' with several ranks"),
+    (dict(batch_size=3), 'batch_size: expected at least 4, two images for each of 2')])
 def test_what_ranks_can_not_do_is_refused(more, says):
     with pytest.raises(RuntimeError, match=says): in_ranks(2, tasks.run, replace(SMALL, **more))
+
+# -------------------------------------------------------------------------------- the model
+
+def test_the_estimate_of_ranks():
+    from deepcluster_nb.estimate import Estimate, on_ranks, rank_table
+    c = resolve(replace(SMALL, k=50, pca=16))
+    samples = dict(features=[1e-3], pca=[1e-4], axes=[.5], kmeans=[1e-3], training=[1e-2], books=[1e-5],
+                   saving=[0.])
+    e = Estimate(c, samples, dict(n=10_000, dim=64, classes=0, network=3*4e6, checkpoint=2*4e6))
+    for world in (1, 4):
+        found = on_ranks(e, world, float('inf'))
+        assert {p: w for p,(_,w) in found.items()} == dict.fromkeys(found, 0.)
+        assert found['features'][0] == pytest.approx(10/world)
+        assert found['pca'][0] == pytest.approx(1/world + .5)
+    slow = on_ranks(e, 2, 1e6)          # a megabyte a second; a ring of two sends once
+    assert slow['kmeans'][1] == pytest.approx(21*8*50*16/1e6)
+    assert slow['training'][1] == pytest.approx(500*4 - 2/3*50)      # 500 steps of 20 images
+    half = on_ranks(replace(e, config=replace(c, compress_gradients=True)), 2, 1e6)
+    assert half['training'][1] == pytest.approx(500*2 - 2/3*50)
+    assert 'in all' in rank_table(e, 2, 1e6) and '1 MB a second' in rank_table(e, 2, 1e6)
+
+def test_bytes_are_those_of_the_formula():
+    for world in (2, 3):
+        for sent,_ in in_ranks(world, distributed.measure_sum, 4_000_000):
+            assert sent == pytest.approx(distributed.ring_bytes(4_000_000, world), rel=.02)

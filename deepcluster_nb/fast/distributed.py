@@ -6,8 +6,8 @@
 __all__ = ['BEAT', 'PATIENCE', 'GRACE', 'HERE', 'MEETINGS', 'bounds', 'Ranks', 'named', 'SharedSums', 'chosen_rows', 'kmeans',
            'shared_lloyd', 'same_clusters', 'pooled', 'cluster', 'existing', 'own_part', 'GlobalSum', 'shared_norm',
            'norms_shared', 'replica', 'train_epoch', 'Lost', 'Notes', 'note_text', 'Watch', 'current', 'ranks_here',
-           'backend', 'connected', 'started_as_rank', 'meeting_place', 'joined', 'as_rank', 'in_ranks',
-           'shared_tensors', 'same_images', 'RankGuard']
+           'backend', 'connected', 'started_as_rank', 'meeting_place', 'joined', 'as_rank', 'in_ranks', 'share_of',
+           'call', 'ring_bytes', 'measure_sum', 'shared_tensors', 'same_images', 'RankGuard']
 
 # %% ../../nbs/fast/28_distributed.ipynb #5ab7f133
 import hashlib, json, os, sys, tempfile, threading, time
@@ -141,9 +141,12 @@ def kmeans(x:Tensor,          # (N/ranks, D) this rank's points
 
 def shared_lloyd(x, init, niter, repair, ranks, lengths)->Clustering:
     "Assign the own points, add up the sums of all, and move and repair the centroids on every rank alike."
-    k, centroids, sums, objective = len(init), init.clone(), SharedSums(x, len(init), ranks, sum(lengths)), []
+    k, centroids, objective = len(init), init.clone(), []
+    sums = SharedSums(x, k, ranks, sum(lengths))
     losses = rounding_losses(x, rough_type(x)) if len(x) else None
-    squares = ranks.sum(sum((b.double().pow(2).sum() for b in x.split(8192)), x.new_zeros((), dtype=torch.double)))
+    squares = x.new_zeros((), dtype=torch.double)
+    for b in x.split(8192): squares += b.double().pow(2).sum()
+    ranks.sum(squares)
     for i in range(niter + 1):
         assign = nearest(x, centroids, losses=losses) if len(x) else x.new_empty(0, dtype=torch.long)
         total, moved = sums.update(assign)
@@ -262,7 +265,7 @@ def norms_shared(net, ranks, counts):
 
 # %% ../../nbs/fast/28_distributed.ipynb #f5e6aa99
 def replica(net, compress:bool, ranks)->nn.parallel.DistributedDataParallel:
-    "Wrap the network for training: rank 0's weights everywhere, and gradients averaged while they are computed."
+    "Wrap the network for training: rank 0's weights everywhere, and the mean of all gradients."
     kind = nn.parallel.DistributedDataParallel
     # PyTorch's newer name first
     buffers = [n for n in ('forward_sync_buffers', 'broadcast_buffers') if n in signature(kind).parameters][0]
@@ -339,7 +342,8 @@ class Notes:
         return json.loads(self.read('end') or 'null')
 
     def leave(self, rank:int, text:str, stopped:bool=False)->dict: # the first one's note, whoever was faster
-        return json.loads(self.store.compare_set('end', '', json.dumps(dict(rank=rank, text=text, stopped=stopped))))
+        mine = json.dumps(dict(rank=rank, text=text, stopped=stopped))
+        return json.loads(self.store.compare_set('end', '', mine))
 
     def beat(self, n:int): self.store.set(f'beat{self.rank}', str(n))
     def sign(self, rank:int)->str: return self.read(f'done{rank}') or self.read(f'beat{rank}')
@@ -418,7 +422,8 @@ def backend()->str:
 @contextmanager
 def connected(store, rank:int, world:int): # → Ranks
     "Be one of several ranks inside this block; an error in one of them ends all of them."
-    if gpus := torch.cuda.device_count(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', rank)) % gpus)
+    if gpus := torch.cuda.device_count():
+        torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', rank)) % gpus)
     dist.init_process_group(backend(), store=store, rank=rank, world_size=world, timeout=timedelta(hours=4))
     ranks, notes = Ranks(rank, world), Notes(store, rank, world)
     watch = Watch(ranks, notes)
@@ -457,7 +462,8 @@ def as_rank(rank, world, folder, threads, answer, work, args):
     try:
         with connected(dist.FileStore(f'{folder}/store', world), rank, world) as ranks:
             answer.send((None, work(ranks, *args)))
-            with suppress(EOFError): answer.recv()          # tensors in the answer are shared until it was read
+            # its tensors are shared until it was read
+            with suppress(EOFError): answer.recv()
     except BaseException as e: answer.send((f"{type(e).__name__}: {e}", None))
 
 def in_ranks(world:int, # processes
@@ -472,7 +478,8 @@ def in_ranks(world:int, # processes
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [context.Pipe() for _ in range(world)], []
         for rank,(_,theirs) in enumerate(pipes):
-            processes.append(context.Process(target=as_rank, args=(rank, world, folder, threads, theirs, work, args)))
+            given = rank, world, folder, threads, theirs, work, args
+            processes.append(context.Process(target=as_rank, args=given))
             processes[-1].start()
             theirs.close()
         answers, over = {}, None
@@ -494,6 +501,33 @@ def in_ranks(world:int, # processes
     if errors := [f"rank {r}: {e}" for r,(e,_) in enumerate(answers) if e]:
         raise RuntimeError('; '.join(errors))
     return [a for _,a in answers]
+
+# %% ../../nbs/fast/28_distributed.ipynb #8f5b0a38
+def share_of(ranks, f, x, *args, **kwargs):
+    "Call a function with this rank's share of some rows."
+    return f(x[slice(*bounds(len(x), ranks.world)[ranks.rank:ranks.rank + 2])], *args, ranks=ranks, **kwargs)
+
+def call(ranks, f, *args, **kwargs):
+    "Call a function that finds its ranks by itself, as `fit` does."
+    return f(*args, **kwargs)
+
+# %% ../../nbs/fast/28_distributed.ipynb #37b3a3b5
+def ring_bytes(nbytes:float, world:int)->float: # that one rank sends
+    "Return the cost of adding up so many bytes over all ranks."
+    return 2 * nbytes * (world - 1) / world
+
+def measure_sum(ranks, nbytes:int, times:int=1)->tuple: # (bytes sent or None, seconds), of one sum
+    "Add up zeros over all ranks, and look at the clock and at what the system has counted."
+    def written():
+        with suppress(OSError):
+            return int(Path('/proc/self/io').read_text().split('wchar: ')[1].split()[0])
+    x = torch.zeros(nbytes // 4, device='cuda' if torch.cuda.is_available() else 'cpu')
+    ranks.sum(x)                                            # the first one connects
+    before, start = written(), time.perf_counter()
+    for _ in range(times): ranks.sum(x)
+    if x.is_cuda: torch.cuda.synchronize()
+    seconds, after = time.perf_counter() - start, written()
+    return None if before is None else (after - before) / times, seconds / times
 
 # %% ../../nbs/fast/28_distributed.ipynb #9acf34f0
 def shared_tensors(tensors:dict, # name → tensor on the CPU, of rank 0
@@ -539,5 +573,6 @@ class RankGuard(Guard):
         self.ranks.saving = True
         try:
             if self.folder: super().__call__(save, due)
-            elif self.reason: raise Stopped(f"{self.reason}: rank 0 keeps the state")
+            elif self.reason: raise Stopped(f"{self.reason}: rank 0 saves the state; "
+                                             "the same command goes on from there")
         finally: self.ranks.saving = False
