@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['SURE', 'LAYERS', 'SHOTS', 'VOC', 'THIRD', 'QUOTED', 'PAPER', 'AND', 'BUILD', 'COMMENT', 'MM', 'PUBLISHED', 'PROBE',
            'IMAGENET', 'VOC2007', 'POOLED', 'WITH_KNN', 'STEPS', 'RUN', 'MISSING', 'TABLES', 'KINDS', 'SETS', 'PLACE',
-           'READERS', 'FIRST', 'NAMES', 'LOOK', 'Published', 'and_row', 'published', 'published_table', 'Table',
-           'voc_command', 'Finished', 'read_finished', 'data_of', 'network_of', 'arch_of', 'Row', 'views',
-           'probe_table', 'probe_rows', 'without_classes', 'voc_row', 'voc_rows', 'retrieval_rows', 'ends', 'spent',
-           'log_rows', 'measured', 'apart_from_k', 'differences', 'about', 'commands', 'fits_first', 'cell',
-           'html_table', 'our_line', 'section', 'nmi_curves', 'nmi_figure', 'others', 'sections', 'report_page',
+           'READERS', 'FIRST', 'NAMES', 'LOOK', 'Published', 'and_row', 'published', 'published_cells',
+           'published_table', 'Table', 'voc_command', 'Finished', 'read_finished', 'data_of', 'network_of', 'arch_of',
+           'Row', 'views', 'probe_table', 'probe_rows', 'without_classes', 'svm_row', 'voc_rows', 'retrieval_rows',
+           'ends', 'spent', 'log_rows', 'measured', 'apart_from_k', 'differences', 'about', 'commands', 'fits_first',
+           'cell', 'html_table', 'our_line', 'section', 'nmi_curves', 'nmi_figure', 'others', 'sections', 'report_page',
            'write_page']
 
 # %% ../nbs/33_report.ipynb #fbc22d07
 import base64, io, json, math
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 import yaml
@@ -98,10 +98,16 @@ def published(table:str)->list: # of Published
         raise ValueError(f"table: expected one of {', '.join(TABLES)}, got {table!r}")
     return [row for row in PUBLISHED if row.table == table]
 
+def published_cells(row:Published)->list: # of text
+    "Write a published row, its numbers with as many digits as they were printed with."
+    digits = 2 if any(isinstance(v, float) and round(v, 1) != v for v in row.values) else 1
+    values = [f'{v:.{digits}f}' if isinstance(v, float) else cell(v) for v in row.values]
+    return [row.who, *values, f'{row.sure}: {row.source}', row.how]
+
 def published_table(table:str)->str: # Markdown
     "Write the published rows of one table, for the notebooks that print them below their own."
     rows = [['', *TABLES[table].columns, 'how sure', 'measured how']]
-    rows += [[p.who, *map(cell, p.values), f'{p.sure}: {p.source}', p.how] for p in published(table)]
+    rows += [published_cells(p) for p in published(table)]
     # a column gets its share of the width from its dashes
     rows.insert(1, ['-'*min(40, max(3, *map(len, c))) for c in zip(*rows)])
     return '\n'.join('| ' + ' | '.join(r) + ' |' for r in rows)
@@ -309,21 +315,24 @@ def without_classes(run:Finished)->bool:
     "Return whether a run measured a network whose training images lay in no classes."
     return bool(network_of(run)) and read_finished(run.params['weights']).metrics.get('classes') == 0
 
-def voc_row(run:Finished, part:str, net:str, r:dict)->Row: # r: what metrics.json has of it
-    "Make the row of one part of voc and one network."
-    if part in ('fc6-8', 'all'):
-        table = 'yfcc' if without_classes(run) else 'voc'
-        values = {f'classification, {part}': r['step']}
-    elif part.startswith('SVM'): table, values = 'mm_svm', dict(SVM=r['interpolated'])
-    else: table, values = 'mm_shots', {f'k = {k}': v['best'] for k,v in r.items()}
-    how = part + (', with the cost that is best on the test images' if table == 'mm_shots' else '')
-    return Row(table if run.params['data'] == 'voc2007' else '', run, net, values, how)
+def svm_row(run:Finished, part:str, net:str, r:dict)->Row: # r: what metrics.json has of both
+    "Make the row of a linear SVM, or of low-shot ones, of one network."
+    if part.startswith('SVM '): return Row('mm_svm', run, net, dict(SVM=r['interpolated']), part)
+    return Row('mm_shots', run, net, {f'k = {k}': v['best'] for k,v in r.items()},
+               f'{part}, with the cost that is best on the test images')
 
 def voc_rows(run:Finished)->list: # of Row
     "Collect a run of voc: what was fine-tuned, SVMs, low-shot."
-    parts = {part: nets for part,nets in run.metrics.items()
-             if part in ('fc6-8', 'all') or part.startswith(('SVM ', 'low-shot '))}
-    return [voc_row(run, part, net, r) for part,nets in parts.items() for net,r in nets.items()]
+    m, tuned = run.metrics, {}
+    for part in (part for part in ('fc6-8', 'all') if part in m):
+        for net,r in m[part].items(): tuned.setdefault(net, {})[f'classification, {part}'] = r['step']
+    bn = "batch norm's scale and shift trained" if run.params['train_bn'] else 'batch norm frozen'
+    how = f"{run.params['steps']:,} steps, fc6-8 with {bn}"
+    table = 'yfcc' if without_classes(run) else 'voc'
+    rows = [Row(table, run, net, values, how) for net,values in tuned.items()]
+    rows += [svm_row(run, part, net, r) for part in m if part.startswith(('SVM ', 'low-shot '))
+             for net,r in m[part].items()]
+    return rows if run.params['data'] == 'voc2007' else [replace(row, table='') for row in rows]
 
 def retrieval_rows(run:Finished)->list: # of Row
     "Collect a run of retrieval."
@@ -445,8 +454,8 @@ def section(key:str, rows, runs, folder=lambda run: run.path.name)->str: # HTML
     "Write one table: what is published, what these runs say, and what is missing."
     table = TABLES[key]
     mine = [r for r in rows if r.table == key]
-    lines = [('published', [p.who, *[cell(v) for v in p.values], f'{p.sure}: {p.source}', p.how])
-             for p in published(key)] + [our_line(r, table.columns, folder) for r in mine]
+    lines = [('published', published_cells(p)) for p in published(key)]
+    lines += [our_line(r, table.columns, folder) for r in mine]
     missing = commands(table, mine, runs)
     if missing and table.columns:
         nothing = not any(r.net == 'deepcluster' for r in mine)
