@@ -668,7 +668,7 @@ def run_rank(name:str, params:dict=None, run_dir=None, preset:str=None):
     fit(Config(**{f.name: values[f.name] for f in fields(Config)}), echo=None)
 
 def launch(nproc:int,    # processes on this machine
-           command:list, # what follows `deepcluster-nb run`
+           command:list, # what follows run on the command line
           )->int:        # exit status
     "Start the ranks with PyTorch's launcher, and say in one line why they ended before their end."
     from torch.distributed.elastic.multiprocessing import SignalException
