@@ -29,7 +29,8 @@ from .pictures import training_curves
 from .fast.packing import read_like
 from .probes import ProbeConfig, resolve_probe
 from .released import open_run
-from .runs import (MEASURING, RunFolder, Stopped, amount, duration, held_by, in_notebook, progress_line,
+from .runs import (MEASURING, RunFolder, Stopped, amount, duration, held_by, in_notebook,
+                                 progress_line,
                                  signals_to, write_atomic)
 from .fast.distributed import started_as_rank
 from .fit import Config, check, clusters_csv, describe, fit, may_differ, predict, resolve
@@ -640,7 +641,7 @@ def run_rank(name:str, params:dict=None, run_dir=None, preset:str=None):
     fit(Config(**{f.name: values[f.name] for f in fields(Config)}), echo=None)
 
 def launch(nproc:int,    # processes on this machine
-           command:list, # what follows `deepcluster-nb run`
+           command:list, # what follows the word run
           )->int:        # exit status
     "Start the ranks with PyTorch's launcher, and say in one line why they ended before their end."
     from torch.distributed.elastic.multiprocessing import SignalException

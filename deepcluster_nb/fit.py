@@ -36,7 +36,7 @@ from .switches import SCHEDULES, new_head
 from .training import sgd, trunk_parameters
 from .fast.training import CLUSTERERS
 from .runs import Guard, Progress, RunFolder, load_checkpoint, same_data, say
-from .fast import distributed
+import deepcluster_nb.fast.distributed as distributed
 from .fast.distributed import RankGuard, joined, ranks_here, same_images, shared_tensors
 
 # %% ../nbs/18_fit.ipynb #c65572ad
@@ -508,7 +508,7 @@ def fit(config:Config,  # what to do
                 if c.calibrate: calibrate_bn(net, images, c.size)
             if ranks: state = first_state(state, c, ranks)
             hooks = Hooks(state, images, c, folder, guard, echo)
-            for r in hooks.log if echo else []: echo(describe(r, c.epochs))     # what was done before the stop
+            for r in hooks.log if echo else []: echo(describe(r, c.epochs))  # what was done before the stop
             run_loop(state, on_device, c, parts, hooks)
     return Run(net, images, state.clustering, state.pca, hooks.log, c)
 
