@@ -7,8 +7,8 @@ ROOT = Path(__file__).parent.parent
 CORE = ['data', 'augment', 'sobel', 'model', 'features', 'clustering', 'sampling', 'training']
 ORDER = [*CORE, 'switches',
          'fast.images', 'fast.feeding', 'fast.crops', 'fast.small_maps', 'fast.features', 'fast.kmeans',
-         'fast.training', 'sources', 'runs', 'fast.packing', 'fast.distributed', 'fit', 'probes', 'pictures', 'voc',
-         'retrieval',
+         'fast.training', 'sources', 'runs', 'fast.packing', 'fast.distributed', 'fit', 'probes', 'pictures',
+         'voc', 'retrieval',
          'pic', 'released', 'estimate', 'experiments', 'book']
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
