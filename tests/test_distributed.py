@@ -259,3 +259,23 @@ def test_bytes_are_those_of_the_formula():
     for world in (2, 3):
         for sent,_ in in_ranks(world, distributed.measure_sum, 4_000_000):
             assert sent == pytest.approx(distributed.ring_bytes(4_000_000, world), rel=.02)
+
+# -------------------------------------------------------------------------------- the command
+
+def test_the_command_says_in_one_line_who_ended(tmp_path, capsys, monkeypatch):
+    from types import SimpleNamespace as Fake
+    from deepcluster_nb.experiments import ended, told_end
+    killed = Fake(failures={0: Fake(timestamp=3, exitcode=1), 1: Fake(timestamp=2, exitcode=-9)})
+    assert told_end(killed, tmp_path/'end') == 1
+    assert capsys.readouterr().err == 'deepcluster-nb: rank 1 was killed by SIGKILL\n'
+    monkeypatch.setenv('DEEPCLUSTER_END', str(tmp_path/'end'))
+    assert (ended('deepcluster-nb: k: expected 2', 2), ended('deepcluster-nb: stopped', 143)) == (2, 143)
+    assert capsys.readouterr().err == ''                          # the process that started them says it
+    failed = Fake(failures={0: Fake(timestamp=3, exitcode=143), 1: Fake(timestamp=2, exitcode=2)})
+    assert told_end(failed, tmp_path/'end') == 2
+    assert capsys.readouterr().err == 'deepcluster-nb: k: expected 2\n'
+
+def test_ranks_are_for_train_alone():
+    from deepcluster_nb.experiments import run_rank
+    with pytest.raises(ValueError, match="experiment: expected train with several ranks, got 'compare'"):
+        run_rank('compare')
