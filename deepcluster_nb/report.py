@@ -7,7 +7,7 @@ __all__ = ['SURE', 'LAYERS', 'SHOTS', 'VOC', 'THIRD', 'QUOTED', 'PAPER', 'AND', 
            'IMAGENET', 'VOC2007', 'POOLED', 'WITH_KNN', 'STEPS', 'RUN', 'MISSING', 'TABLES', 'KINDS', 'SETS', 'PLACE',
            'READERS', 'FIRST', 'NAMES', 'LOOK', 'Published', 'and_row', 'published', 'published_cells',
            'published_table', 'Table', 'voc_command', 'Finished', 'read_finished', 'data_of', 'network_of', 'arch_of',
-           'Row', 'views', 'probe_table', 'probe_rows', 'without_classes', 'svm_row', 'voc_rows', 'retrieval_rows',
+           'Row', 'views', 'probe_table', 'probe_rows', 'without_classes', 'svm_rows', 'voc_rows', 'retrieval_rows',
            'ends', 'spent', 'log_rows', 'measured', 'apart_from_k', 'differences', 'about', 'commands', 'fits_first',
            'cell', 'html_table', 'our_line', 'section', 'nmi_curves', 'nmi_figure', 'others', 'sections', 'report_page',
            'write_page']
@@ -306,20 +306,21 @@ def probe_rows(run:Finished)->list: # of Row
             if i and net != 'deepcluster': continue          # the others once, as the source measured
             more = dict(kNN=knn[net]) if with_knn and i == 0 else {}
             rows.append(Row(table, run, net.replace('_', ', '), layers | more, words))
-    if table == 'imagenet':
-        rows += [Row('knn', run, net.replace('_', ', '), dict(kNN=v), 'kNN, T = 0.1')
-                 for net,v in knn.items()]
-    return rows
+    place = 'knn' if table == 'imagenet' else ''
+    return rows + [Row(place, run, net.replace('_', ', '), dict(kNN=v), 'kNN, T = 0.1')
+                   for net,v in knn.items() if not with_knn]
 
 def without_classes(run:Finished)->bool:
     "Return whether a run measured a network whose training images lay in no classes."
     return bool(network_of(run)) and read_finished(run.params['weights']).metrics.get('classes') == 0
 
-def svm_row(run:Finished, part:str, net:str, r:dict)->Row: # r: what metrics.json has of both
-    "Make the row of a linear SVM, or of low-shot ones, of one network."
-    if part.startswith('SVM '): return Row('mm_svm', run, net, dict(SVM=r['interpolated']), part)
-    return Row('mm_shots', run, net, {f'k = {k}': v['best'] for k,v in r.items()},
-               f'{part}, with the cost that is best on the test images')
+def svm_rows(run:Finished, part:str, net:str, r:dict)->list: # r: what metrics.json has of it
+    "Make the rows of a linear SVM, or of low-shot ones, of one network."
+    if part.startswith('SVM '): return [Row('mm_svm', run, net, dict(SVM=r['interpolated']), part)]
+    costs = dict(best='the cost that is best on the test images',
+                 mean='the cost chosen on other training images')
+    return [Row('mm_shots', run, net, {f'k = {k}': v[key] for k,v in r.items()}, f'{part}, {words}')
+            for key,words in costs.items() if key == 'best' or net == 'deepcluster']
 
 def voc_rows(run:Finished)->list: # of Row
     "Collect a run of voc: what was fine-tuned, SVMs, low-shot."
@@ -330,8 +331,8 @@ def voc_rows(run:Finished)->list: # of Row
     how = f"{run.params['steps']:,} steps, fc6-8 with {bn}"
     table = 'yfcc' if without_classes(run) else 'voc'
     rows = [Row(table, run, net, values, how) for net,values in tuned.items()]
-    rows += [svm_row(run, part, net, r) for part in m if part.startswith(('SVM ', 'low-shot '))
-             for net,r in m[part].items()]
+    rows += [row for part in m if part.startswith(('SVM ', 'low-shot '))
+             for net,r in m[part].items() for row in svm_rows(run, part, net, r)]
     return rows if run.params['data'] == 'voc2007' else [replace(row, table='') for row in rows]
 
 def retrieval_rows(run:Finished)->list: # of Row
