@@ -13,7 +13,7 @@ __all__ = ['SURE', 'LAYERS', 'SHOTS', 'VOC', 'THIRD', 'QUOTED', 'PAPER', 'AND', 
            'write_page']
 
 # %% ../nbs/33_report.ipynb #fbc22d07
-import base64, io, json, math
+import base64, io, json, math, shlex
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -147,7 +147,7 @@ TABLES = dict(
               {VOC[:2]: voc_command('{alexnet}', 'voc2007'),
                VOC[2:]: MISSING + 'detection and no segmentation'},
               VOC2007 | dict(arch='alexnet', steps=80_000),
-              'Average precision by the rule `step`, as the released script has it.'),
+              'Average precision by the rule step, as the released script has it.'),
     yfcc=Table('Table 3: trained on photographs without classes (YFCC100M), VOC2007, mAP, %', VOC[:2],
                {VOC[:2]: voc_command('{yfcc}', 'voc2007')},
                VOC2007 | dict(arch='alexnet', steps=80_000),
@@ -194,7 +194,7 @@ TABLES = dict(
     mm_svm=Table('MMSelfSup: linear SVM on VOC2007, mAP, %', ('SVM',),
                  {('SVM',): voc_command('{resnet50}', 'voc_resnet50')},
                  VOC2007 | dict(arch='resnet50'),
-                 'Average precision by the rule `interpolated`.'),
+                 'Average precision by the rule interpolated.'),
     mm_shots=Table('MMSelfSup: low-shot SVM on VOC2007, k positive images a class, mAP, %', SHOTS,
                    {SHOTS: voc_command('{resnet50}', 'voc_resnet50')},
                    VOC2007 | dict(arch='resnet50', samples=5)),
@@ -420,7 +420,7 @@ def commands(table:Table, rows, runs)->list: # of (columns, lines); rows: of thi
             found = [r.path for r in runs if fits_first(r, name)]
             where = found[0] if found else Path('runs')/preset
             if not found: lines.append(f'{RUN} train --preset {preset} --out {where}')
-            text = text.replace(f'{{{name}}}', str(where))
+            text = text.replace(f'{{{name}}}', shlex.quote(str(where)))
         out.append((empty, [*lines, text]))
     return out
 
@@ -520,7 +520,7 @@ LOOK = '''body {max-width: 75rem; margin: auto; padding: 1rem; font: 15px/1.45 s
 table {border-collapse: collapse} td, th {padding: .15rem .6rem; text-align: left; vertical-align: top}
 th {border-bottom: 1px solid #888} .wide {overflow-x: auto} .ours td {font-weight: 600; color: #17497f}
 .random td, .empty td {color: #666} .ours td:nth-last-child(-n+2) {font-weight: 400}
-.fill {margin-bottom: 0}
+.fill {margin-bottom: 0} td:nth-last-child(-n+2) {min-width: 11rem}
 pre {background: #f3f3f0; padding: .5rem; overflow-x: auto; margin-top: .2rem} img {max-width: 100%}'''
 
 def report_page(runs)->str: # HTML; runs: of Finished

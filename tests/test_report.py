@@ -213,6 +213,8 @@ def test_a_command_names_the_run_that_fits(tmp_path):
     fits, rgb = train(tmp_path/'fits'), train(tmp_path/'rgb', sobel=False)
     of = lambda *paths: commands(TABLES['imagenet'], [], [read_finished(p) for p in paths])[0][1]
     assert of(rgb, fits) == [f'deepcluster-nb run probe --preset probe_imagenet -p weights={fits}']
+    spaced = train(tmp_path/'a b')
+    assert shlex.split(of(spaced)[0])[-1] == f'weights={spaced}'
     assert len(of(rgb)) == 2 and of(rgb)[0].endswith('--out runs/imagenet_alexnet')
 
 def all_commands():
