@@ -7,13 +7,13 @@ __all__ = ['SURE', 'LAYERS', 'SHOTS', 'VOC', 'THIRD', 'QUOTED', 'PAPER', 'AND', 
            'IMAGENET', 'VOC2007', 'POOLED', 'WITH_KNN', 'STEPS', 'RUN', 'MISSING', 'TABLES', 'KINDS', 'SETS', 'PLACE',
            'READERS', 'FIRST', 'NAMES', 'LOOK', 'Published', 'and_row', 'published', 'published_cells',
            'published_table', 'Table', 'voc_command', 'Finished', 'read_finished', 'data_of', 'network_of', 'arch_of',
-           'Row', 'views', 'probe_table', 'probe_rows', 'without_classes', 'svm_row', 'voc_rows', 'retrieval_rows',
+           'Row', 'views', 'probe_table', 'probe_rows', 'without_classes', 'svm_rows', 'voc_rows', 'retrieval_rows',
            'ends', 'spent', 'log_rows', 'measured', 'apart_from_k', 'differences', 'about', 'commands', 'fits_first',
            'cell', 'html_table', 'our_line', 'section', 'nmi_curves', 'nmi_figure', 'others', 'sections', 'report_page',
            'write_page']
 
 # %% ../nbs/33_report.ipynb #fbc22d07
-import base64, io, json, math
+import base64, io, json, math, shlex
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -147,7 +147,7 @@ TABLES = dict(
               {VOC[:2]: voc_command('{alexnet}', 'voc2007'),
                VOC[2:]: MISSING + 'detection and no segmentation'},
               VOC2007 | dict(arch='alexnet', steps=80_000),
-              'Average precision by the rule `step`, as the released script has it.'),
+              'Average precision by the rule step, as the released script has it.'),
     yfcc=Table('Table 3: trained on photographs without classes (YFCC100M), VOC2007, mAP, %', VOC[:2],
                {VOC[:2]: voc_command('{yfcc}', 'voc2007')},
                VOC2007 | dict(arch='alexnet', steps=80_000),
@@ -194,7 +194,7 @@ TABLES = dict(
     mm_svm=Table('MMSelfSup: linear SVM on VOC2007, mAP, %', ('SVM',),
                  {('SVM',): voc_command('{resnet50}', 'voc_resnet50')},
                  VOC2007 | dict(arch='resnet50'),
-                 'Average precision by the rule `interpolated`.'),
+                 'Average precision by the rule interpolated.'),
     mm_shots=Table('MMSelfSup: low-shot SVM on VOC2007, k positive images a class, mAP, %', SHOTS,
                    {SHOTS: voc_command('{resnet50}', 'voc_resnet50')},
                    VOC2007 | dict(arch='resnet50', samples=5)),
@@ -306,20 +306,21 @@ def probe_rows(run:Finished)->list: # of Row
             if i and net != 'deepcluster': continue          # the others once, as the source measured
             more = dict(kNN=knn[net]) if with_knn and i == 0 else {}
             rows.append(Row(table, run, net.replace('_', ', '), layers | more, words))
-    if table == 'imagenet':
-        rows += [Row('knn', run, net.replace('_', ', '), dict(kNN=v), 'kNN, T = 0.1')
-                 for net,v in knn.items()]
-    return rows
+    place = 'knn' if table == 'imagenet' else ''
+    return rows + [Row(place, run, net.replace('_', ', '), dict(kNN=v), 'kNN, T = 0.1')
+                   for net,v in knn.items() if not with_knn]
 
 def without_classes(run:Finished)->bool:
     "Return whether a run measured a network whose training images lay in no classes."
     return bool(network_of(run)) and read_finished(run.params['weights']).metrics.get('classes') == 0
 
-def svm_row(run:Finished, part:str, net:str, r:dict)->Row: # r: what metrics.json has of both
-    "Make the row of a linear SVM, or of low-shot ones, of one network."
-    if part.startswith('SVM '): return Row('mm_svm', run, net, dict(SVM=r['interpolated']), part)
-    return Row('mm_shots', run, net, {f'k = {k}': v['best'] for k,v in r.items()},
-               f'{part}, with the cost that is best on the test images')
+def svm_rows(run:Finished, part:str, net:str, r:dict)->list: # r: what metrics.json has of it
+    "Make the rows of a linear SVM, or of low-shot ones, of one network."
+    if part.startswith('SVM '): return [Row('mm_svm', run, net, dict(SVM=r['interpolated']), part)]
+    costs = dict(best='the cost that is best on the test images',
+                 mean='the cost chosen on other training images')
+    return [Row('mm_shots', run, net, {f'k = {k}': v[key] for k,v in r.items()}, f'{part}, {words}')
+            for key,words in costs.items() if key == 'best' or net == 'deepcluster']
 
 def voc_rows(run:Finished)->list: # of Row
     "Collect a run of voc: what was fine-tuned, SVMs, low-shot."
@@ -330,8 +331,8 @@ def voc_rows(run:Finished)->list: # of Row
     how = f"{run.params['steps']:,} steps, fc6-8 with {bn}"
     table = 'yfcc' if without_classes(run) else 'voc'
     rows = [Row(table, run, net, values, how) for net,values in tuned.items()]
-    rows += [svm_row(run, part, net, r) for part in m if part.startswith(('SVM ', 'low-shot '))
-             for net,r in m[part].items()]
+    rows += [row for part in m if part.startswith(('SVM ', 'low-shot '))
+             for net,r in m[part].items() for row in svm_rows(run, part, net, r)]
     return rows if run.params['data'] == 'voc2007' else [replace(row, table='') for row in rows]
 
 def retrieval_rows(run:Finished)->list: # of Row
@@ -419,7 +420,7 @@ def commands(table:Table, rows, runs)->list: # of (columns, lines); rows: of thi
             found = [r.path for r in runs if fits_first(r, name)]
             where = found[0] if found else Path('runs')/preset
             if not found: lines.append(f'{RUN} train --preset {preset} --out {where}')
-            text = text.replace(f'{{{name}}}', str(where))
+            text = text.replace(f'{{{name}}}', shlex.quote(str(where)))
         out.append((empty, [*lines, text]))
     return out
 
@@ -519,7 +520,7 @@ LOOK = '''body {max-width: 75rem; margin: auto; padding: 1rem; font: 15px/1.45 s
 table {border-collapse: collapse} td, th {padding: .15rem .6rem; text-align: left; vertical-align: top}
 th {border-bottom: 1px solid #888} .wide {overflow-x: auto} .ours td {font-weight: 600; color: #17497f}
 .random td, .empty td {color: #666} .ours td:nth-last-child(-n+2) {font-weight: 400}
-.fill {margin-bottom: 0}
+.fill {margin-bottom: 0} td:nth-last-child(-n+2) {min-width: 11rem}
 pre {background: #f3f3f0; padding: .5rem; overflow-x: auto; margin-top: .2rem} img {max-width: 100%}'''
 
 def report_page(runs)->str: # HTML; runs: of Finished

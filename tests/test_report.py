@@ -144,6 +144,8 @@ def test_what_differs_is_named(tmp_path):
 def test_tables_of_probes(tmp_path, metrics, table):
     rows = rows_of(probe(tmp_path/'p', metrics=metrics, crops='center'), table=table)
     assert len(rows) == 2 and ('kNN' in rows[0].values) == (table == '')
+    knn = [r.values for r in rows_of(tmp_path/'p', table='') if r.how.startswith('kNN')]
+    assert knn == ([dict(kNN=33.)] if table else [])                      # no number is lost
 
 def test_the_average_pool_of_a_resnet(tmp_path):
     path = probe(tmp_path/'p', LAYERS + ('avgpool',), dict(arch='resnet50'), 'center')
@@ -184,7 +186,8 @@ def test_voc_by_the_rule_of_each_source(tmp_path):
     assert row.values == {'classification, fc6-8': 41., 'classification, all': 42.}         # by `step`
     assert '80,000 steps, fc6-8 with batch norm frozen' in row.how and differences(row) == []
     assert [r.values for r in rows_of(path, table='mm_svm')] == [dict(SVM=41.)]      # interpolated
-    (shots,) = rows_of(path, table='mm_shots')
+    shots, honest = rows_of(path, table='mm_shots')
+    assert honest.values == {'k = 1': 5., 'k = 96': 5.} and 'chosen on other training images' in honest.how
     assert shots.values == {'k = 1': 8., 'k = 96': 8.} and 'best on the test images' in shots.how
     assert differences(shots) == ['arch alexnet (source: resnet50)']
     assert rows_of(voc(tmp_path/'made', data='made'), table='voc') == []
@@ -210,6 +213,8 @@ def test_a_command_names_the_run_that_fits(tmp_path):
     fits, rgb = train(tmp_path/'fits'), train(tmp_path/'rgb', sobel=False)
     of = lambda *paths: commands(TABLES['imagenet'], [], [read_finished(p) for p in paths])[0][1]
     assert of(rgb, fits) == [f'deepcluster-nb run probe --preset probe_imagenet -p weights={fits}']
+    spaced = train(tmp_path/'a b')
+    assert shlex.split(of(spaced)[0])[-1] == f'weights={spaced}'
     assert len(of(rgb)) == 2 and of(rgb)[0].endswith('--out runs/imagenet_alexnet')
 
 def all_commands():
