@@ -53,7 +53,7 @@ class Ranks:
                 ):
         self.rank, self.world = rank, world
         self.moved = 0                                      # bytes given to collectives so far
-        self.asked, self.saving = None, False
+        self.asked, self.saving, self.writer = None, False, None
 
     def sum(self, x:Tensor)->Tensor: # in place
         self.moved += x.nbytes
@@ -84,6 +84,10 @@ class Ranks:
         out, start = x.new_zeros(sum(lengths), *x.shape[1:]), sum(lengths[:self.rank])
         out[start:start + len(x)] = x
         return self.sum(out)
+
+    def saves(self)->bool: # also behind the training
+        thread = self.writer and self.writer.thread
+        return self.saving or bool(thread and thread.is_alive())
 
     def agreed(self, mine:bool)->int: # who said yes a step ago, −1 for nobody; costs no waiting
         last, said = self.asked, torch.tensor([self.rank if mine else -1])
@@ -397,7 +401,7 @@ class Watch(threading.Thread):
         if self.done.wait(GRACE): return
         if torch.cuda.is_available():
             with suppress(Exception): dist.distributed_c10d._abort_process_group()
-        while self.ranks.saving and not self.done.wait(BEAT): pass
+        while self.ranks.saves() and not self.done.wait(BEAT): pass
         if self.done.wait(GRACE): return
         print(note_text(note), file=sys.stderr, flush=True)
         os._exit(143 if note.get('stopped') else 1)
@@ -553,6 +557,7 @@ class RankGuard(Guard):
     def __init__(self, ranks, folder=None, minutes:float=10): # folder: rank 0's
         super().__init__(folder, minutes)
         self.ranks, self.reason = ranks, ''
+        if folder: ranks.writer = folder.behind
 
     @contextmanager
     def held(self, *args):
