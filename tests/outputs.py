@@ -16,7 +16,7 @@ TIMED = re.compile(r'perf_counter|time\.time|\btimeit\b|seconds|estimate|duratio
 MEASURED = ['index.ipynb', '07_training.ipynb', '08_switches.ipynb', '09_probes.ipynb', '10_pictures.ipynb',
             '11_voc.ipynb', '15_experiments.ipynb', '18_fit.ipynb', 'fast/19_images.ipynb',
             'fast/20_feeding.ipynb', 'fast/21_crops.ipynb', 'fast/22_features.ipynb', 'fast/23_kmeans.ipynb',
-            'fast/24_small_maps.ipynb', 'fast/25_training.ipynb', 'fast/27_graph.ipynb', '27_estimate.ipynb',
+            'fast/24_small_maps.ipynb', 'fast/25_training.ipynb', 'fast/27_graph.ipynb', '29_estimate.ipynb',
             'experiments/']
 
 def outputs_of(cell): # kind → contents: streams joined, the richest form of the rest in order

@@ -8,7 +8,7 @@ from deepcluster_nb.experiments import main
 from deepcluster_nb.fit import Config, resolve
 
 ROOT = Path(__file__).parent.parent
-NBS, PAGE = ROOT/'nbs', ROOT/'nbs'/'31_coverage.ipynb'
+NBS, PAGE = ROOT/'nbs', ROOT/'nbs'/'33_coverage.ipynb'
 
 # module → chapter
 MODULES = {m[1]: str(p.relative_to(NBS)) for p in sorted(NBS.rglob('[0-9]*.ipynb'))

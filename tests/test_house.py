@@ -73,7 +73,7 @@ def test_stored_notebooks(path):
     assert 'it/s]' not in text and 'Warning' not in text, 'progress bars or warnings in the stored outputs'
 
 # pages beside the chapters: they lead to them and define nothing
-GUIDES = ['how_to_read', 'glossary', '28_own_images', '29_not_learning', '30_cost']
+GUIDES = ['how_to_read', 'glossary', '30_own_images', '31_not_learning', '32_cost']
 
 @pytest.mark.parametrize('name', GUIDES)
 def test_guides_define_nothing_and_lead_to_the_chapters(name):
