@@ -314,6 +314,7 @@ def without_classes(run:Finished)->bool:
     "Return whether a run measured a network whose training images lay in no classes."
     return bool(network_of(run)) and read_finished(run.params['weights']).metrics.get('classes') == 0
 
+# %% ../nbs/33_report.ipynb #d3db3dab
 def svm_rows(run:Finished, part:str, net:str, r:dict)->list: # r: what metrics.json has of it
     "Make the rows of a linear SVM, or of low-shot ones, of one network."
     if part.startswith('SVM '): return [Row('mm_svm', run, net, dict(SVM=r['interpolated']), part)]
@@ -341,6 +342,7 @@ def retrieval_rows(run:Finished)->list: # of Row
     return [Row('retrieval' if city in TABLES['retrieval'].columns else '', run, net, {city: v},
                 f'larger side {run.params["sides"]}') for net,v in run.metrics.get('mAP', {}).items()]
 
+# %% ../nbs/33_report.ipynb #70ff3f7e
 def ends(log, name:str)->tuple: # ('0.123', '0.234'), or ('', '') where nothing was measured
     "Return the first and the last value of a log."
     values = [f'{r[name]:.3f}' for r in log if r.get(name) is not None]
@@ -364,6 +366,7 @@ def log_rows(run:Finished)->list: # of Row
     return [Row(table, run, 'deepcluster', dict(zip(TABLES[table].columns, v)), how)
             for table,v in found.items()]
 
+# %% ../nbs/33_report.ipynb #f727b105
 READERS = dict(train=[probe_rows, log_rows], probe=[probe_rows], voc=[voc_rows],
                retrieval=[retrieval_rows])
 
@@ -402,7 +405,7 @@ def about(run:Finished)->str:
                   f"{p['epochs']:,} reassignments"]
     return ', '.join([*words, f"seed {run.params['seed']}"])
 
-# %% ../nbs/33_report.ipynb #22084d0a
+# %% ../nbs/33_report.ipynb #6659735b
 FIRST = dict(alexnet='imagenet_alexnet', vgg16='imagenet_vgg16', resnet50='imagenet_resnet50',
              yfcc='yfcc_alexnet')
 
@@ -430,6 +433,7 @@ def fits_first(run:Finished, name:str)->bool:
     if name == 'yfcc': return run.params['arch'] == 'alexnet' and run.metrics.get('classes') == 0
     return run.params['arch'] == name and run.params['sobel'] and data_of(run) == 'imagenet'
 
+# %% ../nbs/33_report.ipynb #3f0cf23f
 NAMES = dict(deepcluster='DeepCluster', supervised='labels')
 
 def cell(v)->str:
@@ -472,7 +476,7 @@ def section(key:str, rows, runs, folder=lambda run: run.path.name)->str: # HTML
         parts.append(f'<p class="fill">{escape(says)}</p><pre>{escape(chr(10).join(text))}</pre>')
     return '\n'.join(parts)
 
-# %% ../nbs/33_report.ipynb #4294e47a
+# %% ../nbs/33_report.ipynb #75375c72
 @styled
 def nmi_curves(runs, folder=lambda run: run.path.name):
     "Draw NMI with the labels and with the last clustering over the epochs, a line a run."
@@ -497,6 +501,7 @@ def nmi_figure(runs, folder)->str: # HTML
     alt = 'Two panels of curves over the reassignments, a line for each run; dotted: chance.'
     return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
 
+# %% ../nbs/33_report.ipynb #9bfac33d
 def others(rows, folder)->str: # HTML; '' where there are none
     "Write what belongs to none of the tables: a table a run."
     parts, mine = [], [r for r in rows if not r.table]
@@ -516,6 +521,7 @@ def sections(runs)->list: # of HTML
     parts = [section(key, rows, runs, folder) for key in TABLES]
     return [f'<p>{escape(said)}</p>' if unfinished else '', *parts, others(rows, folder)]
 
+# %% ../nbs/33_report.ipynb #7286bb77
 LOOK = '''body {max-width: 75rem; margin: auto; padding: 1rem; font: 15px/1.45 system-ui, sans-serif}
 table {border-collapse: collapse} td, th {padding: .15rem .6rem; text-align: left; vertical-align: top}
 th {border-bottom: 1px solid #888} .wide {overflow-x: auto} .ours td {font-weight: 600; color: #17497f}
