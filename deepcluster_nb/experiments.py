@@ -8,8 +8,8 @@ __all__ = ['TAKE_ALL', 'PAGE', 'SPINS', 'experiments_folder', 'one_of', 'paramet
            'parse_pairs', 'run_epochs', 'Passing', 'Watcher', 'write_report', 'signals_passed_on', 'sleeping_threads',
            'kernel_environment', 'drawn', 'kept', 'run_experiment', 'summary', 'Look', 'look_at', 'sparkline',
            'dashboard', 'event_writer', 'log_numbers', 'watch', 'watch_figure', 'decoded_bytes', 'kept_recipe',
-           'read_some', 'room_for', 'predict_folder', 'listing', 'forecast', 'any_text', 'run_rank', 'launch',
-           'told_end', 'ended', 'main']
+           'read_some', 'room_for', 'predict_folder', 'listing', 'forecast', 'any_text', 'add_report', 'run_rank',
+           'launch', 'told_end', 'ended', 'main']
 
 # %% ../nbs/15_experiments.ipynb #450f8668
 import argparse, base64, io, json, logging, math, os, re, shutil, signal, socket, sys
@@ -659,6 +659,14 @@ def any_text(*streams):
     for s in streams:
         if hasattr(s, 'reconfigure'): s.reconfigure(errors='replace')
 
+def add_report(commands # argparse's sub-commands
+              ):
+    "Add the command `report` and its arguments."
+    page = commands.add_parser('report', help="the paper's tables beside any finished runs, as one HTML page")
+    page.add_argument('runs', nargs='+', metavar='RUN', help='folders of train, probe, voc and retrieval')
+    page.add_argument('--out', metavar='FILE', default='report.html', help='the page (report.html)')
+    page.add_argument('--force', action='store_true', help='replace the file')
+
 # %% ../nbs/15_experiments.ipynb #630d0863
 def run_rank(name:str, params:dict=None, run_dir=None, preset:str=None):
     "Do the part of a rank other than 0: no notebook and no folder, the same call of `fit`."
@@ -750,10 +758,7 @@ def main(argv=None
                      help='path,cluster of each image (clusters.csv)')
     new.add_argument('--force', action='store_true', help='replace the file')
     new.add_argument('--skip-broken', action='store_true', help="leave out images that can't be read")
-    page = commands.add_parser('report', help="the paper's tables beside any finished runs, as one HTML page")
-    page.add_argument('runs', nargs='+', metavar='RUN', help='folders of train, probe, voc and retrieval')
-    page.add_argument('--out', metavar='FILE', default='report.html', help='the page (report.html)')
-    page.add_argument('--force', action='store_true', help='replace the file')
+    add_report(commands)
     for p in (run, ask):
         p.add_argument('-p', action='append', default=[], metavar='key=value',
                        help='one parameter; may be repeated')
