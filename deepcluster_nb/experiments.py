@@ -31,7 +31,7 @@ from .fast.packing import read_like
 from .probes import ProbeConfig, resolve_probe
 from .released import open_run
 from .report import read_finished, write_page
-from .runs import (MEASURING, RunFolder, Stopped, amount, duration, held_by, in_notebook,
+from .runs import (MEASURING, RunFolder, Stopped, amount, duration, held_by,
                                  progress_line, signals_to, write_atomic)
 from .fast.distributed import started_as_rank
 from .fit import Config, check, clusters_csv, describe, fit, may_differ, predict, resolve
@@ -689,7 +689,7 @@ def launch(nproc:int,    # processes on this machine
         os.environ['DEEPCLUSTER_END'] = end = f'{folder}/end'
         config = LaunchConfig(1, 1, nproc, run_id=Path(folder).name, rdzv_backend='c10d',
                               rdzv_endpoint='localhost:0', max_restarts=0, monitor_interval=.5)
-        try: elastic_launch(config, sys.executable)('-m', 'deepcluster_nb.experiments', 'run', *command)
+        try: elastic_launch(config, sys.executable)('-m', 'deepcluster_nb', 'run', *command)
         except (ChildFailedError, SignalException) as e: return told_end(e, Path(end))
     return 0
 
@@ -797,7 +797,3 @@ def main(argv=None
     print(summary(where), f"report    {where/'report.html'}", f"notebook  {where/'notebook.ipynb'}",
           f"numbers   {where/'metrics.json'}", sep='\n')
     return 0
-
-# %% ../nbs/15_experiments.ipynb #20a73127
-# torchrun --nproc-per-node 8 -m deepcluster_nb.experiments run train …
-if __name__ == '__main__' and not in_notebook(): sys.exit(main())
