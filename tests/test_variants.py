@@ -212,7 +212,8 @@ def test_the_preset_released_names_every_switch():
         (Path(__file__).parent.parent/'nbs'/'experiments'/'presets'/'released.yaml').read_text())
     left = {f.name for f in fields(Config)} - set(given)
     assert left == {'root', 'n_images', 'n_test', 'device', 'seed', 'run_dir', 'checkpoint_minutes',
-                    'checkpoint_epochs', 'threads', 'compile', 'benchmark', 'graph', 'parts'}
+                    'checkpoint_epochs', 'threads', 'compile', 'benchmark', 'graph', 'parts', 'sync_bn',
+                    'compress_gradients'}
     assert given['sampler'] == 'released' and all(given[n] == getattr(Config(), n) for n in NEW)
     resolve(Config(**given))
 

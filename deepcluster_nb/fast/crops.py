@@ -194,7 +194,7 @@ def crop_table(images,       # (B, C, H, W), or Ragged
                       flip[:, None]], 1)
 
 # %% ../../nbs/fast/21_crops.ipynb #07ead742
-tl = SimpleNamespace(constexpr='constexpr')   # Triton's language, imported when needed
+tl = SimpleNamespace(constexpr=type('constexpr', (), {}))   # Triton's language, imported when needed
 
 def tap(start, step, at, n,  # of the window, pixels; output pixels; pixels in the image
         t):                  # number of the tap
