@@ -7,7 +7,7 @@ NEED_GB := 9
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # PyTorch's threads sleep while they wait, unless you say otherwise: other programs run beside them
 ifndef OMP_WAIT_POLICY
-export GOMP_SPINCOUNT ?= 1000
+export GOMP_SPINCOUNT ?= 10000
 endif
 .DEFAULT_GOAL := help
 .PHONY: help demo test lab docs exercises readme setup browser gpu quarto

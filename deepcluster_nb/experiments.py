@@ -278,7 +278,7 @@ def signals_passed_on(run_dir:Path):
     except KeyboardInterrupt as e: e.status = 130 if 'SIGINT' in came else 143 if came else 1; raise
 
 # %% ../nbs/15_experiments.ipynb #a4dc0ec1
-SPINS = '1000'    # times that a thread without work looks for some before it sleeps; GNU OpenMP's are 300,000
+SPINS = '10000'   # times that a thread without work looks for some before it sleeps; GNU OpenMP's are 300,000
 
 def sleeping_threads(env)->dict: # what to add to it
     "Let PyTorch's threads sleep while they wait, unless this environment says how they are to wait."
