@@ -17,8 +17,8 @@ import numpy as np, torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .fast.crops import center_crop
-from .fast.kmeans import nearest, torch_kmeans
-from .clustering import repair_empty
+from .fast.kmeans import nearest
+from .clustering import lloyd, repair_empty
 from .fast.images import PackedImages
 from .data import Images, generator
 from .fast.feeding import to_device
@@ -464,7 +464,7 @@ def lloyd_steps(x:Tensor,            # (N, D)
             repair(c, sizes)
             note('an empty cluster takes half of a large one', steps[-1][1], c)
         note('each point to its nearest centroid', nearest(x, c), c)
-    torch_kmeans(x, niter, init, watch)
+    lloyd(x, init, niter, watch)
     return steps
 
 # %% ../nbs/10_pictures.ipynb #ad817499

@@ -489,6 +489,7 @@ def nmi_curves(runs, folder=lambda run: run.path.name):
             ax.plot([r['epoch'] + 1 for r in run.log], y, style, color=f'C{i % 8}', label=folder(run))
     axs[0].set(title='With the labels', xlabel='reassignment', ylabel='NMI', ylim=(0, None))
     axs[1].set(title='With the last clustering', xlabel='reassignment', ylim=(0, 1))
+    for ax in axs: ax.xaxis.get_major_locator().set_params(integer=True)
     axs[0].legend(fontsize=8)
     return fig
 

@@ -166,8 +166,8 @@ def shared_lloyd(x, init, niter, repair, ranks, lengths)->Clustering:
 # %% ../../nbs/fast/28_distributed.ipynb #f659472b
 def same_clusters(clustering:Clustering, ranks):
     "Raise an error that names the ranks whose labels or centroids are not those of rank 0."
-    c = clustering.cpu()
-    if others := ranks.differing(c.assign.numpy().tobytes() + c.centroids.numpy().tobytes()):
+    found = b''.join(t.cpu().numpy().tobytes() for t in (clustering.assign, clustering.centroids))
+    if others := ranks.differing(found):
         raise RuntimeError(f"clusters: {named(others)} found others than rank 0; "
                            "expected the same kind of device and the same software on every machine")
 
@@ -215,7 +215,8 @@ def cluster(net, images, config, epoch:int, mark=None, progress=None, folder=Non
         for f,out in zip(feats, x.split(batch)):
             out.copy_(l2_normalize(pca.project(to_device(f, config.device))))
     mark('pca')
-    clustering = kmeans(x, config.k, 20, config.seed, epoch, ranks=ranks).cpu()
+    c = kmeans(x, config.k, 20, config.seed, epoch, ranks=ranks)
+    clustering = Clustering(c.assign.cpu(), c.centroids.cpu(), c.objective)
     same_clusters(clustering, ranks)
     mark('kmeans')
     return clustering, pca

@@ -209,7 +209,7 @@ def torch_kmeans(x:Tensor,             # (N, D) float32
                  init:Tensor,          # (k, D) starting centroids
                  repair=repair_empty,  # (centroids, sizes) → both changed in place
                 )->Clustering:
-    ("Lloyd's algorithm in PyTorch; a repair after every update. "
+    ("Lloyd's algorithm in PyTorch; a repair after each update that leaves clusters empty. "
      "The same bits for any number of threads and any order of the points.")
     centroids, sums, losses, objective, k = (init.clone(), Sums(x, len(init)),
                                              rounding_losses(x, rough_type(x)), [], len(init))
