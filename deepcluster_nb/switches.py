@@ -45,7 +45,9 @@ def with_switches(net:DeepClusterNet,       # changed in place
                   center_box:str='exact',   # one of CENTER_BOXES
                  )->DeepClusterNet:
     "Set what the network sees, and what of it is clustered."
-    if net.sobel is not None: net.sobel = Sobel(border)
+    if net.sobel is not None:
+        # its layers draw weights before they get Sobel's
+        with torch.random.fork_rng(devices=[]): net.sobel = Sobel(border)
     if relu: net.__class__ = ReLUFeatures
     net.center_box = center_box
     return net
