@@ -241,7 +241,7 @@ def test_the_estimate_of_ranks():
     from deepcluster_nb.estimate import Estimate, on_ranks, rank_table
     c = resolve(replace(SMALL, k=50, pca=16))
     samples = dict(features=[1e-3], pca=[1e-4], axes=[.5], kmeans=[1e-3], training=[1e-2], books=[1e-5],
-                   saving=[0.])
+                   packing=[0.], saving=[0.])
     e = Estimate(c, samples, dict(n=10_000, dim=64, classes=0, network=3*4e6, checkpoint=2*4e6))
     for world in (1, 4):
         found = on_ranks(e, world, float('inf'))
