@@ -7,6 +7,7 @@ import pytest, torch
 HERE = str(Path(__file__).parent)                          # where the processes find rank_tasks
 os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, (HERE, os.environ.get('PYTHONPATH'))))
 import rank_tasks as tasks
+from deepcluster_nb.model import ARCHS, SIZES
 from rank_tasks import SMALL, made_images, sha256
 from deepcluster_nb.data import generator
 from deepcluster_nb.fast import distributed, features, kmeans, training
@@ -17,6 +18,12 @@ pytestmark = [pytest.mark.usefixtures('one_thread'),
               pytest.mark.skipif(not sys.platform.startswith('linux'), reason='gloo in forked processes')]
 
 # -------------------------------------------------------------------------------- clustering
+
+@pytest.fixture(autouse=True, scope='module')
+def tiny_network(): # the ranks' own, and nobody else's
+    tasks.register()
+    yield
+    del ARCHS['tiny'], SIZES['tiny']
 
 def test_every_image_is_in_one_share():
     for n in (1, 7, 512, 513, 5000):
@@ -61,7 +68,7 @@ def test_the_same_bits_for_any_number_of_ranks(world, alone):
 
 def test_refused_k_means():
     with pytest.raises(RuntimeError,
-                       match='rank 0: ValueError: k: expected 1 to 3, the number of points, got'):
+                       match='rank [01]: ValueError: k: expected 1 to 3, the number of points, got'):
         in_ranks(2, tasks.kmeans, [(torch.zeros(3, 2), 4, None, {})])
 
 @pytest.mark.parametrize('n, ends', [(300, None), (300, [0, 290, 300, 300]), (20, None),

@@ -101,7 +101,7 @@ def test_papermills_own_help(tmp_path):
     out = subprocess.run(['papermill', '--help-notebook', str(experiments_folder()/'train.ipynb')],
                          capture_output=True, text=True).stdout
     assert (re.search(r"k: int \(default 100\) +clusters\n", out)
-            and re.search(r"min_scale: float \(default 0.2\)\n +smallest share", out))
+            and re.search(r"passes: int \(default 4\)\s+training passes", out))
 
 @pytest.mark.parametrize('command', ['list', 'run', 'estimate', 'predict', 'watch', 'report'])
 def test_every_argument_of_the_command_says_what_it_is(command, capsys):

@@ -140,7 +140,7 @@ def test_features_and_pca_ask_once(gpu, marks, monkeypatch, ragged, sobel, preci
     images, net, seen = there(ragged, 1 if sobel else 3, n=1100), network_there(sobel), []
     def clusterer(x, c, epoch): seen.append((gpu.numbers, gpu.copies)); return Points(x)
     class Points:
-        def __init__(self, x): self.x = x
+        def __init__(self, x): self.assign, self.centroids, self.objective = self, self, []; self.x = x
         def cpu(self): assert self.x.is_cuda and self.x.shape == (1100, 4); return self
     monkeypatch.setitem(training.CLUSTERERS, 'kmeans', clusterer)
     monkeypatch.setattr(features, 'free_there', lambda device: 2**40)

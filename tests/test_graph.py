@@ -13,6 +13,7 @@ from deepcluster_nb.fast.graph import Parcel, Recorded, taped
 from deepcluster_nb.fast.images import PackedImages
 from deepcluster_nb.fit import Config, fit, network, optimizers, resolve
 from deepcluster_nb.model import convnet, reset_top_layer
+from deepcluster_nb.switches import resize_head
 from deepcluster_nb.runs import Stopped, load_checkpoint
 from deepcluster_nb.sampling import loss_weights
 from deepcluster_nb.sources import load_images
@@ -185,7 +186,7 @@ def test_one_recording_until_something_else_is_asked_for():
         epoch(other, graph.train_epoch, net=net, capture=counted)
         assert len(made) == 2 + i
     net.features[3].stride = 1
-    reset_top_layer(net, generator(0), 11)                                # another head, elsewhere
+    resize_head(net, 11); reset_top_layer(net, generator(0))                                # another head, elsewhere
     epoch(replace(c, precision='bfloat16'), graph.train_epoch, net=net, capture=counted)
     assert len(made) == 5
 

@@ -1,5 +1,6 @@
-"""What waiting threads cost: training steps a second, alone and beside a process that only counts, for several
-values of GOMP_SPINCOUNT in turn. `python tests/waiting.py [ROUNDS]`; a round takes two minutes on two cores."""
+"""What waiting threads cost: training steps a second, alone and beside a process that only counts,
+for several values of GOMP_SPINCOUNT in turn.
+`python tests/waiting.py [ROUNDS]`; a round takes two minutes on two cores."""
 import os, subprocess, sys, time
 
 VALUES = None, 100_000, 10_000, 1_000
@@ -26,13 +27,15 @@ def steps_a_second(seconds=6., batch_size=64):
 def measured(spins): # in a process of its own, for OpenMP reads it once
     env = {k: v for k,v in os.environ.items() if k not in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')}
     if spins is not None: env['GOMP_SPINCOUNT'] = str(spins)
-    out = subprocess.run([sys.executable, __file__, 'step'], env=env, capture_output=True, text=True, check=True)
+    out = subprocess.run([sys.executable, __file__, 'step'], env=env, capture_output=True, text=True,
+                         check=True)
     return float(out.stdout)
 
 def main(rounds):
     for i in range(rounds):
         for spins in VALUES:
-            quiet, counting = measured(spins), subprocess.Popen([sys.executable, '-c', 'while True: pass'])
+            quiet = measured(spins)
+            counting = subprocess.Popen([sys.executable, '-c', 'while True: pass'])
             try: busy = measured(spins)
             finally: counting.kill(); counting.wait()
             print(f"round {i + 1}, {spins or 'as it is'}: {quiet:.1f} steps/s, busy {busy:.1f}", flush=True)
