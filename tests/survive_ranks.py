@@ -10,8 +10,6 @@ from pathlib import Path
 HERE = str(Path(__file__).parent)                          # where the processes find rank_tasks
 os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, (HERE, os.environ.get('PYTHONPATH'))))
 import rank_tasks as tasks
-
-tasks.register()
 from survive import sha256
 from deepcluster_nb.fast.distributed import in_ranks
 

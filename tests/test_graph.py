@@ -186,7 +186,8 @@ def test_one_recording_until_something_else_is_asked_for():
         epoch(other, graph.train_epoch, net=net, capture=counted)
         assert len(made) == 2 + i
     net.features[3].stride = 1
-    resize_head(net, 11); reset_top_layer(net, generator(0))                                # another head, elsewhere
+    resize_head(net, 11)                                                  # another head, elsewhere
+    reset_top_layer(net, generator(0))
     epoch(replace(c, precision='bfloat16'), graph.train_epoch, net=net, capture=counted)
     assert len(made) == 5
 
