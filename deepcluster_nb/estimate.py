@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'IMAGENET', 'sample', 'per_image', 'kept_bytes', 'made_up', 'material', 'sample_clustering',
-           'sample_training', 'sample_probes', 'measure', 'long', 'Estimate', 'estimate', 'measured_bandwidth',
-           'on_ranks', 'rank_table']
+           'sample_training', 'sample_probes', 'measure', 'long', 'Estimate', 'advice', 'described', 'estimate',
+           'measured_bandwidth', 'on_ranks', 'rank_table']
 
 # %% ../nbs/29_estimate.ipynb #c7f7952f
 import math, os, shutil, sys, tempfile, time
@@ -285,45 +285,52 @@ class Estimate:
                          'copies of the state to be written': 2*f['checkpoint'],
                          'features after PCA': 4*f['n']*c.pca} | probes
 
-    def advice(self)->str:
-        c, t, f = self.config, self.totals(), self.facts
-        for name, need, have in (('memory', self.memory, f.get('ram')), ('disk', self.disk, f.get('free'))):
-            if have and sum(need.values()) > have:
-                most = max(need, key=need.get)
-                cure = {'images': '; pack them (data_scripts/pack_images.py) and use dataset packed',
-                        'features of the probes': '; run with fewer images, or without labels'}.get(most, '')
-                return (f"{name} first: {amount(have)} are here, and {most} alone would take "
-                        f"{amount(need[most])} of {amount(sum(need.values()))}{cure}")
-        most, gpu = max(t, key=t.get), '' if c.device != 'cpu' else 'a GPU; '
-        half = 'fewer clusters, its time is proportional to k'
-        return f"{t[most]/max(self.seconds, 1e-9):.0%} of the time goes into {most}: " + dict(
-            loading='decode once: pack the images (data_scripts/pack_images.py)',
-            features=gpu + 'a smaller network or smaller images',
-            pca='a network with fewer features, its time grows with their square',
-            kmeans=('the torch backend; ' if c.backend == 'faiss' else '') + half,
-            training=gpu + ('fewer passes, its time is proportional to them' if c.passes > 1
-                            else 'fewer epochs'), bookkeeping='a faster disk',
-            probes='fewer images or layers in the probes; they come once, at the end')[most]
+    def advice(self)->str: return advice(self)
+    def __str__(self): return described(self)
 
-    def __str__(self):
-        c, f, e, t, low, high = (self.config, self.facts, self.epoch(), self.totals(), self.totals(min),
-                                 self.totals(max))
-        spread = lambda l, m, h: f"± {(h - l)/2/m:.0%}" if m else ''
-        rows = [f"{p:12}{long(e[p]) if p in e else '':>18}{long(t[p]):>18}"
-                f"{t[p]/max(self.seconds, 1e-9):8.0%}{spread(low[p], t[p], high[p]):>9}" for p in t if t[p]]
-        total = (f"{'in all':12}{long(sum(e.values())):>18}{long(self.seconds):>18}{'':8}"
-                 f"{spread(sum(low.values()), self.seconds, sum(high.values())):>9}")
-        peak = f"; {amount(f['peak'])} were in use at most during the samples" if f.get('peak') else ''
-        what = lambda d: ', '.join(f"{name} {amount(b)}" for name,b in d.items())
-        return '\n'.join([
-            f"{c.dataset}, {f['n']:,} images{'' if f['real'] else ' (measured on noise: no images found)'} "
-            f"at {c.size} px · {c.arch} · k = {c.k:,} · "
-            f"{c.epochs} reassignments of {c.passes} {'pass' if c.passes == 1 else 'passes'} · "
-            f"{c.precision} on {c.device}, {torch.get_num_threads()} threads",
-            f"{'phase':12}{'a reassignment':>18}{'in all':>18}{'share':>8}{'sure to':>9}", *rows, total,
-            f"disk: {what(self.disk)}; {amount(self.stays)} stay when the run has ended",
-            f"memory: {what(self.memory)}{peak}",
-            f"what would help most: {self.advice()}"])
+# %% ../nbs/29_estimate.ipynb #5b1d20e6
+def advice(e)->str: # of an Estimate
+    "Say what takes most of the time, memory or disk, and what would help."
+    c, t, f = e.config, e.totals(), e.facts
+    for name, need, have in (('memory', e.memory, f.get('ram')), ('disk', e.disk, f.get('free'))):
+        if have and sum(need.values()) > have:
+            most = max(need, key=need.get)
+            cure = {'images': '; pack them (data_scripts/pack_images.py) and use dataset packed',
+                    'features of the probes': '; run with fewer images, or without labels'}.get(most, '')
+            return (f"{name} first: {amount(have)} are here, and {most} alone would take "
+                    f"{amount(need[most])} of {amount(sum(need.values()))}{cure}")
+    most, gpu = max(t, key=t.get), '' if c.device != 'cpu' else 'a GPU; '
+    half = 'fewer clusters, its time is proportional to k'
+    return f"{t[most]/max(e.seconds, 1e-9):.0%} of the time goes into {most}: " + dict(
+        loading='decode once: pack the images (data_scripts/pack_images.py)',
+        features=gpu + 'a smaller network or smaller images',
+        pca='a network with fewer features, its time grows with their square',
+        kmeans=('the torch backend; ' if c.backend == 'faiss' else '') + half,
+        training=gpu + ('fewer passes, its time is proportional to them' if c.passes > 1
+                        else 'fewer epochs'), bookkeeping='a faster disk',
+        probes='fewer images or layers in the probes; they come once, at the end')[most]
+
+# %% ../nbs/29_estimate.ipynb #5b1d20e7
+def described(e)->str: # of an Estimate
+    "Format an estimate as the command prints it."
+    c, f, each, t, low, high = (e.config, e.facts, e.epoch(), e.totals(), e.totals(min),
+                             e.totals(max))
+    spread = lambda l, m, h: f"± {(h - l)/2/m:.0%}" if m else ''
+    rows = [f"{p:12}{long(each[p]) if p in each else '':>18}{long(t[p]):>18}"
+            f"{t[p]/max(e.seconds, 1e-9):8.0%}{spread(low[p], t[p], high[p]):>9}" for p in t if t[p]]
+    total = (f"{'in all':12}{long(sum(each.values())):>18}{long(e.seconds):>18}{'':8}"
+             f"{spread(sum(low.values()), e.seconds, sum(high.values())):>9}")
+    peak = f"; {amount(f['peak'])} were in use at most during the samples" if f.get('peak') else ''
+    what = lambda d: ', '.join(f"{name} {amount(b)}" for name,b in d.items())
+    return '\n'.join([
+        f"{c.dataset}, {f['n']:,} images{'' if f['real'] else ' (measured on noise: no images found)'} "
+        f"at {c.size} px · {c.arch} · k = {c.k:,} · "
+        f"{c.epochs} reassignments of {c.passes} {'pass' if c.passes == 1 else 'passes'} · "
+        f"{c.precision} on {c.device}, {torch.get_num_threads()} threads",
+        f"{'phase':12}{'a reassignment':>18}{'in all':>18}{'share':>8}{'sure to':>9}", *rows, total,
+        f"disk: {what(e.disk)}; {amount(e.stays)} stay when the run has ended",
+        f"memory: {what(e.memory)}{peak}",
+        f"what would help most: {e.advice()}"])
 
 # %% ../nbs/29_estimate.ipynb #7ed4426f
 def estimate(config:Config,     # of the run

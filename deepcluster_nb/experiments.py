@@ -9,7 +9,7 @@ __all__ = ['TAKE_ALL', 'PAGE', 'SPINS', 'experiments_folder', 'one_of', 'paramet
            'kernel_environment', 'drawn', 'kept', 'run_experiment', 'summary', 'Look', 'look_at', 'sparkline',
            'dashboard', 'event_writer', 'log_numbers', 'watch', 'watch_figure', 'decoded_bytes', 'kept_recipe',
            'read_some', 'room_for', 'predict_folder', 'listing', 'forecast', 'any_text', 'add_report', 'run_rank',
-           'launch', 'told_end', 'ended', 'main']
+           'launch', 'told_end', 'ended', 'command_line', 'main']
 
 # %% ../nbs/15_experiments.ipynb #450f8668
 import argparse, base64, io, json, logging, math, os, re, shutil, signal, socket, sys
@@ -74,6 +74,7 @@ def explained(notebook:Path)->dict: # name → (default as it is written, what i
     shown = {n: (p['default'], p['help']) for n,p in inspect_notebook(str(notebook)).items()}
     return {n: shown.get(n, (repr(v), said.get(n, ''))) for n,v in parameters(notebook).items()}
 
+# %% ../nbs/15_experiments.ipynb #5b1d20e1
 def typed(name:str, text:str,
           default,            # whose type it gets
          ):                   # → str, int, float, bool or list
@@ -715,11 +716,8 @@ def ended(line:str, status:int)->int: # the status
     return status
 
 # %% ../nbs/15_experiments.ipynb #51eaf956
-def main(argv=None
-         # exit status: 0 done, 1 the run failed, 2 the input
-         # was wrong, 130 or 143 stopped by Ctrl-C or SIGTERM
-        )->int:
-    "Run the console script `deepcluster-nb`."
+def command_line()->argparse.ArgumentParser:
+    "Describe the commands and their arguments."
     parser = argparse.ArgumentParser('deepcluster-nb',
                                      description='Run DeepCluster experiments: '
                                                  'notebooks with parameters, through papermill.')
@@ -762,7 +760,15 @@ def main(argv=None
     for p in (run, ask):
         p.add_argument('-p', action='append', default=[], metavar='key=value',
                        help='one parameter; may be repeated')
-    args = parser.parse_args(argv)
+    return parser
+
+# %% ../nbs/15_experiments.ipynb #5b1d20e2
+def main(argv=None
+         # exit status: 0 done, 1 the run failed, 2 the input
+         # was wrong, 130 or 143 stopped by Ctrl-C or SIGTERM
+        )->int:
+    "Run the console script `deepcluster-nb`."
+    args = command_line().parse_args(argv)
     any_text(sys.stdout, sys.stderr)
     try:
         if args.command == 'list': print(listing(args.name)); return 0

@@ -76,6 +76,7 @@ class Switches:
     # batch norm over the whole batch where several ranks share it, not over each one's part
     sync_bn:bool = False
 
+# %% ../nbs/18_fit.ipynb #5b1d20e4
 @dataclass
 class Machine:
     "What a run is computed with, and where it is kept; only rounding depends on it."

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FULL', 'SEEN', 'MEASURING', 'write_atomic', 'checksum', 'pack_checkpoint', 'write_checkpoint', 'save_checkpoint',
-           'load_checkpoint', 'Behind', 'RunFolder', 'fingerprint', 'FileBytes', 'difference', 'other_images',
-           'same_data', 'Stopped', 'signals_to', 'signals_noted', 'in_notebook', 'held_by', 'taken', 'this_process',
-           'cell_runs', 'Hold', 'amount', 'Guard', 'duration', 'progress_line', 'say', 'Progress', 'log_curves']
+           'load_checkpoint', 'Behind', 'as_yaml', 'same_parameters', 'RunFolder', 'fingerprint', 'FileBytes',
+           'difference', 'other_images', 'same_data', 'Stopped', 'signals_to', 'signals_noted', 'in_notebook',
+           'held_by', 'taken', 'this_process', 'cell_runs', 'Hold', 'amount', 'check_room', 'take_room', 'Guard',
+           'duration', 'progress_line', 'say', 'Progress', 'log_curves']
 
 # %% ../nbs/17_runs.ipynb #72590e62
 import errno, hashlib, json, math, os, shutil, signal, socket, sys, threading, time, warnings, zlib
@@ -126,6 +127,22 @@ class Behind:
 # %% ../nbs/17_runs.ipynb #d2ef5392
 FULL = errno.ENOSPC, errno.EDQUOT    # what the system says when nothing fits any more
 
+def as_yaml(params:dict)->str:
+    "Write parameters as YAML; raise a ValueError for a value that it can't hold."
+    try: return yaml.safe_dump(params, sort_keys=False)
+    except yaml.YAMLError as e:
+        raise ValueError(f"params: expected numbers, strings and lists, got {e.args[-1]!r}") from None
+
+def same_parameters(path, file:Path, text:str, free): # names that may differ
+    "Raise a ValueError where the folder's file holds other parameters than this YAML."
+    was, now = yaml.safe_load(file.read_text(encoding='utf-8')) or {}, yaml.safe_load(text)
+    differ = [f"{k}: {was.get(k)!r} there, {now.get(k)!r} now" for k in {**was, **now}
+              if k not in free and was.get(k) != now.get(k)]
+    if differ:
+        raise ValueError(f"run_dir: {str(path)!r} holds a run with other parameters "
+                         f"({'; '.join(differ)}); choose another folder")
+
+# %% ../nbs/17_runs.ipynb #5b1d20e3
 class RunFolder:
     "Parameters and log of one run, and places for its checkpoints, assignments and figures."
     def __init__(self,
@@ -134,27 +151,17 @@ class RunFolder:
                  free=('run_dir',),   # parameters that a later start may change
                 ):
         self.path, self.params, self.full, self.behind = Path(path), params, False, Behind()
-        file = self.path/'params.yaml'
-        try:
-            text = yaml.safe_dump(params, sort_keys=False)
-        except yaml.YAMLError as e:
-            raise ValueError(f"params: expected numbers, strings and lists, got {e.args[-1]!r}") from None
+        file, text = self.path/'params.yaml', as_yaml(params)
         if self.path.is_file(): raise ValueError(f"run_dir: expected a folder, but {str(path)!r} is a file")
-        if file.exists():
-            was, now = yaml.safe_load(file.read_text(encoding='utf-8')) or {}, yaml.safe_load(text)
-            differ = [f"{k}: {was.get(k)!r} there, {now.get(k)!r} now" for k in {**was, **now}
-                      if k not in free and was.get(k) != now.get(k)]
-            if differ:
-                raise ValueError(f"run_dir: {str(path)!r} holds a run with other parameters "
-                                 f"({'; '.join(differ)}); choose another folder")
+        if file.exists(): same_parameters(path, file, text, free)
         for sub in ('checkpoint', 'assignments', 'figures'):
             (self.path/sub).mkdir(parents=True, exist_ok=True)
         if not file.exists(): self.write('params.yaml', text)
 
     def write(self, name, data): # text or bytes
         # a name that is no UTF-8 goes back as the bytes that it came from
-        as_bytes = data.encode(errors='surrogateescape') if isinstance(data, str) else data
-        self.safely(write_atomic, self.path/name, as_bytes)
+        if isinstance(data, str): data = data.encode(errors='surrogateescape')
+        self.safely(write_atomic, self.path/name, data)
 
     def save(self, epoch:int, tensors:dict, state:dict, step:int=0, # a checkpoint of this moment
              wait:bool=True):             # False: it is written while the caller goes on
@@ -186,8 +193,8 @@ class RunFolder:
     @property
     def log(self)->list: # of dicts, one an epoch
         file = self.path/'log.jsonl'
-        lines = file.read_text(encoding='utf-8').splitlines() if file.exists() else []
-        return [json.loads(l) for l in lines]
+        text = file.read_text(encoding='utf-8') if file.exists() else ''
+        return [json.loads(l) for l in text.splitlines()]
 
     def keep_epochs(self, n:int, *more): # forget what was logged after the checkpoint of n epochs
         rows = [r for r in self.log if r['epoch'] < n] + list(more)
@@ -353,6 +360,23 @@ def amount(n:float)->str: # bytes, as 12 kB, 3.4 GB
     return f"{float(f'{n / 1000**unit:.3g}'):,g} {['bytes', 'kB', 'MB', 'GB', 'TB'][unit]}"
 
 # %% ../nbs/17_runs.ipynb #34ddf672
+def check_room(folder:RunFolder, size:float): # bytes of all that the run will keep
+    "Raise a ValueError where the disk has no room for what is not yet there."
+    there = sum(p.stat().st_size for sub in ('checkpoint', 'assignments')
+                for p in (folder.path/sub).iterdir())
+    need, free = size - there, shutil.disk_usage(folder.path/'checkpoint').free
+    if need > free:
+        raise ValueError(f"run_dir: this run needs {amount(need)} more in {str(folder.path)!r}, "
+                         f"but {amount(free)} are free")
+
+def take_room(file:Path, size:int): # bytes
+    "Make a file that holds nothing and takes its room."
+    with open(file, 'wb') as f:
+        if size and hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, size)
+        else:
+            for _ in range(0, size, 2**20): f.write(bytes(2**20))
+
+# %% ../nbs/17_runs.ipynb #5b1d20e9
 class Guard:
     "Holds a run folder for one process; after every step, decides whether to save or to stop."
     def __init__(self,
@@ -369,20 +393,11 @@ class Guard:
             ):
         ("Nobody else writes to the folder inside this block, signals are noted, "
          "and there is room for one more checkpoint.")
-        room, holder = self.folder.path/'checkpoint', self.folder.path/'checkpoint'/'holder'
+        holder = self.folder.path/'checkpoint'/'holder'
         lock = taken(self.folder.path, patience)
         try:
-            there = sum(p.stat().st_size for sub in (room, self.folder.path/'assignments')
-                        for p in sub.iterdir())
-            # the last two checkpoints, the one being written, and the reserve
-            need, free = 4*size + more - there, shutil.disk_usage(room).free
-            if need > free:
-                raise ValueError(f"run_dir: this run needs {amount(need)} more in {str(self.folder.path)!r}, "
-                                 f"but {amount(free)} are free")
-            with open(self.folder.reserve, 'wb') as f:
-                if size and hasattr(os, 'posix_fallocate'): os.posix_fallocate(f.fileno(), 0, size)
-                else:
-                    for _ in range(0, size, 2**20): f.write(bytes(2**20))
+            check_room(self.folder, 4*size + more) # two checkpoints, the one being written, the reserve
+            take_room(self.folder.reserve, size)
             holder.write_text(this_process(), encoding='utf-8')
             with signals_noted() as self.asked, self.written(): yield self
         except OSError as e:

@@ -62,17 +62,21 @@ def test_images_of_all_sizes(recordings):
     plain, other = (fit(replace(c, parts=p), images, echo=None) for p in ('fast', 'taped'))
     assert same(tensors(plain), tensors(other)) and len(recordings) == 1
 
+def stopped_at(at, config, monkeypatch): # by a signal, in a step of an epoch
+    after = around.Hooks.after_step
+    def stop(self, done, *more):
+        if (self.state.epoch, done) == at: os.kill(os.getpid(), signal.SIGTERM)
+        after(self, done, *more)
+    with monkeypatch.context() as m:
+        m.setattr(around.Hooks, 'after_step', stop)
+        with pytest.raises(Stopped): fit(config, IMAGES, echo=None)
+
 def test_a_run_that_was_stopped_ends_in_the_same_bits(recordings, tmp_path, monkeypatch):
     c = replace(SMALL, parts='taped', dropout=.5)
     whole = fit(replace(c, run_dir=str(tmp_path/'whole')), IMAGES, echo=None)
     for at in ((0, 2), (1, 1), (1, 3)):           # in the first, before and after the small batch
-        folder, after = tmp_path/str(at), around.Hooks.after_step
-        def stop(self, done, *more):
-            if (self.state.epoch, done) == at: os.kill(os.getpid(), signal.SIGTERM)
-            after(self, done, *more)
-        with monkeypatch.context() as m:
-            m.setattr(around.Hooks, 'after_step', stop)
-            with pytest.raises(Stopped): fit(replace(c, run_dir=str(folder)), IMAGES, echo=None)
+        folder = tmp_path/str(at)
+        stopped_at(at, replace(c, run_dir=str(folder)), monkeypatch)
         assert load_checkpoint(folder/'checkpoint')[:2] == at
         again = fit(replace(c, run_dir=str(folder)), IMAGES, echo=None)
         a, b = (load_checkpoint(f/'checkpoint')[2] for f in (tmp_path/'whole', folder))
@@ -378,15 +382,9 @@ def test_an_epoch_is_chapter_25s(precision): # whose rate is a double: the last 
 def test_a_stopped_run_ends_in_the_same_bits_there(tmp_path, monkeypatch):
     c = replace(on_gpu(), passes=3)
     whole = fit(replace(c, run_dir=str(tmp_path/'whole')), IMAGES, echo=None)
-    after = around.Hooks.after_step
     for at in ((0, 3), (1, 1)):
         folder = tmp_path/str(at)
-        def stop(self, done, *more):
-            if (self.state.epoch, done) == at: os.kill(os.getpid(), signal.SIGTERM)
-            after(self, done, *more)
-        with monkeypatch.context() as m:
-            m.setattr(around.Hooks, 'after_step', stop)
-            with pytest.raises(Stopped): fit(replace(c, run_dir=str(folder)), IMAGES, echo=None)
+        stopped_at(at, replace(c, run_dir=str(folder)), monkeypatch)
         again = fit(replace(c, run_dir=str(folder)), IMAGES, echo=None)
         a, b = (load_checkpoint(f/'checkpoint')[2] for f in (tmp_path/'whole', folder))
         assert [k for k in a if not torch.equal(a[k], b[k])] == []

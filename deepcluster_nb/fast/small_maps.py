@@ -81,7 +81,8 @@ def block_conv(x:Tensor, w:Tensor, b, # (B, C, H, W), (O, C, K, K), (O,) or None
 
 # %% ../../nbs/fast/24_small_maps.ipynb #cbd2b9b5
 class Blocks(nn.Conv2d):
-    "A convolution that a GPU computes over blocks of pixels."
+    "A convolution that a GPU computes over blocks of pixels; printed as what it is otherwise."
+    def _get_name(self): return 'Conv2d'
     def pays(self, x:Tensor)->bool: return x.is_cuda # (B, C, H, W)
     def forward(self, x:Tensor)->Tensor: # → (B, O, H', W')
         return (block_conv(x, self.weight, self.bias, self.stride[0], self.padding[0]) if self.pays(x)
