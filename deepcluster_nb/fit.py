@@ -23,7 +23,6 @@ import deepcluster_nb.fast.graph as graph
 from . import training
 from .sources import DATASETS, check_sizes, load_images
 from .fast.images import PackedImages
-from .data import generator
 from .fast.feeding import PhaseTimer, resident, same_bits
 from .fast.small_maps import with_small_maps
 from .model import ARCHS, SIZES, DeepClusterNet, calibrate_bn, convnet

@@ -1,5 +1,5 @@
 "Several ranks: the same clusters bit for bit, gradients of the whole batch, and an end that is never a hang."
-import json, os, signal, sys, time
+import json, os, sys, time
 from dataclasses import replace
 from pathlib import Path
 import pytest, torch

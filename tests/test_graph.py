@@ -9,13 +9,12 @@ from test_feeding import gpu, marks, network_there, there
 from deepcluster_nb import fit as around, probes, training
 from deepcluster_nb.data import digits, generator
 from deepcluster_nb.fast import feeding, graph, training as eager
-from deepcluster_nb.fast.graph import Parcel, Recorded, taped
+from deepcluster_nb.fast.graph import Parcel, taped
 from deepcluster_nb.fast.images import PackedImages
 from deepcluster_nb.fit import Config, fit, network, optimizers, resolve
 from deepcluster_nb.model import convnet, reset_top_layer
 from deepcluster_nb.switches import resize_head
 from deepcluster_nb.runs import Stopped, load_checkpoint
-from deepcluster_nb.sampling import loss_weights
 from deepcluster_nb.sources import load_images
 
 pytestmark = pytest.mark.usefixtures('one_thread')

@@ -30,8 +30,7 @@ from .crops import crop_inside, network_input
 from .features import HalfFeatures, PCA, autocast, feature_batches
 from ..features import l2_normalize
 from .kmeans import REPAIRS, Sums, nearest, rough_type, rounding_losses, whole_unit
-from .training import CHECK_EVERY, nonfinite_flag
-from ..switches import SCHEDULES
+from .training import CHECK_EVERY, nonfinite_flag, raise_if_bad, set_learning_rates
 from ..training import batches
 from ..runs import Guard, Stopped, signals_noted
 
@@ -294,11 +293,7 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int,
     total, bad = torch.as_tensor(total, device=device), torch.zeros((), device=device)
     steps, ddp = batches(idx, config.batch_size), replica(net, config.compress_gradients, ranks)
     parts = [own_part(b, ranks) for b in steps]
-    def check_finite(): # raise once a step was bad, on any rank; waits for the device
-        if n := int(bad):
-            raise FloatingPointError(f"loss or gradient is not finite in epoch {epoch}, step {step - n + 1}, "
-                                     f"images {steps[step - n + 1].tolist()}; nothing was updated. "
-                                     "Try a smaller lr, or precision='float32'")
+    def check_finite(): raise_if_bad(bad, epoch, step, steps) # bad on any rank
     def cropped(x, b, part, g): # the draws are those of the whole batch
         boxes = crop_boxes(images.shapes[b, 1:], g, (config.min_scale, 1.))[part]
         flip = (torch.rand(len(b), generator=g) < .5)[part]
@@ -310,10 +305,8 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int,
             b, (part, counts), g = steps[step], parts[step], generator(config.seed, 'step', epoch, step)
             torch.manual_seed(g.initial_seed() + ranks.rank)          # dropout: other units on every rank
             x = cropped(x, b, part, g)
-            for o in opts:
-                o.zero_grad()
-                o.param_groups[0]['lr'] = (o.defaults['lr']
-                                           * SCHEDULES[config.lr_schedule](step / len(steps)))
+            for o in opts: o.zero_grad()
+            set_learning_rates(opts, config, step / len(steps))
             with autocast(config.precision, device):
                 logits = ddp(x.contiguous(memory_format=torch.channels_last))
             y = to_device(assign[mine], device)

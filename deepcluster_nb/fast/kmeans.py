@@ -211,8 +211,8 @@ def torch_kmeans(x:Tensor,             # (N, D) float32
                 )->Clustering:
     ("Lloyd's algorithm in PyTorch; a repair after each update that leaves clusters empty. "
      "The same bits for any number of threads and any order of the points.")
-    centroids, sums, losses, objective, k = (init.clone(), Sums(x, len(init)),
-                                             rounding_losses(x, rough_type(x)), [], len(init))
+    centroids, sums, losses, objective = (init.clone(), Sums(x, len(init)),
+                                          rounding_losses(x, rough_type(x)), [])
     squares = sum(b.double().pow(2).sum() for b in x.split(8192))
     for i in range(niter + 1):
         assign, sizes, moved, empty = assigned(x, centroids, sums, losses)
