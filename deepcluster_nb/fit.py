@@ -66,12 +66,18 @@ class Switches:
     center_box:str = 'exact'
     relu:bool = False              # cluster features after the last ReLU, not before
     calibrate:bool = False         # batch norm gets the statistics of the images before the first clustering
-    # learning rate within each reassignment: 'constant', as in the paper, or 'cosine', from lr down to 0
+    # of the learning rate: 'constant', as in the paper; 'cosine', from lr down to 0 in each reassignment;
+    # or 'last_quarter', constant but for the run's last quarter, which goes down to 0
     lr_schedule:str = 'constant'
-    sampler:str = 'uniform'        # 'uniform', 'released' or 'weighted'
+    # 'uniform', 'released', 'weighted' in the loss, or 'shuffled': large clusters count more
+    sampler:str = 'uniform'
+    jitter:float = 0.              # of brightness, contrast, saturation; half of it a turn of the hue
+    gray:float = 0.                # probability that a training image loses its color
+    recluster:int = 0              # reassignments that cluster anew, then the clusters stay; 0: all
     head:str = 'fresh'             # at a reassignment: 'fresh', 'kept', or made from the 'centroids'
     head_momentum:float = 0.       # of the head
-    clusterer:str = 'kmeans'       # 'kmeans', 'pic' or 'pic_released'
+    # 'kmeans', 'lloyd' (k-means without the repair), 'pic' or 'pic_released'
+    clusterer:str = 'kmeans'
     # batch norm over the whole batch where several ranks share it, not over each one's part
     sync_bn:bool = False
 
@@ -161,7 +167,7 @@ def check_types(config):
 def check_ranges(c):
     "Raise a ValueError for a number that is out of its range."
     for name, low in dict(n_images=0, n_test=0, k=2, pca=1, epochs=0, passes=1, batch_size=2, seed=0,
-                          checkpoint_epochs=1, threads=-1).items():
+                          checkpoint_epochs=1, recluster=0, threads=-1).items():
         check(getattr(c, name) >= low, name, getattr(c, name), f"at least {low}")
     check(c.lr > 0 and math.isfinite(c.lr), 'lr', c.lr, 'a finite number above 0')
     for name in ('momentum', 'head_momentum'):
@@ -169,17 +175,19 @@ def check_ranges(c):
     check(0 <= c.weight_decay < 1, 'weight_decay', c.weight_decay, 'the value itself, at least 0 and below 1')
     check(0 <= c.dropout < 1, 'dropout', c.dropout, 'at least 0 and below 1')
     check(c.checkpoint_minutes >= 0, 'checkpoint_minutes', c.checkpoint_minutes, 'at least 0')
+    for name in ('jitter', 'gray'):
+        check(0 <= getattr(c, name) <= 1, name, getattr(c, name), 'at least 0 and at most 1')
     check(0 < c.min_scale <= 1, 'min_scale', c.min_scale, 'above 0 and at most 1')
     low, high = SIZES[c.arch]
     check(low <= c.size <= high, 'size', c.size, f"{low} to {high} pixels, which {c.arch} takes")
 
 # what the core's own functions do not have, and what it must be for them
 ONLY_FAST = dict(clusterer='kmeans', backend='torch', lr_schedule='constant', compile=False,
-                 center_box='exact')
+                 center_box='exact', jitter=0., gray=0.)
 
 def check_together(c):
     "Raise a ValueError for values that exclude each other."
-    check(c.head != 'kept' or c.clusterer == 'kmeans', 'head', c.head,
+    check(c.head != 'kept' or c.clusterer in ('kmeans', 'lloyd'), 'head', c.head,
           f"'fresh' or 'centroids', for {c.clusterer} finds another number of clusters each time")
     for name,v in ONLY_FAST.items() if c.parts == 'plain' else ():
         check(getattr(c, name) == v, name, getattr(c, name), f"{v!r} with parts='plain'")
@@ -306,7 +314,7 @@ def resume(folder, net, config,
 # %% ../nbs/18_fit.ipynb #d422529e
 def most_clusters(config, n:int)->int: # of n images
     "Return how many clusters there can be; PIC finds one for about every ten points."
-    return config.k if config.clusterer == 'kmeans' else max(config.k, n//8)
+    return config.k if config.clusterer in ('kmeans', 'lloyd') else max(config.k, n//8)
 
 def id_type(k:int)->np.dtype: # uint8, uint16 or int32
     "Return the smallest type that holds the numbers of k clusters."
@@ -388,10 +396,10 @@ class Hooks:
             self.progress(self.state.epoch, 'features', done, n, .15*done/n)
         if self.guard: self.guard()
 
-    def clustered(self, prev, seconds:dict): # the clusters are there, the head is new
+    def clustered(self, prev, seconds:dict): # the clusters are there, and a head; no seconds: they stay
         s = self.state
         s.record = dict(epoch=s.epoch, loss=None, ln_k=math.log(len(s.clustering.centroids)),
-                        seconds=dict(seconds, training=0.), objective=s.clustering.objective[-1],
+                        seconds=dict(seconds, training=0.), objective=s.clustering.objective[-1] if seconds else None,
                         **agreement(s.clustering, prev and prev.assign, self.images.labels))
         if self.folder: self.folder.write(f'assignments/epoch_{s.epoch:03d}.npy', as_npy(s.clustering))
 
@@ -434,9 +442,10 @@ def run_loop(state:State, images, config, parts:Parts, hooks:Hooks):
         return *parts.cluster(s.net, images, c, s.epoch, timer, hooks.clustering, folder), timer.seconds()
     while s.epoch < c.epochs:
         if s.step == 0:  # not in the middle of an epoch that was stopped
-            prev = s.clustering
-            s.clustering, s.pca, seconds = cluster()
-            s.opts = new_head(s.net, s.opts, s.clustering, s.pca, c, s.epoch); return_memory()
+            prev, seconds = s.clustering, {}
+            if s.epoch < (c.recluster or c.epochs):
+                s.clustering, s.pca, seconds = cluster()
+                s.opts = new_head(s.net, s.opts, s.clustering, s.pca, c, s.epoch); return_memory()
             hooks.clustered(prev, seconds)
         assign = s.clustering.assign
         idx = SAMPLERS[c.sampler](assign, c.passes * len(images), c.seed, s.epoch)
@@ -475,7 +484,7 @@ def prepare(config:Config, images=None,
                              skip_broken=c.skip_broken)
         for line in images.notes if echo else (): echo(line)
     if c.parts == 'fast': images = PackedImages.of(images)
-    check(c.k <= len(images) or c.clusterer != 'kmeans', 'k', c.k,
+    check(c.k <= len(images) or c.clusterer not in ('kmeans', 'lloyd'), 'k', c.k,
           f"at most {len(images):,}, the number of images")
     check_sizes(images)
     if c.threads > 0: torch.set_num_threads(c.threads)

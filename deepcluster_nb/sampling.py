@@ -80,4 +80,5 @@ def loss_weights(assign:Tensor, # (N,) cluster of each image
     return torch.where(full, len(assign) / (full.sum() * sizes.clamp_min(1)), 0.)
 
 # %% ../nbs/06_sampling.ipynb #1c4eaaa1
-SAMPLERS = dict(uniform=uniform_sample, released=released_sample, weighted=shuffled_sample)
+SAMPLERS = dict(uniform=uniform_sample, released=released_sample, weighted=shuffled_sample,
+                shuffled=shuffled_sample) # without weights: clusters count by their size

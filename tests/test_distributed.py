@@ -105,10 +105,12 @@ def one_process(config, n, weights=None):
 STILL = replace(SMALL, lr=1e-4, sync_bn=True)
 
 # 23 images: of the last three, more than one rank gets some among two, not among four
-@pytest.mark.parametrize('world, weights', [(2, None), (4, None), (3, torch.linspace(.5, 1.5, 6))])
-def test_gradients_of_the_whole_batch(world, weights):
-    loss, grads, buffers = one_process(STILL, 23, weights)
-    for other, g, b in in_ranks(world, tasks.gradients, STILL, 23, weights):
+@pytest.mark.parametrize('world, weights, more', [(2, None, {}), (4, None, {}), (2, None, dict(jitter=.4)),
+                                                  (3, torch.linspace(.5, 1.5, 6), {})])
+def test_gradients_of_the_whole_batch(world, weights, more):
+    c = replace(STILL, **more)
+    loss, grads, buffers = one_process(c, 23, weights)
+    for other, g, b in in_ranks(world, tasks.gradients, c, 23, weights):
         assert other == pytest.approx(loss, rel=1e-6)
         assert [apart(x, y) < 2e-5 for x,y in zip(g, grads)] == [True, True]
         assert apart(b, buffers) < 1e-5
@@ -124,7 +126,7 @@ def test_batch_norm_of_each_rank_is_that_of_its_slice():
         boxes = distributed.crop_boxes(images.shapes[:20, 1:], g, (c.min_scale, 1.))[idx]
         flip = (torch.rand(20, generator=g) < .5)[idx]
         crop = lambda im: distributed.crop_inside(im, boxes, c.size, flip)
-        x = distributed.network_input(images.batch(idx), crop, True)
+        x = distributed.training_input(images.batch(idx), crop, True, torch.float32)
         x = x.contiguous(memory_format=torch.channels_last)
         net.zero_grad()
         torch.nn.functional.cross_entropy(net.train()(x), idx % 6).backward()

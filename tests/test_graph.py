@@ -9,6 +9,7 @@ from test_feeding import gpu, marks, network_there, there
 from deepcluster_nb import fit as around, probes, training
 from deepcluster_nb.data import digits, generator
 from deepcluster_nb.fast import feeding, graph, training as eager
+from deepcluster_nb.fast.crops import network_input
 from deepcluster_nb.fast.graph import Parcel, taped
 from deepcluster_nb.fast.images import PackedImages
 from deepcluster_nb.fit import Config, fit, network, optimizers, resolve
@@ -40,7 +41,8 @@ def recordings(monkeypatch): # fit records on a tape; how often it does
 @pytest.mark.parametrize('more, times', [
     (dict(dropout=.5, lr_schedule='cosine'), 1), (dict(sobel=False, sampler='released', head_momentum=.9), 1),
     (dict(sampler='weighted', head='centroids', calibrate=True), 1), (dict(head='kept', head_momentum=.5), 1),
-    (dict(arch='resnet18', epochs=1), 1)])
+    (dict(jitter=.4, gray=.2), 1), (dict(sobel=False, jitter=.4, lr_schedule='last_quarter'), 1),
+    (dict(recluster=1), 1), (dict(arch='resnet18', epochs=1), 1)])
 def test_runs_are_the_same_bits(recordings, more, times):
     c = replace(SMALL, **more)
     plain, other = (fit(replace(c, parts=p), IMAGES, echo=None) for p in ('fast', 'taped'))
@@ -102,16 +104,18 @@ def test_the_number_of_steps_brought_together_changes_nothing(monkeypatch):
         found.append([*net.state_dict().values(), torch.tensor(seen)])
     assert same(found[0], found[1]) and same(found[0], found[2])
 
+@pytest.mark.parametrize('jitter', [0., .4])
 @pytest.mark.parametrize('sobel', [True, False])
-def test_a_table_of_crops_is_recorded_with_the_step(monkeypatch, sobel): # a made-up kernel
-    c, tables = resolve(replace(SMALL, sobel=sobel)), []
+def test_a_table_of_crops_is_recorded_with_the_step(monkeypatch, sobel, jitter): # a made-up kernel
+    c, tables = resolve(replace(SMALL, sobel=sobel, jitter=jitter)), []
+    grey = sobel and not jitter             # colors change before Sobel makes them grey
     def cut(kernel, flat, table, size, planes, what, dtype):
         tables.append(len(table))
-        assert (planes, what, dtype) == (IMAGES.size[0], 'grey' if sobel else 'normal', torch.float32)
+        assert (planes, what, dtype) == (IMAGES.size[0], 'grey' if grey else 'normal', torch.float32)
         at = table[:, 0].long() // math.prod(IMAGES.size)
         boxes = torch.cat([table[:, 3:5], (table[:, 5:7]*size).round()], 1).float()
         x = flat.view(-1, *IMAGES.size).index_select(0, at)
-        return graph.network_input(x, lambda im: graph.crop_inside(im, boxes, size, table[:, 7] > 0), sobel)
+        return network_input(x, lambda im: graph.crop_inside(im, boxes, size, table[:, 7] > 0), grey)
     monkeypatch.setattr(graph, 'crops_cut_by', lambda images: 'kernel')
     monkeypatch.setattr(graph, 'crop_kernel', lambda: None)
     monkeypatch.setattr(graph, 'cut_crops', cut)
@@ -349,6 +353,7 @@ def epochs_there(c, images=IMAGES, capture=None, n=3, weights=None):
 
 @pytest.mark.parametrize('more, weights', [
     (dict(), None), (dict(precision='float32', dropout=0.), None), (dict(sobel=False), None),
+    (dict(sobel=False, jitter=.4, gray=.2), None), (dict(jitter=.4), None),
     (dict(lr_schedule='cosine', head_momentum=.9), torch.linspace(.5, 1.5, 10))])
 @pytest.mark.parametrize('ragged', [False, True])
 @pytest.mark.cuda

@@ -82,16 +82,17 @@ def test_a_plain_loss_that_is_no_number_ends_the_run(monkeypatch):
 
 @pytest.mark.parametrize('name, value', [('clusterer', 'pic'), ('backend', 'faiss'), ('compile', True),
                                          ('lr_schedule', 'cosine'), ('precision', 'bfloat16'),
-                                         ('center_box', 'torchvision')])
+                                         ('center_box', 'torchvision'), ('jitter', .4), ('gray', .2)])
 def test_what_plain_parts_do_not_have_is_refused(name, value):
     with pytest.raises(ValueError, match=f"^{name}: expected .* with parts='plain', got {value!r}"):
         resolve(replace(SMALL, **{name: value}))
 
 @pytest.mark.parametrize('more', [dict(sampler='weighted'), dict(sampler='released'), dict(head='kept'),
                                   dict(head='centroids', calibrate=True), dict(head_momentum=.5),
-                                  dict(border='replicate'), dict(relu=True)])
+                                  dict(border='replicate'), dict(relu=True), dict(sampler='shuffled'),
+                                  dict(recluster=1, epochs=2)])
 def test_every_other_switch_works_with_plain_parts(more):
-    run = fit(replace(SMALL, epochs=1, **more), IMAGES, echo=None)
+    run = fit(replace(SMALL, **dict(epochs=1) | more), IMAGES, echo=None)
     assert run.log[0]['loss'] > 0 and len(run.clustering.assign) == 200
 
 def test_parts_are_handed_in(monkeypatch):

@@ -459,7 +459,7 @@ def test_pic_needs_no_import_and_ascii_alone_ends_no_training(tmp_path):
                        env=dict(os.environ, PYTHONIOENCODING='ascii'))
     lines = p.stdout.splitlines()
     assert p.returncode == 0 and lines[0].startswith('epoch 1/1 ? loss') and lines[-1] == 'pic', p.stderr
-    with pytest.raises(ValueError, match='clusterer: expected one of kmeans, pic, pic_released'):
+    with pytest.raises(ValueError, match='clusterer: expected one of kmeans, lloyd, pic, pic_released'):
         resolve(Config(clusterer='dbscan'))
 
 def test_numbers_of_numpy_and_paths_are_taken(tmp_path):

@@ -13,7 +13,9 @@ from deepcluster_nb.sources import load_images
 from deepcluster_nb.model import ARCHS, SIZES, calibrate_bn, conv_stack, convnet
 from deepcluster_nb.runs import load_checkpoint
 from deepcluster_nb.sobel import Sobel, normalize
-from deepcluster_nb.fit import Config, fit, load_run, network, optimizers, predict, resolve
+from deepcluster_nb.fit import (Config, fit, load_assignments, load_run, network, optimizers, predict,
+                                resolve)
+from deepcluster_nb.sampling import SAMPLERS
 from survive import sha256
 
 def tiny(planes, dropout): # (features, classifier): a network that trains in no time
@@ -29,7 +31,8 @@ def architecture():
 
 TINY = Config(dataset='digits', arch='tiny', n_images=120, k=6, pca=8, epochs=2, passes=1, batch_size=40,
               precision='float32', device='cpu', checkpoint_minutes=0.)
-NEW = 'lr_schedule', 'border', 'relu', 'calibrate', 'head', 'head_momentum', 'clusterer'
+NEW = ('lr_schedule', 'border', 'relu', 'calibrate', 'head', 'head_momentum', 'clusterer', 'jitter', 'gray',
+       'recluster')
 
 def seen(monkeypatch, config): # what every epoch of training begins with, its learning rates, and the Run
     epochs, rates, train, step = [], [], fast.train_epoch, torch.optim.SGD.step
@@ -61,7 +64,7 @@ def test_defaults_are_the_papers(base):
     epochs, rates, run = base
     assert {n: getattr(TINY, n) for n in NEW} == dict(lr_schedule='constant', border='zeros', relu=False,
                                                       calibrate=False, head='fresh', head_momentum=0.,
-                                                      clusterer='kmeans')
+                                                      clusterer='kmeans', jitter=0., gray=0., recluster=0)
     assert [e['momentum'] for e in epochs] == [[.9, 0.]]*2 and set(rates) == {.05}
     assert epochs[0]['opts'][0] is epochs[1]['opts'][0] and epochs[0]['opts'][1] is not epochs[1]['opts'][1]
 
@@ -71,6 +74,38 @@ def test_lr_schedule(monkeypatch, base):
     expected = [.05*(1 + math.cos(math.pi*s/3))/2 for s in range(3)]*2
     assert rates[::2] == rates[1::2] and np.allclose(rates[::2], expected, rtol=1e-12)
     assert not same(epochs[0]['start'], base[0][0]['start']) and same(epochs[0]['end'], base[0][0]['end'])
+
+def test_the_last_quarter_of_the_run(monkeypatch):
+    _, rates, _ = seen(monkeypatch, replace(TINY, lr_schedule='last_quarter'))
+    # six steps in all: the run is through 0, 1/6, … 5/6 of them
+    expected = [.05*min(1, 4*(1 - s/6)) for s in range(6)]
+    assert rates[::2] == rates[1::2] and np.allclose(rates[::2], expected, rtol=1e-12)
+    assert expected[4] == .05 > expected[5] > 0
+
+def test_clusters_that_stay(tmp_path):
+    run = fit(replace(TINY, epochs=3, recluster=1, run_dir=str(tmp_path/'r')), echo=None)
+    first, *later = [load_assignments(tmp_path/'r', e) for e in range(3)]
+    assert all(torch.equal(first, a) for a in later) and [r['nmi_prev'] for r in run.log] == [None, 1., 1.]
+    # the same head learns on, and only the first reassignment clusters
+    assert run.log[2]['loss'] < run.log[1]['loss'] < run.log[0]['loss']
+    assert ['features' in r['seconds'] for r in run.log] == [True, False, False]
+    assert [r['objective'] is None for r in run.log] == [False, True, True]
+
+def test_without_balance_large_clusters_count_more():
+    assign = torch.tensor([0]*90 + [1]*10)
+    for name, share in dict(shuffled=.1, uniform=.5).items():
+        drawn = assign[SAMPLERS[name](assign, 1000, 0, 0)]
+        assert abs(float((drawn == 1).float().mean()) - share) < .01
+
+def test_colors_change_and_nothing_else_is_drawn_anew(monkeypatch, base):
+    usual, jitter, gray = [e['idx'] for e in base[0]], {}, {}
+    for kept, more in ((jitter, dict(jitter=.4)), (gray, dict(gray=1.))):
+        epochs, _, kept['run'] = seen(monkeypatch, replace(TINY, **more))
+        assert torch.equal(epochs[0]['idx'], usual[0])
+    first = base[2].log[0]['loss']
+    # digits are grey already: there is no color to lose
+    assert np.isclose(gray['run'].log[0]['loss'], first, rtol=1e-4)
+    assert not np.isclose(jitter['run'].log[0]['loss'], first, rtol=1e-4)
 
 def test_a_kept_head_goes_on(monkeypatch, base):
     epochs, _, run = seen(monkeypatch, replace(TINY, head='kept', head_momentum=.5))
@@ -161,8 +196,9 @@ def test_samplers_take_pic(sampler):
 
 @pytest.mark.parametrize('change', [dict(head='kept', head_momentum=.9, lr_schedule='cosine'),
                                     dict(head='centroids', head_momentum=.5, relu=True, calibrate=True),
-                                    dict(clusterer='pic', head_momentum=.5)],
-                         ids=['kept', 'centroids', 'pic'])
+                                    dict(clusterer='pic', head_momentum=.5),
+                                    dict(recluster=1, jitter=.4, gray=.2, head_momentum=.5)],
+                         ids=['kept', 'centroids', 'pic', 'recluster'])
 def test_stopped_and_continued(monkeypatch, tmp_path, change):
     config, batch, reads = replace(TINY, **change), PackedImages.batch, []
     fit(replace(config, run_dir=str(tmp_path/'whole')), echo=None)
@@ -171,7 +207,8 @@ def test_stopped_and_continued(monkeypatch, tmp_path, change):
         reads.append(len(idx))
         if len(reads) == stop: raise Stop
         return batch(images, idx)
-    stop = 7 + (len(change) == 4)           # the second step of the second epoch; `calibrate` reads once more
+    # the second step of the second epoch; `calibrate` reads once more, and where clusters stay none is made
+    stop = 7 + ('calibrate' in change) - ('recluster' in change)
     with monkeypatch.context() as m:
         m.setattr(PackedImages, 'batch', stops)
         with pytest.raises(Stop): fit(replace(config, run_dir=str(tmp_path/'r')), echo=None)
@@ -193,8 +230,11 @@ def test_a_run_from_before_the_switches(tmp_path):
     assert sha256(tmp_path/'r') == done
 
 @pytest.mark.parametrize('change, message', [
-    (dict(lr_schedule='linear'), "lr_schedule: expected one of constant, cosine, got 'linear'"),
+    (dict(lr_schedule='linear'), "lr_schedule: expected one of constant, cosine, last_quarter, got 'linear'"),
     (dict(lr_schedule=1), 'lr_schedule: .*str'),
+    (dict(jitter=1.5), 'jitter: expected at least 0 and at most 1, got 1.5'),
+    (dict(gray=-.1), 'gray: expected at least 0 and at most 1, got -0.1'),
+    (dict(recluster=-1), 'recluster: expected at least 0, got -1'),
     (dict(head='old'), "head: expected one of fresh, kept, centroids, got 'old'"),
     (dict(head_momentum=1.), 'head_momentum: expected at least 0 and below 1'),
     (dict(border='black'), "border: expected one of zeros, replicate, got 'black'"),
@@ -221,7 +261,7 @@ def test_the_command_knows_pic(tmp_path):
     from deepcluster_nb.experiments import check_parameters, gather
     check_parameters(*gather('train', 'digits', dict(clusterer='pic')), tmp_path/'r')
     with pytest.raises(ValueError,
-                       match="clusterer: expected one of kmeans, pic, pic_released, got 'dbscan'"):
+                       match="clusterer: expected one of kmeans, lloyd, pic, pic_released, got 'dbscan'"):
         check_parameters(*gather('train', 'digits', dict(clusterer='dbscan')), tmp_path/'r')
 
 def test_the_command_continues_a_run_from_before_the_switches(tmp_path):

@@ -26,11 +26,13 @@ from ..clustering import Clustering, as_points
 from ..data import generator
 from .images import PackedImages
 from .feeding import fetch_ahead, to_device
-from .crops import crop_inside, network_input
+from .crops import crop_inside
 from .features import HalfFeatures, PCA, autocast, feature_batches
 from ..features import l2_normalize
 from .kmeans import REPAIRS, Sums, nearest, rough_type, rounding_losses, whole_unit
-from .training import CHECK_EVERY, nonfinite_flag, raise_if_bad, set_learning_rates
+from .training import (CHECK_EVERY, nonfinite_flag, raise_if_bad, set_learning_rates,
+                                          training_input)
+from ..switches import config_factors
 from ..training import batches
 from ..runs import Guard, Stopped, signals_noted
 
@@ -294,19 +296,21 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int,
     steps, ddp = batches(idx, config.batch_size), replica(net, config.compress_gradients, ranks)
     parts = [own_part(b, ranks) for b in steps]
     def check_finite(): raise_if_bad(bad, epoch, step, steps) # bad on any rank
-    def cropped(x, b, part, g): # the draws are those of the whole batch
+    def cropped(x, b, part, g, step): # the draws are those of the whole batch
         boxes = crop_boxes(images.shapes[b, 1:], g, (config.min_scale, 1.))[part]
         flip = (torch.rand(len(b), generator=g) < .5)[part]
-        return network_input(x, lambda im: crop_inside(im, boxes, config.size, flip), net.sobel is not None)
+        factors = [f[part] for f in config_factors(len(b), config, epoch, step)]
+        return training_input(x, lambda im: crop_inside(im, boxes, config.size, flip), net.sobel is not None,
+                              torch.float32, factors)
     own = [b[part] for b,(part,_) in zip(steps, parts)]
     shared = norms_shared(net, ranks, lambda: parts[step][1]) if config.sync_bn else nullcontext()
     with torch.random.fork_rng(), shared:
         for step,(mine,x) in enumerate(fetch_ahead(images, own[first:], device), first):
             b, (part, counts), g = steps[step], parts[step], generator(config.seed, 'step', epoch, step)
             torch.manual_seed(g.initial_seed() + ranks.rank)          # dropout: other units on every rank
-            x = cropped(x, b, part, g)
+            x = cropped(x, b, part, g, step)
             for o in opts: o.zero_grad()
-            set_learning_rates(opts, config, step / len(steps))
+            set_learning_rates(opts, config, step / len(steps), epoch)
             with autocast(config.precision, device):
                 logits = ddp(x.contiguous(memory_format=torch.channels_last))
             y = to_device(assign[mine], device)

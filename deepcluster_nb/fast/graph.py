@@ -21,11 +21,11 @@ from ..training import batches
 import deepcluster_nb.fast.training as eager
 from .images import PackedImages
 from .feeding import Ragged, compiled, fetch_ahead
-from .crops import (crop_inside, crop_kernel, crop_table, cut_crops, kernel_takes,
-                                       network_input)
+from .crops import crop_inside, crop_kernel, crop_table, cut_crops, kernel_takes
 from .features import autocast, input_type
 from .training import (CHECK_EVERY, learning_rates, nonfinite_flag, raise_if_bad,
-                                          set_learning_rates)
+                                          set_learning_rates, training_input)
+from ..switches import config_factors, recolored
 
 # %% ../../nbs/fast/27_graph.ipynb #27808b71
 class Tape(TorchDispatchMode):
@@ -136,19 +136,20 @@ class Feed:
     def __init__(self, images, # PackedImages
                  steps:list,   # of (B,) image numbers
                  first:int,    # the step to begin with
-                 draw,         # step → (seed, boxes, flip, labels and rates)
+                 # step → (seed, boxes, flip, labels and rates, () or the factors of its colors)
+                 draw,
                  size:int, sobel:bool, precision:str, parcel:Parcel, device):
         self.images, self.steps, self.first, self.draw, self.parcel = images, steps, first, draw, parcel
         self.size, self.sobel, self.cut = size, sobel, crops_cut_by(images)
         self.dtype = input_type(precision, device)
         self.fetched = fetch_ahead(images, steps[first:], device) if self.cut == 'host' else None
     def row(self, step:int)->tuple: # (seed, (tensors of the crops, more))
-        b, (seed, boxes, flip, more) = self.steps[step], self.draw(step)
+        b, (seed, boxes, flip, more, factors) = self.steps[step], self.draw(step)
         if self.cut == 'kernel':
             some = Ragged(self.images.pixels, self.images.starts[b], self.images.shapes[b])
-            return seed, (crop_table(some, boxes, self.size, flip), *more)
+            return seed, (crop_table(some, boxes, self.size, flip), *more, *factors)
         rows = (self.images.rows(b),) if self.cut == 'products' else ()
-        return seed, (*more, boxes, flip, *rows)
+        return seed, (*more, boxes, flip, *rows, *factors)
     def __iter__(self): # of (step, seed, what the recorded function takes)
         for _,run in groupby(range(self.first, len(self.steps)),
                              lambda i: (len(self.steps[i]), (i - self.first) // MANY)):
@@ -156,18 +157,20 @@ class Feed:
             seeds, here = zip(*map(self.row, run))
             for step,seed,own,there in zip(run, seeds, here, self.parcel(here)):
                 yield step, seed, there if self.cut == 'kernel' else self.crops(own, *there)
-    def crops(self, own, y, rates, boxes, flip, *rows)->tuple: # the batch, cut before the step
+    def crops(self, own, y, rates, boxes, flip, *rest)->tuple: # the batch, cut before the step
+        rows, factors = (rest[:1], rest[1:]) if self.cut == 'products' else ((), rest)
         if self.cut == 'host': boxes, flip = own[2:4]                   # by boxes on the host
         x = (self.images.pixels.view(-1, *self.images.size).index_select(0, *rows) if rows else
              next(self.fetched)[1])
         def crop(images): return crop_inside(images, boxes, self.size, flip)
-        return network_input(x, crop, self.sobel, self.dtype), y, rates
+        return training_input(x, crop, self.sobel, self.dtype, factors), y, rates
     def recordable(self, learn)->callable: # the step, with the kernel's crops in it
         if self.cut != 'kernel': return learn
-        def crop_and_learn(table, y, rates):
+        def crop_and_learn(table, y, rates, *factors):
             x = cut_crops(crop_kernel(), self.images.pixels, table, self.size, int(self.images.shapes[0, 0]),
-                          'grey' if self.sobel else 'normal', self.dtype)
-            learn(x, y, rates)
+                          'grey' if self.sobel and not factors else 'normal',
+                          torch.float32 if factors else self.dtype)
+            learn(recolored(x, *factors).to(self.dtype) if factors else x, y, rates)
         return crop_and_learn
 
 # %% ../../nbs/fast/27_graph.ipynb #276838fd
@@ -257,8 +260,10 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int,
     def draw(step): # as random_resized_crop draws
         g, b = generator(config.seed, 'step', epoch, step), steps[step]
         boxes = crop_boxes(images.shapes[b][:, 1:], g, (config.min_scale, 1.))
-        flip, rates = torch.rand(len(b), generator=g) < .5, learning_rates(opts, config, step/len(steps))
-        return g.initial_seed(), boxes, flip, (assign[b], torch.tensor(rates))
+        flip = torch.rand(len(b), generator=g) < .5
+        rates = learning_rates(opts, config, step/len(steps), epoch)
+        return (g.initial_seed(), boxes, flip, (assign[b], torch.tensor(rates)),
+                config_factors(len(b), config, epoch, step))
     feed = Feed(images, steps, first, draw, config.size, net.sobel is not None, config.precision, kept.parcel,
                 device)
     learn = feed.recordable(learner(net, opts, config, kept))
@@ -271,5 +276,5 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int,
                 if step % CHECK_EVERY[device.type] == 0 or step == len(steps) - 1: check_finite()
                 if after: after(step + 1, len(steps), kept.total, check_finite)
     finally: # numbers again, as the optimizers had them
-        set_learning_rates(opts, config, (len(steps) - 1)/len(steps))
+        set_learning_rates(opts, config, (len(steps) - 1)/len(steps), epoch)
     return float(kept.total) / len(idx)
