@@ -183,7 +183,9 @@ def check_parameters(notebook:Path, given:dict, run_dir:Path):
     if who := held_by(run_dir):
         raise ValueError(f"run_dir: {str(run_dir)!r} is in use by {who}; "
                          "let it finish, or choose another folder")
-    if (run_dir/'params.yaml').exists(): RunFolder(run_dir, values, may_differ(run_dir, values))
+    # which rows, of how many seeds: the numbers that are there count in any case
+    more = ('row', 'seeds', 'other') if notebook.stem == 'findings' else ()
+    if (run_dir/'params.yaml').exists(): RunFolder(run_dir, values, may_differ(run_dir, values) + more)
 
 # %% ../nbs/15_experiments.ipynb #5af89d8d
 def parse_pair(text:str,

@@ -1,0 +1,93 @@
+"The page of findings: verdicts from numbers whose truth is known, and small runs of its rows."
+import json
+from pathlib import Path
+import numpy as np, pytest
+from PIL import Image
+from deepcluster_nb.data import shapes
+from deepcluster_nb.experiments import main
+from deepcluster_nb.runs import RunFolder
+
+LAYERS = ['conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'kNN']
+RECIPE = dict(dataset='shapes', n_images=1000, n_test=100, size=32, k=20, epochs=3)
+SEEN, NOT, OPEN = 'seen here', 'not seen here', "can't be decided at this size"
+
+def judged(level, slope=0.): return {m: level + slope*i for i,m in enumerate(LAYERS)}
+
+def run_of(level, slope, seed, **more): # what a run of fit leaves behind
+    log = dict(loss=[2., 1.5, 1.2], ln_k=[3.]*3, nmi_prev=[None, .4, .6], nmi_prev_chance=[None, .2, .2],
+               nmi_labels=[.1, .2, .3 + .01*seed], ami_labels=[0., .1, .2])
+    return dict(judged(level + seed, slope), log=log, largest=.05, effective=18. + .1*seed, empty=0, nmi=.3,
+                ami=.2 + .01*seed, ami_color=.1, purity=.5, purity_chance=.2, fewest=3,
+                top=dict(conv1=.3, conv3=.4, conv5=.6 + .01*seed)) | more
+
+def made(seeds=3): # results of every row but 9 and 10
+    runs = {}
+    for s in range(seeds):
+        more = dict(random=judged(40. + s) | dict(top=dict(conv1=.3, conv3=.3, conv5=.3)))
+        more['random, rgb'], more['supervised'] = judged(45. + s), judged(50. + s, 6.)
+        more['base'] = run_of(45., 2., s)
+        more['shuffled'] = run_of(44., 2., s, largest=.6 + .1*s)
+        more['no repair'], more['k=200'] = run_of(49., 2., s), run_of(49., 2. + .1*s, s)
+        for k in (2, 6, 60, 600): more[f'k={k}'] = run_of(40. + k/100, 2., s)
+        more['rgb'] = run_of(50., 1., s, ami_color=.4 + .01*s, ami=.1)
+        more['rgb, jitter'] = run_of(45., 2. + .1*s*(s - 1), s, ami_color=.2)
+        for n,cost in ((1, 5.), (2, .2), (4, 2.*s - 1)): more[f'stop after {n}'] = run_of(45. - cost, 2., s)
+        runs |= {f'{n}/{s}': dict(images=1000, test=100, classes=5, seconds=60) | r for n,r in more.items()}
+    return runs
+
+def page(folder, runs, *more): # the page of these runs, none of which is made anew
+    RunFolder(folder, RECIPE | dict(root='', other='', seeds=3, row='', run_dir=str(folder)))
+    (folder/'results.json').write_text(json.dumps(dict(recipe=RECIPE, runs=runs)))
+    (folder/'params.yaml').unlink()
+    given = [x for n,v in RECIPE.items() for x in ('-p', f'{n}={v}')]
+    assert main(['run', 'findings', '--out', str(folder), *given, *more]) == 0
+    found = json.loads((folder/'metrics.json').read_text())
+    return {int(n): [f['verdict'] for f in row['found']] for n,row in found.items() if n.isdigit()}
+
+def test_verdicts_of_known_truth(tmp_path):
+    rows = page(tmp_path/'r', made())
+    assert rows == {1: [SEEN], 2: [SEEN, NOT], 3: [SEEN], 4: [SEEN, SEEN, SEEN, SEEN], 5: [SEEN, SEEN, SEEN, OPEN],
+                    6: [NOT, SEEN, SEEN, SEEN], 7: [SEEN, SEEN], 8: [SEEN, SEEN], 11: [NOT, SEEN, OPEN]}
+    html = (tmp_path/'r'/'report.html').read_text()
+    assert 'row=9' in html and 'row=10' in html and 'row=5' not in html.replace('row=5</code> does', '')
+
+def test_two_seeds_decide_nothing(tmp_path):
+    rows = page(tmp_path/'r', made(2), '-p', 'seeds=2', '-p', 'row=1,6')
+    assert {v for row in rows.values() for v in row} == {OPEN}
+
+def photographs(folder): # of five classes, as ImageNet is laid out
+    for split, n in (('train', 30), ('val', 15)):
+        images = shapes('train' if split == 'train' else 'test', n)
+        for i,(im,y) in enumerate(zip(images, images.labels.tolist())):
+            file = folder/split/str(y)/f'{i:03d}.png'
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(im.permute(1, 2, 0).numpy()).resize((72, 72)).save(file)
+
+def test_rows_share_their_runs_and_go_on(tmp_path, capsys):
+    photographs(tmp_path/'other')
+    tiny = [x for p in ('n_images=100', 'n_test=40', 'k=20', 'seeds=1', f'other={tmp_path}/other')
+            for x in ('-p', p)]
+    def run(rows): assert main(['run', 'findings', '--out', str(tmp_path/'r'), *tiny, '-p', f'row={rows}']) == 0
+    def kept(): return json.loads((tmp_path/'r'/'results.json').read_text())['runs']
+    run('7,2')
+    first = kept()
+    assert {n for n,r in first.items() if 'skipped' not in r} == {'base/0', 'shuffled/0'}
+    # more clusters than images: said, not run
+    assert {n for n,r in first.items() if 'skipped' in r} == {'k=200/0', 'no repair/0'}
+    assert {f.name for f in (tmp_path/'r'/'figures').iterdir()} == {'subgroups.png', 'conv1.png', 'conv3.png',
+                                                                    'conv5.png'}
+    run('8, 9')
+    then = kept()
+    assert {n: then[n] for n in first} == first
+    assert then.keys() - first.keys() == {'random/0', 'other/0', 'other, random/0', 'other, supervised/0'}
+    far = then['other, supervised/0']
+    assert set(far) >= {'own', 'shapes', 'digits', 'map'} and 0 < far['map'] <= 100
+    # what it retrieves, it learned: above a network without training
+    assert np.mean(list(far['own'].values())) > np.mean(list(then['other, random/0']['own'].values()))
+
+@pytest.mark.parametrize('given, says', [('row=13', "row: expected some of 1, 2"), ('k=10', 'k: expected at least 20'),
+                                         ('epochs=2', 'epochs: expected at least 3'),
+                                         ('seeds=0', 'seeds: expected at least 1')])
+def test_impossible_values(tmp_path, capsys, given, says):
+    assert main(['run', 'findings', '--out', str(tmp_path/'r'), '-p', given]) != 0
+    assert says in capsys.readouterr().err
