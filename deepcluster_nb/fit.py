@@ -21,6 +21,7 @@ from torch import Tensor
 import deepcluster_nb.fast.training as fast
 import deepcluster_nb.fast.graph as graph
 from . import training
+from .data import generator
 from .sources import DATASETS, check_sizes, load_images
 from .fast.images import PackedImages
 from .fast.feeding import PhaseTimer, resident, same_bits
@@ -31,7 +32,8 @@ from .features import l2_normalize
 from .fast.kmeans import BACKENDS, nearest
 from .clustering import Clustering, ami, chance_nmi, entropy, nmi
 from .sampling import SAMPLERS, loss_weights
-from .switches import CENTER_BOXES, SCHEDULES, new_head, resize_head, with_switches
+from .switches import (CENTER_BOXES, SCHEDULES, new_head, resize_head, step_back,
+                                     with_switches)
 from .training import sgd, trunk_parameters
 from .fast.training import CLUSTERERS
 from .runs import Guard, Progress, RunFolder, load_checkpoint, same_data, say
@@ -74,6 +76,8 @@ class Switches:
     jitter:float = 0.              # of brightness, contrast, saturation; half of it a turn of the hue
     gray:float = 0.                # probability that a training image loses its color
     recluster:int = 0              # reassignments that cluster anew, then the clusters stay; 0: all
+    reset_every:int = 0            # reassignments between two steps back to fresh weights; 0: none
+    reset_keep:float = .7          # share of the weights that such a step keeps
     head:str = 'fresh'             # at a reassignment: 'fresh', 'kept', or made from the 'centroids'
     head_momentum:float = 0.       # of the head
     # 'kmeans', 'lloyd' (k-means without the repair), 'pic' or 'pic_released'
@@ -167,7 +171,8 @@ def check_types(config):
 def check_ranges(c):
     "Raise a ValueError for a number that is out of its range."
     for name, low in dict(n_images=0, n_test=0, k=2, pca=1, epochs=0, passes=1, batch_size=2, seed=0,
-                          checkpoint_epochs=1, recluster=0, threads=-1).items():
+                          checkpoint_epochs=1, recluster=0, reset_every=0,
+                          threads=-1).items():
         check(getattr(c, name) >= low, name, getattr(c, name), f"at least {low}")
     check(c.lr > 0 and math.isfinite(c.lr), 'lr', c.lr, 'a finite number above 0')
     for name in ('momentum', 'head_momentum'):
@@ -175,7 +180,7 @@ def check_ranges(c):
     check(0 <= c.weight_decay < 1, 'weight_decay', c.weight_decay, 'the value itself, at least 0 and below 1')
     check(0 <= c.dropout < 1, 'dropout', c.dropout, 'at least 0 and below 1')
     check(c.checkpoint_minutes >= 0, 'checkpoint_minutes', c.checkpoint_minutes, 'at least 0')
-    for name in ('jitter', 'gray'):
+    for name in ('jitter', 'gray', 'reset_keep'):
         check(0 <= getattr(c, name) <= 1, name, getattr(c, name), 'at least 0 and at most 1')
     check(0 < c.min_scale <= 1, 'min_scale', c.min_scale, 'above 0 and at most 1')
     low, high = SIZES[c.arch]
@@ -443,6 +448,9 @@ def run_loop(state:State, images, config, parts:Parts, hooks:Hooks):
     while s.epoch < c.epochs:
         if s.step == 0:  # not in the middle of an epoch that was stopped
             prev, seconds = s.clustering, {}
+            if c.reset_every and s.epoch and s.epoch % c.reset_every == 0:
+                step_back(s.net, network(replace(c, seed=generator(c.seed, 'reset', s.epoch).initial_seed())),
+                          c.reset_keep)
             if s.epoch < (c.recluster or c.epochs):
                 s.clustering, s.pca, seconds = cluster()
                 s.opts = new_head(s.net, s.opts, s.clustering, s.pca, c, s.epoch); return_memory()

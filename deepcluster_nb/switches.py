@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'CENTER_BOXES', 'cosine', 'last_quarter', 'torchvision_center', 'ReLUFeatures', 'with_switches', 'luma',
            'blend', 'turn_hue', 'recolor', 'color_factors', 'color_jitter', 'random_gray', 'config_factors',
-           'recolored', 'by_lloyd', 'centroid_head', 'resize_head', 'new_head']
+           'recolored', 'by_lloyd', 'step_back', 'centroid_head', 'resize_head', 'new_head']
 
 # %% ../nbs/08_switches.ipynb #71e52c4a
 import math, torch
@@ -15,7 +15,7 @@ from .data import generator
 from .model import DeepClusterNet, reset_top_layer
 from .clustering import Clustering, as_points, lloyd, starting_points
 from .sobel import MEAN, STD, Sobel, normalize
-from .training import sgd
+from .training import sgd, trunk_parameters
 
 # %% ../nbs/08_switches.ipynb #3b280921
 def cosine(done:float,   # share of the reassignment's steps
@@ -136,6 +136,15 @@ def by_lloyd(x:Tensor,   # (N, D) points
     "k-means without the repair of empty clusters."
     x = as_points(x, config.k)
     return lloyd(x, starting_points(x, config.k, config.seed, epoch))
+
+# %% ../nbs/08_switches.ipynb #c010000b
+@torch.no_grad()
+def step_back(net:DeepClusterNet,   # changed in place
+              fresh:DeepClusterNet, # the same network with other weights
+              keep:float=.7,        # share of the old weights
+             ):
+    "Go a part of the way back to a fresh initialization (BRB)."
+    for p,new in zip(trunk_parameters(net), trunk_parameters(fresh)): p.lerp_(new.to(p), 1 - keep)
 
 # %% ../nbs/08_switches.ipynb #7d08fbbd
 def centroid_head(net, clustering, pca):

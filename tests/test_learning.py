@@ -13,8 +13,8 @@ def gains(config): # (conv3, conv4, conv5, kNN) in points over the same network 
             for l in ('conv3', 'conv4', 'conv5')] + [ours['knn'] - random['knn']], run.log
 
 def test_cifar10_features_beat_random_ones(cifar_root):
-    found, log = gains(Config(dataset='cifar10', root=cifar_root, n_images=3000, n_test=2000, k=100,
-                              epochs=4))
+    found, log = gains(Config(dataset='cifar10', root=cifar_root, n_images=2000, n_test=2000, k=100,
+                              epochs=3))
     assert sum(found[:3]) / 3 > 1 and found[3] > 1, found
     assert log[-1]['loss'] < .9*log[-1]['ln_k'] and log[-1]['ami_prev'] > .2 and log[-1]['n_empty'] == 0
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch, yaml
 from torch import nn
 from deepcluster_nb.fast import training as fast
+from deepcluster_nb.data import generator
 from deepcluster_nb.fit import PARTS
 from deepcluster_nb.switches import new_head, with_switches
 from deepcluster_nb.fast.crops import center_crop
@@ -32,7 +33,7 @@ def architecture():
 TINY = Config(dataset='digits', arch='tiny', n_images=120, k=6, pca=8, epochs=2, passes=1, batch_size=40,
               precision='float32', device='cpu', checkpoint_minutes=0.)
 NEW = ('lr_schedule', 'border', 'relu', 'calibrate', 'head', 'head_momentum', 'clusterer', 'jitter', 'gray',
-       'recluster')
+       'recluster', 'reset_every', 'reset_keep')
 
 def seen(monkeypatch, config): # what every epoch of training begins with, its learning rates, and the Run
     epochs, rates, train, step = [], [], fast.train_epoch, torch.optim.SGD.step
@@ -64,7 +65,8 @@ def test_defaults_are_the_papers(base):
     epochs, rates, run = base
     assert {n: getattr(TINY, n) for n in NEW} == dict(lr_schedule='constant', border='zeros', relu=False,
                                                       calibrate=False, head='fresh', head_momentum=0.,
-                                                      clusterer='kmeans', jitter=0., gray=0., recluster=0)
+                                                      clusterer='kmeans', jitter=0., gray=0., recluster=0,
+                                                      reset_every=0, reset_keep=.7)
     assert [e['momentum'] for e in epochs] == [[.9, 0.]]*2 and set(rates) == {.05}
     assert epochs[0]['opts'][0] is epochs[1]['opts'][0] and epochs[0]['opts'][1] is not epochs[1]['opts'][1]
 
@@ -90,6 +92,17 @@ def test_clusters_that_stay(tmp_path):
     assert run.log[2]['loss'] < run.log[1]['loss'] < run.log[0]['loss']
     assert ['features' in r['seconds'] for r in run.log] == [True, False, False]
     assert [r['objective'] is None for r in run.log] == [False, True, True]
+
+def test_a_step_back_to_fresh_weights(monkeypatch, base):
+    epochs, _, run = seen(monkeypatch, replace(TINY, reset_every=1, reset_keep=.5))
+    assert not same(epochs[0]['start'], base[0][0]['start'])                 # not before the first epoch
+    c = resolve(TINY)
+    fresh = network(replace(c, seed=generator(c.seed, 'reset', 1).initial_seed())).state_dict()
+    name = 'features.0.weight'
+    halfway = (base[0][0]['end'][name] + fresh[name])/2
+    assert torch.allclose(epochs[1]['start'][name], halfway, atol=1e-6)
+    statistics = 'features.1.running_mean'
+    assert torch.equal(epochs[1]['start'][statistics], base[0][0]['end'][statistics])
 
 def test_without_balance_large_clusters_count_more():
     assign = torch.tensor([0]*90 + [1]*10)
@@ -197,7 +210,7 @@ def test_samplers_take_pic(sampler):
 @pytest.mark.parametrize('change', [dict(head='kept', head_momentum=.9, lr_schedule='cosine'),
                                     dict(head='centroids', head_momentum=.5, relu=True, calibrate=True),
                                     dict(clusterer='pic', head_momentum=.5),
-                                    dict(recluster=1, jitter=.4, gray=.2, head_momentum=.5)],
+                                    dict(recluster=1, jitter=.4, gray=.2, head_momentum=.5, reset_every=1)],
                          ids=['kept', 'centroids', 'pic', 'recluster'])
 def test_stopped_and_continued(monkeypatch, tmp_path, change):
     config, batch, reads = replace(TINY, **change), PackedImages.batch, []
@@ -235,6 +248,7 @@ def test_a_run_from_before_the_switches(tmp_path):
     (dict(jitter=1.5), 'jitter: expected at least 0 and at most 1, got 1.5'),
     (dict(gray=-.1), 'gray: expected at least 0 and at most 1, got -0.1'),
     (dict(recluster=-1), 'recluster: expected at least 0, got -1'),
+    (dict(reset_keep=1.1), 'reset_keep: expected at least 0 and at most 1, got 1.1'),
     (dict(head='old'), "head: expected one of fresh, kept, centroids, got 'old'"),
     (dict(head_momentum=1.), 'head_momentum: expected at least 0 and below 1'),
     (dict(border='black'), "border: expected one of zeros, replicate, got 'black'"),
