@@ -32,6 +32,7 @@ from .fit import (Config, agreement, check, disk_space, id_type, most_clusters, 
                                 resolve)
 from .training import sgd, trunk_parameters
 from .fast.graph import train_epoch
+from .fast.training import Training
 from .fast.distributed import in_ranks, measure_sum, ring_bytes
 from .probes import MOST_PROBED, conv_activations, knn_accuracy, linear_probe, pool_activation
 
@@ -122,7 +123,7 @@ def material(c:Config, n_images:int=0)->tuple: # (images to measure with, facts)
                                  for im in (images, getattr(images, 'center', None)) if im is not None)))
 
 # %% ../nbs/29_estimate.ipynb #bc5306f9
-def sample_clustering(c:Config, n:int, dim:int, seconds:float)->dict: # kind of work → samples
+def sample_clustering(c:Training, n:int, dim:int, seconds:float)->dict: # kind of work → samples
     "Time PCA to `pca` dimensions, k-means and the bookkeeping of a reassignment, on random points."
     g, d, D, less = generator(0, 'estimate'), min(c.pca, dim), min(dim, 2048), min(n, dim)
     x, rows = torch.randn(4096, D, generator=g).to(c.device), (max(D, 256), 4096)
@@ -145,7 +146,7 @@ def sample_clustering(c:Config, n:int, dim:int, seconds:float)->dict: # kind of 
                 books=[t/m for t in sample(books, 1, seconds/16)[0]])
 
 # %% ../nbs/29_estimate.ipynb #f65881f3
-def sample_training(net, images, c:Config, seconds:float
+def sample_training(net, images, c:Training, seconds:float
                    )->list: # seconds an image, in steps of the real batch size
     "Time training steps on random labels, at a learning rate too small for any to diverge."
     g, B = generator(0, 'estimate'), c.batch_size
@@ -156,20 +157,20 @@ def sample_training(net, images, c:Config, seconds:float
                      least=min(4, B))
 
 # %% ../nbs/29_estimate.ipynb #7eaf0630
-def sample_probes(net, facts:dict, c:Config, seconds:float)->dict: # kind of work → samples
+def sample_probes(net, facts:dict, device:str, seconds:float)->dict: # kind of work → samples
     "Time a linear probe's pass over an image, and a pair of images in the nearest-neighbor test."
     g, width = generator(0, 'estimate'), max(1, sum(facts['probes'])//len(facts['probes']))
     x, y = torch.rand(1024, width, generator=g).half(), torch.arange(1024) % facts['classes']
     y[0] = facts['classes'] - 1                        # a probe has as many outputs as the largest label says
     f = torch.randn(1024, facts['dim'], generator=g)
     return dict(probe=[t/4 for t in sample(lambda n: linear_probe(x[:n], y[:n], x[:8], y[:8], epochs=4,
-                                                                  device=c.device),
+                                                                  device=device),
                                            len(x), seconds/2, least=128)[0]],
                 pair=[t/len(f) for t in sample(lambda n: knn_accuracy(f, y, f[:n], y[:n], 200), len(f),
                                                seconds/2, least=64)[0]])
 
 # %% ../nbs/29_estimate.ipynb #6f27bbfa
-def measure(c:Config, images, facts:dict, seconds:float, echo=None
+def measure(c:Training, images, facts:dict, seconds:float, echo=None
            )->dict: # kind of work → seconds a unit, a number a repetition
     "Take all samples; the other measurements go into `facts`."
     say = echo or (lambda line: None)
@@ -203,7 +204,7 @@ def measure(c:Config, images, facts:dict, seconds:float, echo=None
     with tempfile.TemporaryDirectory() as tmp:
         out['saving'] = [t/2**23
                          for t in sample(lambda _: save_checkpoint(tmp, 0, blob, {}), 1, .02*seconds)[0]]
-    if facts['classes']: out |= sample_probes(net, facts, c, .08*seconds)
+    if facts['classes']: out |= sample_probes(net, facts, c.device, .08*seconds)
     facts['ram'] = (os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf')
                     else None)
     facts['free'] = shutil.disk_usage(Path(c.run_dir).anchor or '.').free
@@ -260,7 +261,7 @@ class Estimate:
     @property
     def assignments(self)->int: # bytes of them all, in the smallest type that holds them
         c, n = self.config, self.facts['n']
-        return id_type(most_clusters(c, n)).itemsize*n*(c.epochs + 1)
+        return id_type(most_clusters(c.k, c.clusterer, n)).itemsize*n*(c.epochs + 1)
 
     @property
     def stays(self)->int: # bytes in the run folder at the end: two checkpoints, assignments, clusters.csv

@@ -10,6 +10,7 @@ import numpy as np, torch
 from torch import Tensor
 from .clustering import Clustering, as_points
 from .fast.kmeans import Sums
+from .training import Config
 
 # %% ../nbs/14_pic.ipynb #3e97a7b3
 def neighbor_graph(x:Tensor,          # (N, D) points
@@ -104,10 +105,10 @@ def pic(x:Tensor,            # (N, D) points
     return Clustering(assign, centroids, [float((x - centroids[assign]).pow(2).sum(dtype=torch.float64))])
 
 # %% ../nbs/14_pic.ipynb #9cab6a33
-def by_pic(x, config, epoch)->Clustering:
+def by_pic(x, config:Config, epoch)->Clustering:
     "Cluster the points of a run."
     return pic(x)
 
-def by_released_pic(x, config, epoch)->Clustering:
+def by_released_pic(x, config:Config, epoch)->Clustering:
     "Cluster the points of a run as the released code does."
     return pic(x, flow=power_iteration, first=True)

@@ -534,7 +534,8 @@ def shared_classes(train:PackedImages, test:PackedImages
                   f"{', …' if left[10:] else ''} {'has' if len(left) == 1 else 'have'} images in one of "
                   "training and test only") if left else ''
 
-def with_note(config, train:PackedImages, most:int)->tuple: # (train, test, what to say about them)
+def with_note(config:Config|ProbeConfig, train:PackedImages, most:int
+             )->tuple: # (train, test, what to say about them)
     "Find the images of the probes."
     if most and len(train) > most: train = train.subset(pick(len(train), most, config.seed))
     try: test = load_images(config.dataset, config.root or None, 'test', config.n_test, config.seed,
@@ -550,13 +551,13 @@ def with_note(config, train:PackedImages, most:int)->tuple: # (train, test, what
                          "so there is nothing to hold the probes against")
     return shared_classes(train, test)
 
-def held_out(config, train:PackedImages,
+def held_out(config:Config|ProbeConfig, train:PackedImages,
              most:int=MOST_PROBED, # training images at most; 0: all
             )->tuple:              # (train, test), or None where there are no labels
     "Choose images for the probes: the data set's test split; where there is none, a fifth held out."
     return None if train.labels is None else with_note(config, train, most)[:2]
 
-def measurable(config, train:PackedImages, most:int=MOST_PROBED
+def measurable(config:Config|ProbeConfig, train:PackedImages, most:int=MOST_PROBED
               )->tuple: # ((train, test), or None where nothing can be measured, and a sentence why, or '')
     "Find out before the training what can be measured after it; what can't is no error."
     if train.labels is None: return None, 'no labels, so no probes'

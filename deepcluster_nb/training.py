@@ -41,7 +41,7 @@ class Config:
     seed:int = 0              # of every draw
 
 # %% ../nbs/07_training.ipynb #6888486d
-def cluster(net, images, config, epoch:int,
+def cluster(net, images, config:Config, epoch:int,
             mark=lambda part: None, # called with the name of each part that is done
            )->tuple:                # (Clustering, PCA)
     "One reassignment: features → PCA → unit length → clusters."
@@ -60,7 +60,7 @@ def trunk_parameters(net)->list:
     return [p for name,p in net.named_parameters()
             if p.requires_grad and not name.startswith('top_layer')]
 
-def sgd(params, config, momentum:float=0.)->torch.optim.SGD:
+def sgd(params, config:Config, momentum:float=0.)->torch.optim.SGD:
     "Create the paper's optimizer with the learning rate and weight decay of the configuration."
     return torch.optim.SGD(params, config.lr, momentum,
                            weight_decay=config.weight_decay, fused=True)
@@ -72,7 +72,7 @@ def batches(idx:Tensor, batch_size:int)->list: # of (B,) image numbers
     return [*parts[:-2], torch.cat(parts[-2:])] if len(parts) > 1 and len(parts[-1]) == 1 else parts
 
 # %% ../nbs/07_training.ipynb #ef55ea81
-def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int,
+def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config:Config, epoch:int,
                 weights=None, # (k,) weight of each cluster's images in the loss
                 after=None,   # called after each step with (steps done, steps, sum of the losses)
                )->float:      # mean loss

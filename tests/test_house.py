@@ -1,7 +1,11 @@
 "The rooms and what may stand in them: imports, layout, and the files that people rely on."
 import ast, io, json, re, subprocess, sys, tokenize
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 import pytest
+from groups import disagreements
 
 ROOT = Path(__file__).parent.parent
 CORE = ['data', 'augment', 'sobel', 'model', 'features', 'clustering', 'sampling', 'training']
@@ -168,3 +172,74 @@ def test_the_tests_of_situations_are_there():
     code = '\n'.join(p.read_text() for p in (ROOT/'tests').glob('test_*.py'))
     assert rows == [str(i) for i in range(1, 20)] and len(named) > 40
     assert [n for n in named if not re.search(rf'^def {n}\(', code, re.M)] == []
+
+# ---------------------------------------------------------------- a function names the fields that it reads
+
+@cache
+def configurations(): # (names of all fields, what the loop's parts may be)
+    from deepcluster_nb.fast.training import CLUSTERERS, clusterer
+    from deepcluster_nb.fit import PARTS, Config
+    from deepcluster_nb.probes import ProbeConfig
+    return ({f.name for kind in (Config, ProbeConfig) for f in fields(kind)},
+            {'parts.cluster': [p.cluster for p in PARTS.values()],
+             'parts.train_epoch': [p.train_epoch for p in PARTS.values()],
+             'clusterer(config.clusterer)': [clusterer(name) for name in CLUSTERERS]})
+
+@pytest.mark.parametrize('module', ORDER)
+def test_functions_ask_for_the_group_that_they_read(module):
+    space = vars(import_module(f'deepcluster_nb.{module}'))
+    assert disagreements(source(module), space, *configurations()) == []
+
+def test_what_is_read_by_a_variable_name_is_in_the_group_too(): # which the source does not show
+    from deepcluster_nb.fast.training import Training
+    from deepcluster_nb.fit import ONLY_FAST, WITH_RANKS
+    assert {*ONLY_FAST, *WITH_RANKS} <= {f.name for f in fields(Training)}
+
+@dataclass
+class Files:
+    root:str = ''
+
+@dataclass
+class Steps:
+    lr:float = .1
+
+@dataclass
+class Both(Steps, Files): pass
+
+def files(config:Files): pass
+def steps(x, config:Steps): pass
+def takes_steps(config:Steps): pass
+
+@pytest.mark.parametrize('code,bad', [
+    ('def f(config:Steps): return config.lr', []),
+    ('def f(config:Steps): return config.root', ['f reads root']),
+    ('def f(c:Steps): return c.root', ['f reads root']),
+    ('def f(config:Steps): x, c = 1, config; return c.root', ['f reads root']),
+    ('def f(config:Steps): a = config; b = a; return b.root', ['f reads root']),
+    ('def f(config:Steps):\n    def g(): return config.root', ['f reads root']),
+    ('def f(config:Steps): return lambda: config.root', ['f reads root']),
+    ('def f(config:Steps):\n    def g(config:Files): return config.root', []),
+    ('def f(config:Steps):\n    def g(config:Files): return config.lr', ['g reads lr']),
+    ('def f(config:Steps): return getattr(config, "root")', ['f reads root']),
+    ('def f(config:Steps): return getattr(config, "root", "")', []),
+    ('def f(config:Steps): return replace(config, root="")', ['f reads root']),
+    ('def f(config:Steps|Files): return config.lr', ['f reads lr']),
+    ('def f(config:Both): return config.lr, config.root', []),
+    ('def f(config:Both): return config.lr', ['f could do with Steps']),
+    ('def f(config:Both): files(config)', ['f could do with Files']),
+    ('def f(config:Both): files(config); return config.lr', []),
+    ('def f(config:Steps): files(config)', ['f hands files less than it asks for']),
+    ('def f(config:Steps): steps(1, config)', []),
+    ('def f(config:Files): steps(1, config)', ['f hands steps less than it asks for']),
+    ('def f(config:Files): steps(config=config, x=1)', ['f hands steps less than it asks for']),
+    ('def f(config:Steps): steps(1, replace(config, lr=0))', []),
+    ('def f(config:Steps, part): part(config)', ['f hands it to part, where no group is known']),
+    ('def f(config:Files, out): out.step(config)', ['f hands out.step less than it asks for']),
+    ('def f(config): return 1', ['f names no group for config']),
+    ('def f(c): return c.lr', ['f names no group for c']),
+    ('def f(c): return c.sum()', []),
+    ('class A:\n    def __init__(self, config:Steps): self.c = config\n    def f(self): self.c.root',
+     ['A.__init__ reads root']),
+    ('class A:\n    config:Steps\n    def f(self): self.config.root', ['A reads root'])])
+def test_disagreements_are_found(code, bad):
+    assert disagreements(code, globals(), {'lr', 'root'}, {'out.step': [takes_steps]}) == bad

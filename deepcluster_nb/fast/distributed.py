@@ -30,8 +30,8 @@ from .crops import crop_inside
 from .features import HalfFeatures, PCA, autocast, feature_batches
 from ..features import l2_normalize
 from .kmeans import REPAIRS, Sums, nearest, rough_type, rounding_losses, whole_unit
-from .training import (CHECK_EVERY, nonfinite_flag, raise_if_bad, set_learning_rates,
-                                          training_input)
+from .training import (CHECK_EVERY, Training, nonfinite_flag, raise_if_bad,
+                                          set_learning_rates, training_input)
 from ..switches import config_factors
 from ..training import batches
 from ..runs import Guard, Stopped, signals_noted
@@ -200,7 +200,8 @@ def pooled(pca:PCA,   # with the features of this rank
     return pca
 
 # %% ../../nbs/fast/28_distributed.ipynb #ee4398b1
-def cluster(net, images, config, epoch:int, mark=None, progress=None, folder=None, # as in chapter 25
+def cluster(net, images, config:Training, epoch:int,
+            mark=None, progress=None, folder=None, # as in chapter 25
             ranks=None,
             batch:int=512, # images in a forward pass; shares consist of whole batches
            )->tuple:       # (Clustering of all images, PCA), the same on all ranks
@@ -284,8 +285,8 @@ def replica(net, compress:bool, ranks)->nn.parallel.DistributedDataParallel:
     return ddp
 
 # %% ../../nbs/fast/28_distributed.ipynb #c4b1a9d3
-def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int, weights=None, after=None,
-                first:int=0, total=0., # as in chapter 25
+def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config:Training, epoch:int, weights=None,
+                after=None, first:int=0, total=0., # as in chapter 25
                 ranks=None,
                )->float:   # mean loss over all ranks
     "One epoch on batches that are cut into a slice for each rank."

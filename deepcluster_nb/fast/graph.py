@@ -23,8 +23,8 @@ from .images import PackedImages
 from .feeding import Ragged, compiled, fetch_ahead
 from .crops import crop_inside, crop_kernel, crop_table, cut_crops, kernel_takes
 from .features import autocast, input_type
-from .training import (CHECK_EVERY, learning_rates, nonfinite_flag, raise_if_bad,
-                                          set_learning_rates, training_input)
+from .training import (CHECK_EVERY, Machine, Training, learning_rates, nonfinite_flag,
+                                          raise_if_bad, set_learning_rates, training_input)
 from ..switches import config_factors, recolored
 
 # %% ../../nbs/fast/27_graph.ipynb #27808b71
@@ -174,7 +174,7 @@ class Feed:
         return crop_and_learn
 
 # %% ../../nbs/fast/27_graph.ipynb #276838fd
-def learner(net, opts, config, kept)->callable: # kept: the Step with the tensors that stay
+def learner(net, opts, config:Machine, kept)->callable: # kept: the Step with the tensors that stay
     "Return the training step as a function of images, labels and learning rates."
     params, forward = list(net.parameters()), compiled(net) if config.compile else net
     def learn(x, y, rates): # (B, c, H, W), (B,), one for each optimizer
@@ -194,7 +194,10 @@ def learner(net, opts, config, kept)->callable: # kept: the Step with the tensor
     return learn
 
 # %% ../../nbs/fast/27_graph.ipynb #276aa9ee
-def recipe(net, opts, weights, pixels, config)->tuple: # pixels: of the images, where they are recorded too
+def recipe(net, opts, weights,
+           pixels, # of the images, where they are recorded too
+           config:Training
+          )->tuple:
     "List what a recording takes for granted: layers, addresses, constants."
     at = [(t.data_ptr(), t.requires_grad) for t in [*net.parameters(), *net.buffers()]]
     constants = [{k: v for k,v in g.items() if k not in ('params', 'lr')}
@@ -211,14 +214,14 @@ def hooked(net)->str: # '' where there is none
 
 class Step:
     "What a network's recorded step keeps from epoch to epoch."
-    def __init__(self, net, opts, weights, config, capture):
+    def __init__(self, net, opts, weights, batch_size:int, capture):
         device = next(net.parameters()).device
         self.total, self.bad = torch.zeros((), device=device), torch.zeros((), device=device)
         self.weights = None if weights is None else torch.zeros(len(weights), device=device)
         self.momentum = [[(p, torch.zeros_like(p)) for p in o.param_groups[0]['params']]
                          if o.param_groups[0]['momentum'] else [] for o in opts]
         if why := hooked(net): warn(why)
-        self.recorded, self.parcel = Recorded(config.batch_size, None if why else capture), Parcel(device)
+        self.recorded, self.parcel = Recorded(batch_size, None if why else capture), Parcel(device)
         self.changed = [*net.parameters(), *net.buffers(), self.total, self.bad,
                         *(m for own in self.momentum for _,m in own)]
     def begin(self, opts, weights, total): # an epoch, with the sum of its losses so far
@@ -233,17 +236,17 @@ class Step:
 
 STEPS = WeakKeyDictionary()    # network → (recipe, Step); gone with the network
 
-def step_of(net, opts, weights, pixels, config, capture)->Step:
+def step_of(net, opts, weights, pixels, config:Training, capture)->Step:
     "Return the network's step: the one of the last epoch where its recording still holds."
     now, (was, kept) = recipe(net, opts, weights, pixels, config), STEPS.get(net, (None, None))
     if now != was:
         kept = STEPS.pop(net, None)    # its memory makes room
-        kept = Step(net, opts, weights, config, capture)
+        kept = Step(net, opts, weights, config.batch_size, capture)
         STEPS[net] = now, kept
     return kept
 
 # %% ../../nbs/fast/27_graph.ipynb #2709ef60
-def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config, epoch:int, weights=None,
+def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config:Training, epoch:int, weights=None,
                 after=None,        # as in chapter 25
                 first:int=0, total=0.,
                 capture=None,      # how a step is recorded; captured on a GPU, not at all on a CPU
