@@ -252,8 +252,9 @@ class Estimate:
                                     + n*f['n_test']*t['pair']))
 
     def totals(self, of=median)->dict: # phase → seconds of the whole run
-        e, o = self.epoch(of), self.once(of)
-        return {p: self.config.epochs*e.get(p, 0) + o.get(p, 0) for p in ('loading', *e, 'probes')}
+        c, e, o = self.config, self.epoch(of), self.once(of)
+        times = dict.fromkeys(('features', 'pca', 'kmeans'), min(c.recluster or c.epochs, c.epochs))
+        return {p: times.get(p, c.epochs)*e.get(p, 0) + o.get(p, 0) for p in ('loading', *e, 'probes')}
 
     @property
     def seconds(self)->float: return sum(self.totals().values())

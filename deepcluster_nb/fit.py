@@ -35,7 +35,7 @@ from .sampling import SAMPLERS, loss_weights
 from .switches import (CENTER_BOXES, SCHEDULES, Algorithm, new_head, resize_head, step_back,
                                      with_switches)
 from .training import sgd, trunk_parameters
-from .fast.training import CLUSTERERS, Training
+from .fast.training import CLUSTERERS, TAKE_K, Training
 from .runs import Guard, Progress, RunFolder, load_checkpoint, same_data, say
 import deepcluster_nb.fast.distributed as distributed
 from .fast.distributed import RankGuard, joined, ranks_here, same_images, shared_tensors
@@ -150,7 +150,7 @@ ONLY_FAST = dict(clusterer='kmeans', backend='torch', lr_schedule='constant', co
 
 def check_together(c:Training):
     "Raise a ValueError for values that exclude each other."
-    check(c.head != 'kept' or c.clusterer in ('kmeans', 'lloyd'), 'head', c.head,
+    check(c.head != 'kept' or c.clusterer in TAKE_K, 'head', c.head,
           f"'fresh' or 'centroids', for {c.clusterer} finds another number of clusters each time")
     for name,v in ONLY_FAST.items() if c.parts == 'plain' else ():
         check(getattr(c, name) == v, name, getattr(c, name), f"{v!r} with parts='plain'")
@@ -279,7 +279,7 @@ def resume(folder, net, config:Training,
 # %% ../nbs/18_fit.ipynb #d422529e
 def most_clusters(k:int, clusterer:str, n:int)->int: # of n images
     "Return how many clusters there can be; PIC finds one for about every ten points."
-    return k if clusterer in ('kmeans', 'lloyd') else max(k, n//8)
+    return k if clusterer in TAKE_K else max(k, n//8)
 
 def id_type(k:int)->np.dtype: # uint8, uint16 or int32
     "Return the smallest type that holds the numbers of k clusters."
@@ -413,6 +413,7 @@ def run_loop(state:State, images, config:Training, parts:Parts, hooks:Hooks):
             if c.reset_every and s.epoch and s.epoch % c.reset_every == 0:
                 step_back(s.net, network(replace(c, seed=generator(c.seed, 'reset', s.epoch).initial_seed())),
                           c.reset_keep)
+                calibrate_bn(s.net, hooks.images, c.size)
             if s.epoch < (c.recluster or c.epochs):
                 s.clustering, s.pca, seconds = cluster()
                 s.opts = new_head(s.net, s.opts, s.clustering, s.pca, c, s.epoch); return_memory()
@@ -454,7 +455,7 @@ def prepare(config:Config, images=None,
                              skip_broken=c.skip_broken)
         for line in images.notes if echo else (): echo(line)
     if c.parts == 'fast': images = PackedImages.of(images)
-    check(c.k <= len(images) or c.clusterer not in ('kmeans', 'lloyd'), 'k', c.k,
+    check(c.k <= len(images) or c.clusterer not in TAKE_K, 'k', c.k,
           f"at most {len(images):,}, the number of images")
     check_sizes(images)
     if c.threads > 0: torch.set_num_threads(c.threads)

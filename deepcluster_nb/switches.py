@@ -15,7 +15,7 @@ from .augment import center_boxes
 from .data import generator
 from .model import DeepClusterNet, reset_top_layer
 from .clustering import Clustering, as_points, lloyd, starting_points
-from .sobel import MEAN, STD, Sobel, normalize
+from .sobel import MEAN, STD, Sobel
 from .training import Config, sgd, trunk_parameters
 
 # %% ../nbs/08_switches.ipynb #08a19002
@@ -98,8 +98,7 @@ def with_switches(net:DeepClusterNet,       # changed in place
 # %% ../nbs/08_switches.ipynb #c0100002
 def luma(x:Tensor)->Tensor: # (B, 1 or 3, H, W) → (B, 1, H, W)
     "How bright each pixel looks."
-    return x if x.shape[1] == 1 else (x * torch.tensor([.299, .587, .114], device=x.device)[:, None, None]
-                                     ).sum(1, keepdim=True)
+    return x if x.shape[1] == 1 else .299*x[:, :1] + .587*x[:, 1:2] + .114*x[:, 2:]
 
 def blend(x:Tensor, other:Tensor, share)->Tensor: # share of x; above 1: away from other
     "Mix two images on the scale 0 to 255."
@@ -112,7 +111,7 @@ def turn_hue(x:Tensor,    # (B, 3, H, W)
     high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     r, g, b = (x - low).div((high - low).clamp_min(1e-6)).split(1, 1)
     hue = torch.where(r == 1, g - b, torch.where(g == 1, b - r + 2, r - g + 4)) + 6*turn
-    k = (hue + torch.tensor([5., 3, 1], device=x.device)[:, None, None]) % 6
+    k = torch.cat([hue + 5, hue + 3, hue + 1], 1) % 6
     return high - (high - low) * torch.minimum(k, 4 - k).clamp(0, 1)
 
 def recolor(x:Tensor,       # (B, 1 or 3, H, W) on the scale 0 to 255
@@ -160,8 +159,10 @@ def recolored(x:Tensor,       # (B, 3, H, W) as normalize returns it
               factors:Tensor, # (B, 5), as for recolor
              )->Tensor:
     "Change the colors of images that are normalized already."
-    mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (MEAN, STD))
-    return normalize(recolor(255*(x*std + mean), factors))
+    # numbers instead of tensors, which a recorded step could not bring to a GPU
+    raw = torch.cat([255*(p*std + mean) for p,mean,std in zip(x.split(1, 1), MEAN, STD)], 1)
+    planes = recolor(raw, factors).split(1, 1)
+    return torch.cat([(p/255 - mean) / std for p,mean,std in zip(planes, MEAN, STD)], 1)
 
 # %% ../nbs/08_switches.ipynb #c0100008
 def by_lloyd(x:Tensor,   # (N, D) points

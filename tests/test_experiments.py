@@ -1,12 +1,14 @@
 "The command, papermill, and the folder that they leave."
-import json, os, re, signal, subprocess, sys, time
+import ast, json, os, re, signal, subprocess, sys, time
 from dataclasses import asdict, replace
 from pathlib import Path
-import numpy as np, pytest
+import numpy as np, pytest, torch
 from PIL import Image
 from deepcluster_nb.experiments import (SPINS, experiments_folder, kernel_environment, main, parse_pair,
                                         summary)
+from deepcluster_nb.data import generator
 from deepcluster_nb.runs import Guard, RunFolder, held_by
+from deepcluster_nb.sources import load_images
 import survive
 from survive import sha256
 
@@ -74,6 +76,24 @@ def test_choices(tmp_path, capsys):
     m = json.loads((tmp_path/'run'/'metrics.json').read_text())
     assert len(m) == 10 and {'base', 'random', 'k = 10',
                              'k = 25'} <= set(m) and 0 <= m['base']['conv3']['mean'] <= 100
+
+def test_choices_are_tuned_on_images_that_are_held_out(tmp_path, capsys):
+    tiny = [x for p in ('which=tuning', 'n_images=700', 'n_test=700', 'k=5', 'pca=8', 'epochs=1', 'seeds=1')
+            for x in ('-p', p)]
+    # of 1,438 training images more are asked for than there are
+    assert main(['run', 'choices', '--out', str(tmp_path/'r'), *tiny, '-p', 'n_test=800']) != 0
+    assert 'n_images, n_test: expected at most 1,438 together' in capsys.readouterr().err
+    cells = json.loads((experiments_folder()/'choices.ipynb').read_text())['cells']
+    source = next(s for s in (''.join(c['source']) for c in cells) if 'def splits(' in s)
+    space = dict(which='tuning', n_images=700, n_test=700, dataset='digits', root='',
+                 load_images=load_images, generator=generator, torch=torch)
+    body = ast.parse(source).body
+    alone = ast.Module([f for f in body if getattr(f, 'name', '') == 'splits'], [])
+    exec(compile(alone, 'splits', 'exec'), space)
+    train, held = space['splits'](0)
+    assert len(train) == len(held) == 700 and not set(train.paths or []) & set(held.paths or [])
+    pixels = [{im.numpy().tobytes() for im in images} for images in (train, held)]
+    assert not pixels[0] & pixels[1]
 
 def test_list(capsys):
     assert main(['list']) == 0
