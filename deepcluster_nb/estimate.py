@@ -244,7 +244,8 @@ class Estimate:
 
     def once(self, of=median)->dict: # phase → seconds at the start and the end
         f, e, n = self.facts, self.epoch(of), self.facts['n']
-        out = {p: e[p] for p in CLUSTERING} | dict(loading=f['listing'] + f['loading']*(n if f['decoded'] else 1))
+        out = dict(loading=f['listing'] + f['loading'] * (n if f['decoded'] else 1),
+                   **{p: e[p] for p in CLUSTERING})
         if not f['classes']: return out
         n = min(n, MOST_PROBED)
         passes = min(100, max(15, -(-1000 // -(-n // 128))))    # as linear_probe chooses them
@@ -254,8 +255,8 @@ class Estimate:
 
     def totals(self, of=median)->dict: # phase → seconds of the whole run
         c, e, o = self.config, self.epoch(of), self.once(of)
-        times = dict.fromkeys(CLUSTERING, min(c.recluster or c.epochs, c.epochs))
-        return {p: times.get(p, c.epochs)*e.get(p, 0) + o.get(p, 0) for p in ('loading', *e, 'probes')}
+        return {p: (min(c.recluster or c.epochs, c.epochs) if p in CLUSTERING else c.epochs)*e.get(p, 0)
+                   + o.get(p, 0) for p in ('loading', *e, 'probes')}
 
     @property
     def seconds(self)->float: return sum(self.totals().values())
