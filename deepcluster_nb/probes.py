@@ -72,25 +72,27 @@ def pool_activation(name:str,                # layer
                     most:int=10_000,         # numbers
                     # a border's zeros are part of the average, as in the released code
                     count_padding:bool=True,
+                    pool:str='average',      # or 'maximum', in the same windows
                    )->Tensor:                # (B, C·g·g)
     ("The published pooling on AlexNet's and ResNet-50's maps at 224 px; "
-     "elsewhere averages on the largest g × g grid with at most `most` numbers.")
-    if pool := POOLS.get((name, a.shape[1], a.shape[-1])):
-        return F.avg_pool2d(a, *pool, count_include_pad=count_padding).flatten(1)
+     "elsewhere averages or maxima on the largest g × g grid with at most `most` numbers.")
+    if window := POOLS.get((name, a.shape[1], a.shape[-1])):
+        return (F.max_pool2d(a, *window) if pool == 'maximum' else
+                F.avg_pool2d(a, *window, count_include_pad=count_padding)).flatten(1)
     grid = min(a.shape[-1], max(1, int((most / a.shape[1])**.5)))
-    return F.adaptive_avg_pool2d(a, grid).flatten(1)
+    return (F.adaptive_max_pool2d if pool == 'maximum' else F.adaptive_avg_pool2d)(a, grid).flatten(1)
 
 # %% ../nbs/09_probes.ipynb #33f13186
 @torch.inference_mode()
 def probe_features(net, images:PackedImages, size:int, batch_size:int=256, device='cpu', precision='float32',
-                   count_padding=True, avgpool=False
+                   count_padding=True, avgpool=False, pool='average'
                   )->dict: # 'conv1' … → (N, D) half precision, on the CPU, or on a GPU where all fit there
     "Pooled activations of every convolution in one pass; batch norm frozen, the trunk untouched."
     net.eval()
     out, kept = {}, None
     for idx,x in fetch_ahead(resident(images, device), torch.arange(len(images)).split(batch_size), device):
         x = center_input(net, x, size)
-        each = lambda name, a: pool_activation(name, a.float(), count_padding=count_padding).half()
+        each = lambda name, a: pool_activation(name, a.float(), 10_000, count_padding, pool).half()
         with autocast(precision, device):
             acts = conv_activations(net, x.contiguous(memory_format=torch.channels_last), each, avgpool)
         # a GPU keeps what will fit there, so that nothing waits for a copy
@@ -300,6 +302,8 @@ class ProbeConfig(PlainTypes):
     ten_crops:bool = True      # test on ten crops too
     test_every:int = 1         # epochs between tests; the last epoch is always one
     count_padding:bool = True  # pools count the zeros of the border
+    pool:str = 'average'       # what a probe sees of a window: its 'average' or its 'maximum'
+    neighbors:int = 200        # that vote, or as many as there are
     supervised:int = 90        # epochs of the same network with labels; 0: leave it out
     min_scale:float = .08      # its smallest crop
     dropout:float = .5         # and its dropout
@@ -322,9 +326,9 @@ def resolve_probe(config:ProbeConfig)->ProbeConfig: # a checked copy, with 'auto
     # which knows what is possible
     c = resolve(Config(**shared | dict(size=config.size or usual_size(config.arch))))
     for name, known in dict(protocol=('paper', 'cached'), schedule=('released', 'steps'),
-                            crops=('window', 'resized')).items():
+                            crops=('window', 'resized'), pool=('average', 'maximum')).items():
         check(getattr(config, name) in known, name, getattr(config, name), 'one of ' + ', '.join(known))
-    for name, low in dict(epochs=1, test_every=1, supervised=0, n_bank=0).items():
+    for name, low in dict(epochs=1, test_every=1, supervised=0, n_bank=0, neighbors=1).items():
         check(getattr(config, name) >= low, name, getattr(config, name), f"at least {low}")
     check(not config.nesterov or config.momentum > 0, 'nesterov', config.nesterov, "False, for momentum is 0")
     if config.weights and not (Path(config.weights).is_file()
@@ -363,8 +367,8 @@ class Heads(nn.Module):
 def pooled(net, x:Tensor, config:ProbeConfig)->dict: # name → (B, D) float32
     "Compute what the probes see: one forward pass, each layer pooled at once."
     wanted = config.layers.replace(',', ' ').split()
-    each = (lambda name, a: pool_activation(name, a.float(), count_padding=config.count_padding) if not wanted
-                            or name in wanted else None)
+    each = (lambda name, a: pool_activation(name, a.float(), 10_000, config.count_padding, config.pool)
+                            if not wanted or name in wanted else None)
     with torch.no_grad(), autocast(config.precision, config.device):
         feats = conv_activations(net, x.contiguous(memory_format=torch.channels_last), each, avgpool=True)
     if missing := set(wanted) - set(feats):
@@ -487,7 +491,7 @@ def measure(net,                # any DeepClusterNet
     if c.device == 'cpu': keep_memory()
     if c.protocol == 'paper': probes = train_probes(net, train, test, c, folder, after)
     else:
-        a, b = (probe_features(net, im, c.size, count_padding=c.count_padding, avgpool=True, **how)
+        a, b = (probe_features(net, im, c.size, count_padding=c.count_padding, avgpool=True, pool=c.pool, **how)
                 for im in (train, test))
         names = c.layers.replace(',', ' ').split() or list(a)
         a, b = ({n: f[n] for n in names} for f in (a, b))
@@ -495,7 +499,8 @@ def measure(net,                # any DeepClusterNet
             a, train.labels, b, test.labels, seed=c.seed, device=c.device).items()}
     bank = train.subset(pick(len(train), c.n_bank if c.n_bank < len(train) else 0, c.seed))
     f, g = (compute_features(net, im, c.size, **how).to(c.device) for im in (bank, test))
-    knn = {f'{T:g}': knn_accuracy(f, bank.labels, g, test.labels, min(200, len(f)), T) for T in (.07, .1)}
+    k = min(c.neighbors, len(f))
+    knn = {f'{T:g}': knn_accuracy(f, bank.labels, g, test.labels, k, T) for T in (.07, .1)}
     return dict(probes=probes, knn=knn, clusters=cluster_measures(f, bank.labels, c.pca, c.seed))
 
 # %% ../nbs/09_probes.ipynb #953eb632

@@ -12,12 +12,13 @@ from deepcluster_nb.fast.crops import center_crop, ten_crop
 from deepcluster_nb.data import generator
 from deepcluster_nb.sources import load_images
 from deepcluster_nb.experiments import experiments_folder, gather, main, parameters
-from deepcluster_nb.fast.features import PCA
+from deepcluster_nb.fast.features import PCA, compute_features
 from deepcluster_nb.features import l2_normalize
 from deepcluster_nb.fast.kmeans import kmeans
 from deepcluster_nb.model import convnet
 from deepcluster_nb.probes import (Heads, ProbeConfig, cluster_measures, conv_activations, held_out,
-                                   knn_accuracy, pool_activation, probe_crop, probe_lr, resolve_probe,
+                                   knn_accuracy, linear_probe, measure, pool_activation, probe_crop,
+                                   probe_features, probe_lr, resolve_probe,
                                    supervised, train_probes)
 from deepcluster_nb.runs import load_checkpoint
 from deepcluster_nb.sobel import normalize
@@ -77,6 +78,29 @@ def test_the_border_counts_or_not(name, c, side, first): # a corner window on a 
     assert (math.isclose(pool_activation(name, a)[0, 0], first, rel_tol=1e-6)
             and (pool_activation(name, a, count_padding=False) == 1).all())
     assert pool_activation(name, a).shape == pool_activation(name, a, count_padding=False).shape
+
+@pytest.mark.parametrize('name, c, side', [('conv1', 96, 55), ('conv5', 256, 13), ('conv5', 64, 16)])
+def test_the_maximum_of_the_same_windows(name, c, side):
+    a = torch.rand(2, c, side, side, generator=generator(0))
+    most, mean = (pool_activation(name, a, pool=p).view(2, c, -1) for p in ('maximum', 'average'))
+    assert most.shape == mean.shape and (most >= mean).all() and (most > mean).any()
+    assert set(most.flatten().tolist()) <= set(a.flatten().tolist())       # each is one of the activations
+    if (name, c, side) == ('conv5', 256, 13): # by hand: 2 × 2 windows, the last row and column left out
+        assert torch.equal(most.view(2, c, 6, 6), a[..., :12, :12].unfold(2, 2, 2).unfold(3, 2, 2).amax((-2, -1)))
+
+def test_how_many_vote_and_what_is_pooled(data):
+    net, train, test = data
+    c = resolve_probe(ProbeConfig(size=32, pca=8, protocol='cached', layers='conv1', device='cpu',
+                                  precision='float32'))
+    ours, theirs = (measure(net, train, test, replace(c, **o))
+                    for o in ({}, dict(neighbors=3, pool='maximum')))
+    f, g = (compute_features(net, im, 32) for im in (train, test))
+    assert theirs['knn']['0.1'] == knn_accuracy(f, train.labels, g, test.labels, 3)
+    a, b = (probe_features(net, im, 32, pool='maximum')['conv1'] for im in (train, test))
+    assert theirs['probes']['conv1']['center'] == linear_probe(a, train.labels, b, test.labels)
+    assert ours['probes'] != theirs['probes']
+    for wrong in (dict(neighbors=0), dict(pool='max')):
+        with pytest.raises(ValueError, match=next(iter(wrong))): resolve_probe(ProbeConfig(**wrong))
 
 def test_heads_start_as_pytorchs_linear_layers():
     heads = Heads(dict(a=torch.zeros(2, 400), b=torch.zeros(2, 100)), {}, 50)
