@@ -458,6 +458,7 @@ def dashboard(look:Look)->str: # lines for a terminal
                                                 high or max([x for x in v if x is not None], default=1))
     last, labels, s, k = (r['nmi_prev'] is not None, r['nmi_labels'] is not None, r['cluster_sizes'],
                           round(math.exp(r['ln_k'])))
+    looks = [x['knn'] for x in log if 'knn' in x]
     rows = [('loss', f"{r['loss']:.2f}", curve(lambda x: x['loss'], 0, r['ln_k']),
              f"ln k = {r['ln_k']:.2f} is a blind guess"
              + (': next to nothing is learned yet' if r['loss'] > .9*r['ln_k'] else '')),
@@ -466,6 +467,8 @@ def dashboard(look:Look)->str: # lines for a terminal
              f"chance {r['nmi_prev_chance']:.2f}" if last else 'from the second epoch on'),
             ('NMI, labels', f"{r['nmi_labels']:.3f}" if labels else '', curve(lambda x: x['nmi_labels'], 0),
              'never trained on' if labels else 'no labels'),
+            *([('kNN, %', f"{looks[-1]:.1f}", curve(lambda x: x.get('knn'), 0),
+                'of training images, never trained on')] if looks else []),
             ('empty', f"{r['n_empty']:,}", curve(lambda x: x['n_empty'], 0, k), f"of {k:,} clusters"),
             ('largest', f"{s['max']:,}", curve(lambda x: x['cluster_sizes']['max'], 0),
              f"images in a cluster; median {s['median']:,.0f}, smallest {s['min']:,}"),

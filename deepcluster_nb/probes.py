@@ -328,7 +328,8 @@ def resolve_probe(config:ProbeConfig)->ProbeConfig: # a checked copy, with 'auto
     for name, known in dict(protocol=('paper', 'cached'), schedule=('released', 'steps'),
                             crops=('window', 'resized'), pool=('average', 'maximum')).items():
         check(getattr(config, name) in known, name, getattr(config, name), 'one of ' + ', '.join(known))
-    for name, low in dict(epochs=1, test_every=1, supervised=0, n_bank=0, neighbors=1).items():
+    least = dict(epochs=1, test_every=1, supervised=0, n_bank=0, neighbors=1)
+    for name, low in least.items():
         check(getattr(config, name) >= low, name, getattr(config, name), f"at least {low}")
     check(not config.nesterov or config.momentum > 0, 'nesterov', config.nesterov, "False, for momentum is 0")
     if config.weights and not (Path(config.weights).is_file()
@@ -491,8 +492,8 @@ def measure(net,                # any DeepClusterNet
     if c.device == 'cpu': keep_memory()
     if c.protocol == 'paper': probes = train_probes(net, train, test, c, folder, after)
     else:
-        a, b = (probe_features(net, im, c.size, count_padding=c.count_padding, avgpool=True, pool=c.pool, **how)
-                for im in (train, test))
+        a, b = (probe_features(net, im, c.size, count_padding=c.count_padding, avgpool=True, pool=c.pool,
+                               **how) for im in (train, test))
         names = c.layers.replace(',', ' ').split() or list(a)
         a, b = ({n: f[n] for n in names} for f in (a, b))
         probes = {n: dict(center=found) for n,found in linear_probes(

@@ -281,9 +281,11 @@ def views(run:Finished)->list: # of (key in metrics.json, words), the one beside
     "List under which names a run keeps its probes, and what each is."
     if run.kind == 'train':
         return [('probes', 'quick probes on at most 50,000 central crops, last epoch')]
-    if run.params['protocol'] == 'cached': return [('probes', 'cached central crops, last epoch')]
+    other = ', maxima of the windows' if run.params.get('pool') == 'maximum' else ''
+    if (n := run.params.get('neighbors', 200)) != 200: other += f', {n} neighbors'
+    if run.params['protocol'] == 'cached': return [('probes', 'cached central crops, last epoch' + other)]
     ten = run.metrics.get('crops') == 'ten'
-    one = [('probes_best', 'best epoch, one crop'), ('probes', 'last epoch, one crop')]
+    one = [('probes_best', 'best epoch, one crop' + other), ('probes', 'last epoch, one crop' + other)]
     return [(key, words.replace('one crop', 'ten crops')) for key,words in one if ten] + [
         (key.replace('probes', 'probes_center') if ten else key, words) for key,words in one]
 
@@ -351,7 +353,7 @@ def ends(log, name:str)->tuple: # ('0.123', '0.234'), or ('', '') where nothing 
 def spent(log)->tuple: # reassignments, time of one, of all, share of clustering
     "Sum up the seconds of a log."
     total = sum(sum(r['seconds'].values()) for r in log)
-    clustering = total - sum(r['seconds'].get('training', 0) for r in log)
+    clustering = total - sum(r['seconds'].get(part, 0) for r in log for part in ('training', 'knn'))
     return len(log), duration(total / len(log)), duration(total), f'{clustering / max(total, 1e-9):.0%}'
 
 def log_rows(run:Finished)->list: # of Row

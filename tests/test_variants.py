@@ -1,5 +1,5 @@
 "Each switch changes what it says and nothing else, and a run with it goes on in the same bits."
-import math
+import json, math
 from dataclasses import fields, replace
 from pathlib import Path
 import numpy as np, pytest, torch, yaml
@@ -17,7 +17,10 @@ from deepcluster_nb.model import ARCHS, SIZES, calibrate_bn, conv_stack, convnet
 from deepcluster_nb.runs import load_checkpoint
 from deepcluster_nb.sobel import Sobel, normalize
 from deepcluster_nb.fit import (Config, fit, load_assignments, load_run, network, optimizers, predict,
-                                resolve)
+                                prepare, resolve)
+from deepcluster_nb.experiments import main
+from deepcluster_nb.fast.features import compute_features
+from deepcluster_nb.probes import knn_accuracy
 from deepcluster_nb.sampling import SAMPLERS
 from survive import sha256
 
@@ -283,13 +286,34 @@ def test_impossible_values(tmp_path, change, message):
     with pytest.raises(ValueError, match=message): fit(replace(TINY, run_dir=str(tmp_path/'r'), **change))
     assert not (tmp_path/'r').exists()
 
+def test_a_look_at_the_neighbors_changes_nothing(tmp_path):
+    c = replace(TINY, epochs=3)
+    images = prepare(c)[1]
+    without, looked = fit(c, images, echo=None), fit(replace(c, knn_every=2), images, echo=None)
+    assert all(torch.equal(a, b) for a,b in zip(without.net.state_dict().values(),
+                                                looked.net.state_dict().values()))
+    assert [r.get('knn') is not None for r in looked.log] == [False, True, True]
+    # the last one by hand
+    order = torch.randperm(len(images), generator=generator(c.seed, 'neighbors'))
+    f, y, n = compute_features(looked.net, images, c.size)[order], images.labels[order], len(images)*4//5
+    assert looked.log[-1]['knn'] == knn_accuracy(f[:n], y[:n], f[n:], y[n:], min(200, n))
+    images.labels = None
+    assert 'knn' not in fit(replace(c, knn_every=1, epochs=1), images, echo=None).log[0]
+
+def test_train_with_clusters_that_stay(tmp_path): # and so without a time for every phase in every epoch
+    assert main(['run', 'train', '--preset', 'digits', '--out', str(tmp_path/'r'), *[
+        a for p in ('n_images=60', 'n_test=20', 'k=5', 'pca=8', 'epochs=2', 'passes=1', 'recluster=1',
+                    'knn_every=1') for a in ('-p', p)]]) == 0
+    seconds = json.loads((tmp_path/'r'/'metrics.json').read_text())['seconds']
+    assert seconds['features'] > 0 and seconds['knn'] > 0
+
 def test_the_preset_released_names_every_switch():
     given = yaml.safe_load(
         (Path(__file__).parent.parent/'nbs'/'experiments'/'presets'/'released.yaml').read_text())
     left = {f.name for f in fields(Config)} - set(given)
     assert left == {'root', 'n_images', 'n_test', 'device', 'seed', 'run_dir', 'checkpoint_minutes',
-                    'checkpoint_epochs', 'threads', 'compile', 'benchmark', 'graph', 'parts', 'sync_bn',
-                    'compress_gradients'}
+                    'checkpoint_epochs', 'knn_every', 'threads', 'compile', 'benchmark', 'graph', 'parts',
+                    'sync_bn', 'compress_gradients'}
     assert given['sampler'] == 'released' and all(given[n] == getattr(Config(), n) for n in NEW)
     resolve(Config(**given))
 

@@ -69,6 +69,7 @@ class Machine:
     run_dir:str = ''               # where the run is kept; nowhere when empty
     checkpoint_minutes:float = 10. # between checkpoints inside an epoch
     checkpoint_epochs:int = 1      # reassignments between checkpoints at an epoch's end
+    knn_every:int = 0              # reassignments between two looks at the neighbors; 0: none, or no labels
     # CPU threads; 0: as torch has it, and the same ones when continued; -1: continue with any
     threads:int = 0
     compress_gradients:bool = False # between ranks in bfloat16: half of the bytes
