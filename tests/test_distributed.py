@@ -1,5 +1,5 @@
 "Several ranks: the same clusters bit for bit, gradients of the whole batch, and an end that is never a hang."
-import json, os, sys, time
+import json, os, sys, threading, time
 from dataclasses import replace
 from pathlib import Path
 import pytest, torch
@@ -288,3 +288,36 @@ def test_ranks_are_for_train_alone():
     from deepcluster_nb.experiments import run_rank
     with pytest.raises(ValueError, match="experiment: expected train with several ranks, got 'compare'"):
         run_rank('compare')
+
+# -------------------------------------------------------------------------------- a start again
+
+def parts_of(store, world, within=5.): # by rank: the keys of the part of the store that they agree on
+    found = {}
+    def meet(rank):
+        time.sleep(.1*((rank*7) % world))
+        try: found[rank] = distributed.own_part_of(store, rank, world, within)
+        except distributed.Lost as e: found[rank] = e
+    threads = [threading.Thread(target=meet, args=(r,), daemon=True) for r in range(world)]
+    for t in threads: t.start()
+    for t in threads: t.join(20)
+    return found
+
+def test_after_a_restart_nothing_is_left_of_the_ranks_before(monkeypatch):
+    monkeypatch.setattr(distributed, 'BEAT', .02)
+    store = torch.distributed.HashStore()                  # which outlives its ranks, as torchrun's does
+    for start in range(3):
+        parts = parts_of(store, 4)
+        assert sorted(parts) == [0, 1, 2, 3] and not any(p.check(['end']) for p in parts.values())
+        parts[start].set('end', f'of start {start}')       # a note, of whichever rank
+        assert all(p.get('end') == f'of start {start}'.encode() for p in parts.values())
+
+def test_who_does_not_come_is_named(monkeypatch):
+    monkeypatch.setattr(distributed, 'BEAT', .02)
+    store = torch.distributed.HashStore()
+    parts_of(store, 4)                                     # of whom 1 and 3 are gone
+    later = threading.Thread(target=distributed.own_part_of, args=(store, 2, 4), daemon=True)
+    later.start()
+    with pytest.raises(distributed.Lost, match='^ranks 1, 3: not here within 1 s'):
+        distributed.own_part_of(store, 0, 4, 1.)
+    later.join(5)
+    assert not later.is_alive()

@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from deepcluster_nb.experiments import (SPINS, experiments_folder, kernel_environment, main, parse_pair,
                                         summary)
-from deepcluster_nb.data import generator
+from deepcluster_nb.data import generator, pick
 from deepcluster_nb.runs import Guard, RunFolder, held_by
 from deepcluster_nb.sources import load_images
 import survive
@@ -86,7 +86,7 @@ def test_choices_are_tuned_on_images_that_are_held_out(tmp_path, capsys):
     cells = json.loads((experiments_folder()/'choices.ipynb').read_text())['cells']
     source = next(s for s in (''.join(c['source']) for c in cells) if 'def splits(' in s)
     space = dict(which='tuning', n_images=700, n_test=700, dataset='digits', root='',
-                 load_images=load_images, generator=generator, torch=torch)
+                 load_images=load_images, generator=generator, pick=pick, torch=torch)
     body = ast.parse(source).body
     alone = ast.Module([f for f in body if getattr(f, 'name', '') == 'splits'], [])
     exec(compile(alone, 'splits', 'exec'), space)
@@ -94,6 +94,7 @@ def test_choices_are_tuned_on_images_that_are_held_out(tmp_path, capsys):
     assert len(train) == len(held) == 700 and not set(train.paths or []) & set(held.paths or [])
     pixels = [{im.numpy().tobytes() for im in images} for images in (train, held)]
     assert not pixels[0] & pixels[1]
+    assert torch.equal(train.labels, load_images('digits', n_images=700).labels)     # as `train` draws them
 
 def test_list(capsys):
     assert main(['list']) == 0
