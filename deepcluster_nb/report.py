@@ -90,6 +90,9 @@ PUBLISHED = [
               'pub', MM, 'with the cost that is best on the test images'),
     and_row('cifar10', 'labels', 91.8, 91.9), and_row('cifar10', 'Instance discrimination', 70.1, 60.3),
     and_row('cifar10', 'AND', 77.6, 74.8), and_row('cifar10', 'DeepCluster', 77.9, 62.3),
+    Published('cifar10', 'SeLa', (None,)*4 + (83.4, 77.6), 'pub', 'its author, asked by users',
+              '224 px, ten heads; maxima, 10 neighbors, the best epoch on the test images'),
+    Published('cifar10', 'SeLa, by a user', (None,)*5 + (75.4,), 'pub', 'the same', 'likewise'),
     and_row('cifar100', 'DeepCluster', 41.9, 22.7), and_row('svhn', 'DeepCluster', 92.0, 84.9)]
 
 def published(table:str)->list: # of Published
