@@ -8,8 +8,8 @@ __all__ = ['PARTS', 'ONLY_FAST', 'MAY_DIFFER', 'MOST_VOTERS', 'WITH_RANKS', 'Pla
            'check_ranges', 'check_together', 'found_device', 'resolve', 'State', 'optimizers', 'momenta',
            'state_tensors', 'load_state', 'snapshot', 'restore', 'saved_clusters', 'may_differ', 'resume',
            'most_clusters', 'id_type', 'as_npy', 'load_assignments', 'clusters_csv', 'disk_space', 'agreement',
-           'neighbors_vote', 'describe', 'Hooks', 'run_loop', 'Run', 'prepare', 'rank_parts', 'first_state', 'fit',
-           'predict', 'load_run']
+           'neighbors_vote', 'look', 'describe', 'Hooks', 'run_loop', 'Run', 'prepare', 'rank_parts', 'first_state',
+           'fit', 'predict', 'load_run']
 
 # %% ../nbs/18_fit.ipynb #ab39d7d2
 import csv, importlib, io, math, os, time, warnings
@@ -346,6 +346,15 @@ def neighbors_vote(net, images, config:Training)->float: # per cent
     n, y = max(1, len(f)*4//5), torch.as_tensor(some.labels)
     return vote(f[:n], y[:n], f[n:], y[n:], min(200, n))
 
+def look(state:State, images, config:Training)->dict: # the record, with kNN where that is due
+    "Have neighbors vote every so many epochs and after the last one."
+    s, every = state, config.knn_every
+    if every and images.labels is not None and (s.epoch % every == 0 or s.epoch == config.epochs):
+        start = time.time()
+        s.record['knn'] = neighbors_vote(s.net, images, config)
+        s.record['seconds']['knn'] = round(time.time() - start, 3)
+    return s.record
+
 def describe(r:dict, epochs:int)->str:
     "Format a record of the log as one line for people."
     seconds = sum(r['seconds'].values())
@@ -397,22 +406,12 @@ class Hooks:
 
     def after_epoch(self, loss:float):
         s, s.record['loss'] = self.state, loss
-        if self.looks: # at the network as it is now
-            start = time.time()
-            s.record['knn'] = neighbors_vote(s.net, self.images, self.config)
-            s.record['seconds']['knn'] = round(time.time() - start, 3)
-        self.log.append(s.record)
+        self.log.append(look(s, self.images, self.config))
         if self.folder:
             self.folder.append(s.record)
             last, every = s.epoch == self.config.epochs, self.config.checkpoint_epochs
             self.guard(lambda: self.save(s.epoch), due=last or s.epoch % every == 0)
         if self.echo: self.echo(describe(s.record, self.config.epochs))
-
-    @property
-    def looks(self)->bool: # whether neighbors vote now
-        every, epoch = self.config.knn_every, self.state.epoch
-        due = every and (epoch % every == 0 or epoch == self.config.epochs)
-        return bool(due) and self.images.labels is not None
 
     def finished(self): # with the final clusters
         s, epochs = self.state, self.config.epochs

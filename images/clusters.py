@@ -1,4 +1,4 @@
-"""The home page's photographs and the social card, from a finished run of the preset cifar10_small:
+"""The home page's photographs and the social card, from a finished run of the preset cifar10_small_32:
 `python images/clusters.py RUN FOLDER`; FOLDER is the training folder of CIFAR-10 that the run has read."""
 import csv, io, sys
 from collections import Counter, defaultdict
