@@ -30,6 +30,7 @@ from .pictures import training_curves
 from .fast.packing import read_like
 from .probes import ProbeConfig, resolve_probe
 from .released import open_run
+from .few_labels import check_choices
 from .report import read_finished, write_page
 from .runs import (MEASURING, RunFolder, Stopped, amount, duration, held_by,
                                  progress_line, signals_to, write_atomic)
@@ -170,12 +171,13 @@ def find_runs(text:str,
 def check_parameters(notebook:Path, given:dict, run_dir:Path):
     "Raise an error for impossible values or another run's folder, before anything is started."
     own = parameters(notebook)
-    values, (kind, checked) = ({**own, **given},
-                               {'probe': (ProbeConfig, resolve_probe)}.get(notebook.stem, (Config, resolve)))
+    values, (kind, checked) = {**own, **given}, (Config, resolve)
+    if notebook.stem in ('probe', 'finetune'): kind, checked = ProbeConfig, resolve_probe
     # a default of another type: the experiment's own parameter, such as the parts of a network for voc
     config = kind(**{f.name: values[f.name] for f in fields(kind)
                      if f.name in values and type(own.get(f.name, f.default)) is type(f.default)})
     checked(config)
+    if notebook.stem == 'finetune': check_choices(*(values[n] for n in ('shares', 'lrs', 'steps', 'n_val')))
     if notebook.stem == 'compare': find_runs(values['runs'])                                       # likewise
     if notebook.stem == 'report': find_runs(values['runs'], read_finished)
     # which says what is missing
@@ -669,7 +671,7 @@ def add_report(commands # argparse's sub-commands
               ):
     "Add the command `report` and its arguments."
     page = commands.add_parser('report', help="the paper's tables beside any finished runs, as one HTML page")
-    page.add_argument('runs', nargs='+', metavar='RUN', help='folders of train, probe, voc and retrieval')
+    page.add_argument('runs', nargs='+', metavar='RUN', help='folders of train, probe, voc, retrieval or finetune')
     page.add_argument('--out', metavar='FILE', default='report.html', help='the page (report.html)')
     page.add_argument('--force', action='store_true', help='replace the file')
 

@@ -7,7 +7,8 @@ __all__ = ['PAPER_POOLS', 'PAPER_MAPS', 'POOLS', 'MOST_PROBED', 'conv_activation
            'check_labels', 'Probe', 'start_momentum', 'cosine_rates', 'fit_probes', 'linear_probes', 'linear_probe',
            'knn_accuracy', 'cluster_accuracy', 'cluster_measures', 'probe_crop', 'probe_lr', 'ProbeConfig',
            'resolve_probe', 'usual_size', 'Heads', 'pooled', 'probe_accuracies', 'last_and_best', 'train_probes',
-           'supervised', 'measure', 'evaluate', 'shared_classes', 'with_note', 'held_out', 'measurable']
+           'train_on_labels', 'supervised', 'measure', 'evaluate', 'shared_classes', 'with_note', 'held_out',
+           'measurable']
 
 # %% ../nbs/09_probes.ipynb #b43b5df7
 import math
@@ -454,32 +455,46 @@ def train_probes(net,                # frozen
     return last_and_best(tests)
 
 # %% ../nbs/09_probes.ipynb #720e5297
-def supervised(train:PackedImages, # with labels
-               config:ProbeConfig, # resolved, with arch, sobel and a size
-               folder=None,        # where to keep a checkpoint an epoch, and to go on from
-               after=None,         # called with (steps done in the epoch, steps, epoch)
-               # at the start; larger than DeepCluster's, for these epochs are repeated
-               lr:float=.05, weight_decay:float=1e-4,
-              ):                   # → DeepClusterNet in evaluation mode
-    "Train the same network on the labels: `train_epoch` with the true partition."
-    y, classes = check_labels(train.labels), max(int(train.labels.max()) + 1, len(train.classes))
-    c = Config(arch=config.arch, sobel=config.sobel, size=config.size, k=classes,
-               batch_size=min(config.batch_size, 128), dropout=config.dropout, min_scale=config.min_scale,
-               precision=config.precision, device=config.device, seed=config.seed)
-    net = with_small_maps(convnet(c.arch, classes, c.sobel, c.dropout, c.seed))
+def train_on_labels(net,                # a DeepClusterNet with an output for each class
+                    train:PackedImages, # with labels
+                    config:ProbeConfig, # resolved, with a size
+                    rates,              # learning rates, one for each epoch
+                    folder=None,        # where to keep a checkpoint an epoch, and to go on from
+                    after=None,         # called with (steps done in the epoch, steps, epoch)
+                    weight_decay:float=1e-4,
+                   ):                   # the same network, trained, in evaluation mode
+    "Train all layers with the labels: `train_epoch` with the true partition."
+    y = check_labels(train.labels)
+    c = Config(size=config.size, k=net.top_layer.out_features, batch_size=config.batch_size,
+               min_scale=config.min_scale, precision=config.precision, device=config.device,
+               seed=config.seed)
     net = net.to(c.device, memory_format=torch.channels_last)
-    opt = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr, .9, weight_decay=weight_decay,
+    opt = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], .1, .9, weight_decay=weight_decay,
                           fused=True)
     saved = load_checkpoint(folder) if folder else None
     if saved: load_state(net, (opt,), saved[2])
-    for epoch in range(saved[0] if saved else 0, config.supervised):
-        # where train_epoch looks
-        opt.defaults['lr'] = lr * (1 + math.cos(math.pi*epoch/config.supervised)) / 2
+    for epoch in range(saved[0] if saved else 0, len(rates)):
+        opt.defaults['lr'] = rates[epoch]               # where train_epoch looks
         order = torch.randperm(len(train), generator=generator(c.seed, 'supervised', epoch))
         train_epoch(net, train, order, y, (opt,), c, epoch,
                     after=after and (lambda done, n, *_: after(done, n, epoch)))
         if folder: save_checkpoint(folder, epoch + 1, state_tensors(net, (opt,)), {})
     return net.eval()
+
+def supervised(train:PackedImages, # with labels
+               config:ProbeConfig, # resolved, with arch, sobel and a size
+               folder=None, after=None, # as of train_on_labels
+               # at the start; larger than DeepCluster's, for these epochs are repeated
+               lr:float=.05, weight_decay:float=1e-4,
+              ):                   # → DeepClusterNet in evaluation mode
+    "Train a network of the same build on the labels, from random weights."
+    check_labels(train.labels)
+    classes, n = max(int(train.labels.max()) + 1, len(train.classes)), config.supervised
+    net = with_small_maps(convnet(config.arch, classes, config.sobel, config.dropout, config.seed))
+    rates = [lr * (1 + math.cos(math.pi*epoch/n)) / 2 for epoch in range(n)]
+    return train_on_labels(net, train, replace(config, batch_size=min(config.batch_size, 128)), rates, folder,
+                           after, weight_decay)
+
 
 # %% ../nbs/09_probes.ipynb #1367e05d
 def measure(net,                # any DeepClusterNet

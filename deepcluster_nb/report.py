@@ -8,9 +8,9 @@ __all__ = ['SURE', 'LAYERS', 'SHOTS', 'VOC', 'THIRD', 'QUOTED', 'PAPER', 'AND', 
            'READERS', 'FIRST', 'NAMES', 'LOOK', 'Published', 'and_row', 'published', 'published_cells',
            'published_table', 'Table', 'voc_command', 'Finished', 'read_finished', 'data_of', 'network_of', 'arch_of',
            'Row', 'views', 'probe_table', 'probe_rows', 'without_classes', 'svm_rows', 'voc_rows', 'retrieval_rows',
-           'ends', 'spent', 'log_rows', 'measured', 'apart_from_k', 'differences', 'about', 'commands', 'fits_first',
-           'cell', 'html_table', 'our_line', 'section', 'nmi_curves', 'nmi_figure', 'others', 'sections', 'report_page',
-           'write_page']
+           'finetune_rows', 'ends', 'spent', 'log_rows', 'measured', 'apart_from_k', 'differences', 'about', 'commands',
+           'fits_first', 'cell', 'html_table', 'our_line', 'section', 'nmi_curves', 'nmi_figure', 'others', 'sections',
+           'report_page', 'write_page']
 
 # %% ../nbs/35_report.ipynb #fbc22d07
 import base64, io, json, math, shlex
@@ -202,8 +202,11 @@ TABLES = dict(
                    {SHOTS: voc_command('{resnet50}', 'voc_resnet50')},
                    VOC2007 | dict(arch='resnet50', samples=5)),
     mm_share=Table('MMSelfSup: fine-tuned on a share of the labels of ImageNet, ResNet-50, top-1, %',
-                   ('1 %', '10 %'), {('1 %', '10 %'): MISSING + 'fine-tuning on a share of the labels'},
-                   note='It has configurations for both and prints no number for DeepCluster.'),
+                   ('1 %', '10 %'),
+                   {(f'{n} %',): f'{RUN} finetune --preset finetune_imagenet_{n}percent '
+                                 '-p weights={resnet50}' for n in (1, 10)},
+                   IMAGENET | dict(arch='resnet50', size=224, epochs=20, batch_size=256),
+                   'It has configurations for both and prints no number for DeepCluster.'),
     cifar10=Table('CIFAR-10, AlexNet, %', WITH_KNN,
                   {WITH_KNN: f'{RUN} train --preset cifar10'}, dict(n_images=50_000, n_test=10_000)),
     cifar100=Table('CIFAR-100, AlexNet, %', WITH_KNN,
@@ -216,7 +219,8 @@ TABLES = dict(
 # %% ../nbs/35_report.ipynb #e938ac8c
 KINDS = dict(train={'k', 'epochs', 'passes', 'min_scale'},
              probe={'protocol', 'head_norm', 'supervised'},
-             voc={'shots', 'samples', 'parts'}, retrieval={'pca_root', 'levels', 'dim'})
+             voc={'shots', 'samples', 'parts'}, retrieval={'pca_root', 'levels', 'dim'},
+             finetune={'shares', 'lrs'})
 
 @dataclass
 class Finished:
@@ -347,6 +351,15 @@ def retrieval_rows(run:Finished)->list: # of Row
     return [Row('retrieval' if city in TABLES['retrieval'].columns else '', run, net, {city: v},
                 f'larger side {run.params["sides"]}') for net,v in run.metrics.get('mAP', {}).items()]
 
+def finetune_rows(run:Finished)->list: # of Row
+    "Collect a run of finetune: all layers learned, or frozen ones, with a share of the labels."
+    table = 'mm_share' if (data_of(run), arch_of(run)) == ('imagenet', 'resnet50') else ''
+    ways = dict(top1='all layers learn, the rate', frozen='frozen, linear probe, the layer')
+    columns = lambda values: {f'{100*float(share):.3g} %': v for share,v in values.items()}
+    return [Row(table, run, net, columns(values), f'{words} chosen on other training images')
+            for part,words in ways.items() for net,values in run.metrics.get(part, {}).items()]
+
+
 # %% ../nbs/35_report.ipynb #70ff3f7e
 def ends(log, name:str)->tuple: # ('0.123', '0.234'), or ('', '') where nothing was measured
     "Return the first and the last value of a log."
@@ -373,7 +386,7 @@ def log_rows(run:Finished)->list: # of Row
 
 # %% ../nbs/35_report.ipynb #f727b105
 READERS = dict(train=[probe_rows, log_rows], probe=[probe_rows], voc=[voc_rows],
-               retrieval=[retrieval_rows])
+               retrieval=[retrieval_rows], finetune=[finetune_rows])
 
 def measured(runs)->list: # of Row; runs: of Finished
     "Collect the rows of all runs."

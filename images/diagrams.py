@@ -117,6 +117,13 @@ FLOWS = {
               'checksum > error; names > error', here=['tensors only'],
         labels={'checksum > tensors only': 'yes', 'checksum > error': 'no',
                 'names > safetensors': 'yes', 'names > error': 'no'}),
+    'few_labels': dict(
+        title='With a few labels: all of the trunk learns under a new head, or a linear probe on frozen layers',
+        nodes={'DeepCluster': (0, 0), 'trunk': (1, 0), 'frozen': (2, 0, 'frozen layers'),
+               'labels': (0, 1, 'a few labels'), 'head': (1, 1, 'new head,\nall layers learn'),
+               'probe': (2, 1, 'linear probe'), 'accuracy': (1, 2)},
+        edges='DeepCluster > trunk > frozen > probe > accuracy; trunk > head > accuracy; labels > head',
+        here=['labels', 'head']),
     'feeding': dict(
         title='From the mapped file to the device: once as a whole, or in batches through pinned memory',
         nodes={'file': (0, 0, 'mapped file'), 'resident': (1, 0, 'resident on\nthe device'),

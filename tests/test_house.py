@@ -12,8 +12,8 @@ CORE = ['data', 'augment', 'sobel', 'model', 'features', 'clustering', 'sampling
 ORDER = [*CORE, 'switches',
          'fast.images', 'fast.feeding', 'fast.crops', 'fast.small_maps', 'fast.features', 'fast.kmeans',
          'fast.training', 'fast.graph', 'sources', 'runs', 'fast.packing', 'fast.distributed', 'fit',
-         'probes', 'pictures', 'voc', 'retrieval', 'pic', 'released', 'estimate', 'report', 'experiments',
-         'book']
+         'probes', 'pictures', 'voc', 'retrieval', 'pic', 'released', 'few_labels', 'estimate', 'report',
+         'experiments', 'book']
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
 def code_cells(path):
