@@ -1,6 +1,6 @@
 "The paper's tables beside runs: what a folder is, where its numbers go, and what is missing."
 import json, re, shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html import escape
 from pathlib import Path
 import pytest, yaml
@@ -55,6 +55,12 @@ def voc(path, **params):
     found |= dict(blind=7., arch='alexnet', n_images=5011, n_test=4952)
     return made(path, 'voc', found, **given | params)
 
+def tuned(path, **params):
+    shares, nets = ('0.01', '0.1'), ('random', 'deepcluster')
+    found = {part: levels(nets, shares, 20. + i) for i,part in enumerate(('top1', 'top5', 'frozen'))}
+    found |= dict(arch='resnet50', size=224, classes=1000) | IMAGENET
+    return made(path, 'finetune', found, **dict(dataset='packed', batch_size=256) | params)
+
 def rows_of(*paths, table, net='deepcluster'):
     return [r for r in measured([read_finished(p) for p in paths]) if (r.table, r.net) == (table, net)]
 
@@ -89,7 +95,8 @@ def test_unknown_table():
 def test_folders_are_told_by_their_files_alone(tmp_path):
     paths = dict(train=train(tmp_path/'probe-voc'), probe=probe(tmp_path/'train'),
                  voc=voc(tmp_path/'retrieval'),
-                 retrieval=made(tmp_path/'x', 'retrieval', dict(mAP=dict(random=5.)), data='paris6k'))
+                 retrieval=made(tmp_path/'x', 'retrieval', dict(mAP=dict(random=5.)), data='paris6k'),
+                 finetune=tuned(tmp_path/'retrieval2'))
     assert {kind: read_finished(p).kind for kind,p in paths.items()} == {kind: kind for kind in paths}
     assert set(KINDS) == set(paths)
 
@@ -123,6 +130,20 @@ def test_probes_of_alexnet_on_imagenet(tmp_path):
     assert differences(best) == [] and 'kNN' not in best.values
     assert [r.values['conv5'] for r in rows_of(tmp_path/'p', table='imagenet', net='random')] == [14.1]
     assert [r.values for r in rows_of(tmp_path/'p', table='knn')] == [dict(kNN=33.)]
+
+def test_a_share_of_the_labels(tmp_path):
+    learned, frozen = rows_of(tuned(tmp_path/'f'), table='mm_share')
+    assert (learned.values, frozen.values) == ({'1 %': 30., '10 %': 31.}, {'1 %': 32., '10 %': 33.})
+    assert differences(learned) == [] and 'all layers learn' in learned.how and 'frozen' in frozen.how
+    shorter = rows_of(tuned(tmp_path/'g', epochs=5), table='mm_share')[0]
+    assert differences(shorter) == ['epochs 5 (source: 20)']
+    here = [learned, frozen]
+    assert commands(TABLES['mm_share'], here, [learned.run]) == []
+    only = replace(learned, values={'1 %': 30.})
+    ((empty, lines),) = commands(TABLES['mm_share'], [only], [learned.run])
+    assert empty == ['10 %'] and 'finetune_imagenet_10percent' in lines[-1]
+    (cifar, _) = rows_of(tuned(tmp_path/'h', dataset='cifar10'), table='')
+    assert cifar.values == learned.values
 
 def test_what_differs_is_named(tmp_path):
     path = probe(tmp_path/'p', crops='center', metrics=dict(n_images=50_000, classes=1000), epochs=20,
@@ -300,7 +321,9 @@ def real(tmp_path_factory):
                 voc=run('voc', 'steps=3', 'epochs=1', 'k=5', 'n_images=40', 'shots=[1]', 'samples=1',
                         'costs=[1.0]', preset='voc_small'),
                 retrieval=run('retrieval', 'epochs=1', 'k=4', 'sides=[64]', 'dim=16', 'size=32',
-                              preset='retrieval_small'))
+                              preset='retrieval_small'),
+                finetune=run('finetune', *few, f'weights={t.path}', 'steps=1', 'shares=[0.2]', 'lrs=[0.01]',
+                             preset='finetune_digits'))
 
 def shape(value): # keys and types, without what a run is about
     if isinstance(value, dict): return {k: shape(v) for k,v in value.items()}
@@ -308,7 +331,8 @@ def shape(value): # keys and types, without what a run is about
 
 def test_the_format_is_what_the_experiments_write(real, tmp_path): # made ones have nothing that these lack
     ours = dict(train=train(tmp_path/'t'), probe=probe(tmp_path/'p'), voc=voc(tmp_path/'v'),
-                retrieval=made(tmp_path/'r', 'retrieval', dict(arch='vgg16', mAP=dict(random=5., blind=1.))))
+                retrieval=made(tmp_path/'r', 'retrieval', dict(arch='vgg16', mAP=dict(random=5., blind=1.))),
+                finetune=tuned(tmp_path/'f'))
     for kind,path in ours.items():
         true, mine = real[kind], read_finished(path)
         assert true.kind == kind and true.params.keys() == mine.params.keys()
@@ -320,6 +344,8 @@ def test_the_format_is_what_the_experiments_write(real, tmp_path): # made ones h
         nets = real['voc'].metrics[part]
         assert list(nets) == ['random', 'random, calibrated', 'deepcluster'] and 'step' in nets['random']
     assert set(real['voc'].metrics['low-shot conv5']['random']['1']) == {'mean', 'std', 'best', 'cost'}
+    for part in ('top1', 'frozen'):
+        assert shape(real['finetune'].metrics[part]) == {n: {'0.2': float} for n in ('random', 'deepcluster')}
     for r in real['train'].log: assert set(epochs(.3)[0]) <= set(r)
 
 def test_real_runs_on_the_page(real):
@@ -327,7 +353,7 @@ def test_real_runs_on_the_page(real):
     rows = measured(runs)
     assert {r.table for r in rows} == {'', 'nmi', 'cost'}       # digits and made images are in none
     kinds = {r.run.kind for r in rows if r.table == ''}
-    assert kinds == {'train', 'probe', 'voc', 'retrieval'}
+    assert kinds == {'train', 'probe', 'voc', 'retrieval', 'finetune'}
     page = report_page(runs)
     assert page.count('<h2') == len(TABLES) + 1 and 'In none of the tables' in page
 
@@ -335,7 +361,7 @@ def test_the_notebook(real, tmp_path):
     top = real['train'].path.parent
     assert main(['run', 'report', '-p', f'runs={top}/*', '--out', str(tmp_path/'out')]) == 0
     m = json.loads((tmp_path/'out'/'metrics.json').read_text())
-    assert {Path(r['run']).name for r in m['rows']} == {'train', 'probe', 'voc', 'retrieval'}
+    assert {Path(r['run']).name for r in m['rows']} == {'train', 'probe', 'voc', 'retrieval', 'finetune'}
     page, html = (tmp_path/'out'/'page.html').read_text(), (tmp_path/'out'/'report.html').read_text()
     assert all(escape(t.title) in html and escape(t.title) in page for t in TABLES.values())
 
