@@ -35,7 +35,8 @@ from .report import read_finished, write_page
 from .runs import (MEASURING, RunFolder, Stopped, amount, duration, held_by,
                                  progress_line, signals_to, write_atomic)
 from .fast.distributed import started_as_rank
-from .fit import Config, check, clusters_csv, describe, fit, may_differ, predict, resolve
+from .fit import (MAY_DIFFER, Config, check, clusters_csv, describe, fit, newer, predict,
+                                 resolve)
 
 # %% ../nbs/15_experiments.ipynb #f10743b4
 def experiments_folder()->Path: # nbs/experiments of the clone
@@ -187,7 +188,8 @@ def check_parameters(notebook:Path, given:dict, run_dir:Path):
                          "let it finish, or choose another folder")
     # which rows, of how many seeds: the numbers that are there count in any case
     more = ('row', 'seeds', 'other') if notebook.stem == 'findings' else ()
-    if (run_dir/'params.yaml').exists(): RunFolder(run_dir, values, may_differ(run_dir, values) + more)
+    if (run_dir/'params.yaml').exists():
+        RunFolder(run_dir, values, (*MAY_DIFFER, *newer(run_dir, values, kind), *more))
 
 # %% ../nbs/15_experiments.ipynb #5af89d8d
 def parse_pair(text:str,

@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'ONLY_FAST', 'MAY_DIFFER', 'MOST_VOTERS', 'WITH_RANKS', 'PlainTypes', 'Data', 'Config', 'network',
            'plain_cluster', 'plain_epoch', 'Parts', 'check', 'type_wanted', 'known_names', 'check_types',
            'check_ranges', 'check_together', 'found_device', 'resolve', 'State', 'optimizers', 'momenta',
-           'state_tensors', 'load_state', 'snapshot', 'restore', 'saved_clusters', 'may_differ', 'resume',
+           'state_tensors', 'load_state', 'snapshot', 'restore', 'saved_clusters', 'newer', 'may_differ', 'resume',
            'most_clusters', 'id_type', 'as_npy', 'load_assignments', 'clusters_csv', 'disk_space', 'agreement',
            'neighbors_vote', 'look', 'describe', 'Hooks', 'run_loop', 'Run', 'prepare', 'rank_parts', 'first_state',
            'fit', 'predict', 'load_run']
@@ -246,12 +246,15 @@ def saved_clusters(tensors:dict,
 # may differ when a run is continued: they change no result
 MAY_DIFFER = 'run_dir', 'root', 'checkpoint_minutes', 'checkpoint_epochs', 'threads', 'knn_every'
 
-def may_differ(run_dir, params:dict)->tuple: # names
-    "Name what may differ when a run continues: MAY_DIFFER, and newer parameters that have their default."
+def newer(run_dir, params:dict, kind=Config)->list: # names; kind: the dataclass that has their defaults
+    "Name parameters that are newer than the run in this folder and have their default."
     file = Path(run_dir)/'params.yaml'
     there = yaml.safe_load(file.read_text(encoding='utf-8')) if file.is_file() else params
-    return *MAY_DIFFER, *[f.name for f in fields(Config)
-                          if f.name not in there and params.get(f.name) == f.default]
+    return [f.name for f in fields(kind) if f.name not in there and params.get(f.name) == f.default]
+
+def may_differ(run_dir, params:dict)->tuple: # names
+    "Name what may differ when a run continues: MAY_DIFFER, and newer parameters that have their default."
+    return *MAY_DIFFER, *newer(run_dir, params)
 
 def resume(folder, net, config:Training,
            images,  # checked against those that the run began with

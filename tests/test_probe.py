@@ -2,7 +2,7 @@
  "and the experiment.")
 import json, math, subprocess
 from dataclasses import asdict, replace
-import numpy as np, pytest, torch
+import numpy as np, pytest, torch, yaml
 from PIL import Image
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 from torch import nn
@@ -305,6 +305,20 @@ def test_a_run_beside_its_neighbors(run_of_train, tmp_path, capsys):
                    check=True, capture_output=True)
     # plain papermill, in the same folder: everything is done
     assert (where/'metrics.json').read_text() == text
+
+def test_a_folder_from_before_a_parameter_goes_on(run_of_train, tmp_path, capsys):
+    where = tmp_path/'probe'
+    small = pairs(weights=run_of_train, protocol='cached', supervised=0, layers='conv5')
+    assert main(['run', 'probe', '--out', str(where), *small]) == 0
+    text = (where/'metrics.json').read_text()
+    params = yaml.safe_load((where/'params.yaml').read_text())
+    older = {k: v for k,v in params.items() if k not in ('pool', 'neighbors')}
+    (where/'params.yaml').write_text(yaml.safe_dump(older, sort_keys=False))
+    assert main(['run', 'probe', '--out', str(where), *small]) == 0         # they have their defaults
+    assert (where/'metrics.json').read_text() == text
+    capsys.readouterr()
+    assert main(['run', 'probe', '--out', str(where), *small, '-p', 'neighbors=10']) == 2
+    assert 'neighbors' in capsys.readouterr().err
 
 def test_a_released_file_on_a_folder_with_train_and_val(tmp_path):
     from test_released import authors_state, write
