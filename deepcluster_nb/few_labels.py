@@ -18,7 +18,7 @@ from .fast.feeding import fetch_ahead, resident
 from .fast.features import autocast, center_input
 from .fast.small_maps import with_small_maps
 from .fit import check
-from .probes import (ProbeConfig, check_labels, linear_probes, probe_features, resolve_probe,
+from .probes import (ProbeConfig, check_labels, linear_probes, probe_features,
                                    train_on_labels)
 
 # %% ../nbs/36_few_labels.ipynb #3610f1ab
