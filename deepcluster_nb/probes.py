@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PAPER_POOLS', 'PAPER_MAPS', 'POOLS', 'MOST_PROBED', 'conv_activations', 'pool_activation', 'probe_features',
            'check_labels', 'Probe', 'start_momentum', 'cosine_rates', 'fit_probes', 'linear_probes', 'linear_probe',
-           'knn_accuracy', 'cluster_accuracy', 'cluster_measures', 'probe_crop', 'probe_lr', 'ProbeConfig',
-           'resolve_probe', 'usual_size', 'Heads', 'pooled', 'probe_accuracies', 'last_and_best', 'train_probes',
-           'train_on_labels', 'supervised', 'measure', 'evaluate', 'shared_classes', 'with_note', 'held_out',
-           'measurable']
+           'knn_accuracy', 'cluster_accuracy', 'cluster_measures', 'probe_boxes', 'probe_crop', 'probe_lr',
+           'ProbeConfig', 'resolve_probe', 'usual_size', 'Heads', 'pooled', 'probe_accuracies', 'last_and_best',
+           'train_probes', 'train_on_labels', 'supervised', 'measure', 'evaluate', 'shared_classes', 'with_note',
+           'held_out', 'measurable']
 
 # %% ../nbs/09_probes.ipynb #b43b5df7
 import math
@@ -21,8 +21,8 @@ from .fast.images import PackedImages
 from .data import generator, pick
 from .sources import load_images
 from .fast.feeding import fetch_ahead, fits, resident, to_device
-from .fast.crops import center_crop, random_resized_crop, resample, ten_crop
-from .augment import central_square, image_sizes
+from .fast.crops import center_crop, resample, ten_crop
+from .augment import central_square, crop_boxes, image_sizes
 from .sobel import normalize
 from .model import ARCHS, convnet
 from .fast.small_maps import with_small_maps
@@ -34,7 +34,7 @@ from .fast.kmeans import kmeans
 from .runs import load_checkpoint, save_checkpoint
 from .fit import Config, check, state_tensors, PlainTypes, load_state, resolve, type_wanted
 from .training import batches
-from .fast.graph import Recorded, captured, train_epoch
+from .fast.graph import Feed, Parcel, Recorded, captured, train_epoch
 
 # %% ../nbs/09_probes.ipynb #e9fe5c8c
 def conv_activations(net,       # a DeepClusterNet
@@ -257,18 +257,23 @@ def cluster_measures(f:Tensor,      # (N, D) clustered features
                 nmi_chance=chance_nmi(a, y, seed), ami=ami(a, y))
 
 # %% ../nbs/09_probes.ipynb #b24fcdd4
+def probe_boxes(sizes:Tensor, # (B, 2) height and width
+                size:int,     # pixels wanted
+                generator,    # where the draws come from
+               )->Tensor:     # (B, 4) left, top, width, height
+    "Draw a window of 7/8 of the central square's side, anywhere in it."
+    side, short = central_square(sizes, size), sizes.amin(1, keepdim=True).float()
+    places = max(1, round(size / 7))                                    # 256 − 224 = 32 steps at 224
+    shift = torch.randint(places + 1, (len(sizes), 2), generator=generator) / places
+    return torch.cat([(sizes.flip(1) - short)/2 + (short - side)*shift, side, side], 1)
+
 def probe_crop(images,     # (B, C, H, W), or a list of (C, H, W)
                size:int,   # pixels wanted
                generator,  # where the draws come from
               )->Tensor:   # (B, C, size, size)
-    ("Training view of the linear probes: "
-     "a window of 7/8 of the central square's side, anywhere in it, mirrored half of the time.")
-    sizes = image_sizes(images)
-    side, short = central_square(sizes, size), sizes.amin(1, keepdim=True).float()
-    places = max(1, round(size / 7))                                    # 256 − 224 = 32 steps at 224
-    shift = torch.randint(places + 1, (len(sizes), 2), generator=generator) / places
-    boxes = torch.cat([(sizes.flip(1) - short)/2 + (short - side)*shift, side, side], 1)
-    return resample(images, boxes, size, torch.rand(len(sizes), generator=generator) < .5)
+    "Training view of the linear probes: such a window, mirrored half of the time."
+    boxes = probe_boxes(image_sizes(images), size, generator)
+    return resample(images, boxes, size, torch.rand(len(boxes), generator=generator) < .5)
 
 # %% ../nbs/09_probes.ipynb #878aa2d3
 def probe_lr(lr:float, weight_decay:float, t:int)->float: # t: steps done
@@ -410,7 +415,7 @@ def train_probes(net,                # frozen
                  capture=None,       # how a step is recorded; as for train_epoch of chapter 27
                 )->dict:             # name → 'center' and 'ten' → 'last' and 'best', per cent
     "The paper's linear probes, all layers in one pass over the images (section 4.2 and the released script)."
-    c, y = config, check_labels(train.labels).to(config.device)
+    c, y = config, check_labels(train.labels)
     net.eval()
     some = normalize(center_crop(to_device(train.batch(torch.arange(2)), c.device), c.size))
     shapes = conv_activations(net, some, lambda n, a: a.shape[1], avgpool=True)
@@ -422,12 +427,12 @@ def train_probes(net,                # frozen
     saved = load_checkpoint(folder) if folder else None
     first, tests = (saved[0], saved[3]['tests']) if saved else (0, [])
     if saved: load_state(heads, (opt,), saved[2])
-    near, last = resident(train, c.device), torch.zeros((), device=c.device)
-    recorded = Recorded(c.batch_size, capture)
+    images, last = PackedImages.of(resident(train, c.device)), torch.zeros((), device=c.device)
+    recorded, parcel = Recorded(c.batch_size, capture), Parcel(c.device)
     state = [*heads.parameters(), *heads.buffers(), last,
              *(start_momentum(opt) if capture and c.momentum else ())]
-    def learn(x, labels, rate):
-        opt.param_groups[0]['lr'] = rate
+    def learn(x, labels, rate): # a number only where nothing waits for the device
+        opt.param_groups[0]['lr'] = rate if capture else float(rate)
         loss = sum(F.cross_entropy(l, labels) for l in heads(pooled(net, x, c)).values())
         opt.zero_grad()
         loss.backward()
@@ -437,15 +442,19 @@ def train_probes(net,                # frozen
         heads.train()
         order = torch.randperm(len(train), generator=generator(c.seed, 'probe', epoch))
         steps = batches(order, c.batch_size)
-        labels = y[order.to(c.device)].split([len(b) for b in steps])
-        rates = [probe_lr(c.lr, c.weight_decay, epoch*len(steps) + step) if c.schedule == 'released' else
-                 c.lr * .1**(3*epoch // c.epochs) for step in range(len(steps))]
-        if capture: rates = torch.tensor(rates).to(c.device)
-        for step,(idx,x) in enumerate(fetch_ahead(near, steps, c.device)):
-            g = generator(c.seed, 'probe crop', epoch, step)
-            x = (probe_crop(x, c.size, g) if c.crops == 'window' else
-                 random_resized_crop(x, c.size, g, (c.min_scale, 1.)))
-            recorded(learn, state, normalize(x), labels[step], rates[step])
+        def draw(step): # as probe_crop and random_resized_crop draw
+            g, b = generator(c.seed, 'probe crop', epoch, step), steps[step]
+            sizes = images.shapes[b][:, 1:]
+            boxes = (probe_boxes(sizes, c.size, g) if c.crops == 'window' else
+                     crop_boxes(sizes, g, (c.min_scale, 1.)))
+            flip = torch.rand(len(b), generator=g) < .5
+            rate = (probe_lr(c.lr, c.weight_decay, epoch*len(steps) + step) if c.schedule == 'released' else
+                    c.lr * .1**(3*epoch // c.epochs))
+            return 0, boxes, flip, (y[b], torch.tensor(rate, dtype=None if capture else torch.double)), ()
+        feed = Feed(images, steps, 0, draw, c.size, net.sobel is not None, c.precision, parcel, c.device)
+        crop_and_learn = feed.recordable(learn)
+        for step,_,takes in feed:
+            recorded(crop_and_learn, state, *takes)
             if after: after(step + 1, len(steps), epoch, tests)
         if not last.isfinite():
             raise FloatingPointError(f"the probes' loss is not finite in epoch {epoch}; try a smaller lr")

@@ -104,23 +104,28 @@ def test_the_number_of_steps_brought_together_changes_nothing(monkeypatch):
         found.append([*net.state_dict().values(), torch.tensor(seen)])
     assert same(found[0], found[1]) and same(found[0], found[2])
 
-@pytest.mark.parametrize('jitter', [0., .4])
-@pytest.mark.parametrize('sobel', [True, False])
-def test_a_table_of_crops_is_recorded_with_the_step(monkeypatch, sobel, jitter): # a made-up kernel
-    c, tables = resolve(replace(SMALL, sobel=sobel, jitter=jitter)), []
-    grey = sobel and not jitter             # colors change before Sobel makes them grey
+def made_up_kernel(monkeypatch, images, grey): # → sizes of the tables that it got
+    tables = []
     def cut(kernel, flat, table, size, planes, what, dtype):
         tables.append(len(table))
-        assert (planes, what, dtype) == (IMAGES.size[0], 'grey' if grey else 'normal', torch.float32)
-        at = table[:, 0].long() // math.prod(IMAGES.size)
+        assert (planes, what, dtype) == (images.size[0], 'grey' if grey else 'normal', torch.float32)
+        at = table[:, 0].long() // math.prod(images.size)
         boxes = torch.cat([table[:, 3:5], (table[:, 5:7]*size).round()], 1).float()
-        x = flat.view(-1, *IMAGES.size).index_select(0, at)
+        x = flat.view(-1, *images.size).index_select(0, at)
         return network_input(x, lambda im: graph.crop_inside(im, boxes, size, table[:, 7] > 0), grey)
     monkeypatch.setattr(graph, 'crops_cut_by', lambda images: 'kernel')
     monkeypatch.setattr(graph, 'crop_kernel', lambda: None)
     monkeypatch.setattr(graph, 'cut_crops', cut)
-    plain, other = (epoch(c, t, **how) for t,how in ((eager.train_epoch, {}),
-                                                     (graph.train_epoch, dict(capture=lambda f: f))))
+    return tables
+
+@pytest.mark.parametrize('jitter', [0., .4])
+@pytest.mark.parametrize('sobel', [True, False])
+def test_a_table_of_crops_is_recorded_with_the_step(monkeypatch, sobel, jitter):
+    c = resolve(replace(SMALL, sobel=sobel, jitter=jitter))
+    plain = epoch(c, eager.train_epoch)
+    # colors change before Sobel makes them grey
+    tables = made_up_kernel(monkeypatch, IMAGES, grey=sobel and not jitter)
+    other = epoch(c, graph.train_epoch, capture=lambda f: f)
     assert same(*[list(e[0].state_dict().values()) for e in (plain, other)]) and plain[2] == other[2]
     assert tables == [16, 16, 8]
 
@@ -327,6 +332,19 @@ def test_the_papers_probes_recorded(more, tmp_path):
     a, b = (load_checkpoint(tmp_path/name)[2] for name in 'ab')
     for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-5, atol=1e-6)   # one fused update, one not
     assert found[0] == found[1]
+
+@pytest.mark.parametrize('crops', ['window', 'resized'])
+@pytest.mark.parametrize('sobel', [True, False])
+def test_the_papers_probes_take_a_table_of_crops(monkeypatch, sobel, crops):
+    net = convnet('alexnet_small', 4, sobel, dropout=0., seed=1).eval()
+    c = probes.resolve_probe(probes.ProbeConfig(size=32, epochs=2, batch_size=16, lr=.1, crops=crops,
+                                                sobel=sobel, device='cpu', precision='float32',
+                                                ten_crops=False))
+    images = PackedImages.of(load_images('digits', n_images=40))
+    plain = probes.train_probes(net, images, images, c)
+    tables = made_up_kernel(monkeypatch, images, grey=sobel)
+    assert probes.train_probes(net, images, images, c, capture=lambda f: f) == plain
+    assert tables == [16, 16, 8]*2
 
 # ---------------------------------------------------------------- on a GPU that is there
 
