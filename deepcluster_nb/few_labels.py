@@ -71,12 +71,13 @@ def finetune(net,                # a DeepClusterNet
              config:ProbeConfig, # resolved, with a size: epochs, batch_size, lr, weight_decay, dropout, min_scale
              steps:int=0,        # in all, at least
              folder=None, after=None, # as of train_on_labels
+             pause:float=10.,    # seconds between checkpoints, at least: an epoch may be one step
             ):                   # a trained copy, in evaluation mode
     "Train all layers of a network on a few labels, under a new head."
     c = replace(config, batch_size=even_batch(len(train), config.batch_size))
     net = with_new_head(net, classes, c.dropout, c.seed)
     return train_on_labels(net, train, c, stairs(c.lr, enough_epochs(len(train), c, steps)), folder, after,
-                           c.weight_decay)
+                           c.weight_decay, pause)
 
 # %% ../nbs/36_few_labels.ipynb #3619f1ab
 @torch.inference_mode()

@@ -11,7 +11,7 @@ __all__ = ['PAPER_POOLS', 'PAPER_MAPS', 'POOLS', 'MOST_PROBED', 'conv_activation
            'held_out', 'measurable']
 
 # %% ../nbs/09_probes.ipynb #b43b5df7
-import math
+import math, time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 import torch
@@ -468,9 +468,10 @@ def train_on_labels(net,                # a DeepClusterNet with an output for ea
                     train:PackedImages, # with labels
                     config:ProbeConfig, # resolved, with a size
                     rates,              # learning rates, one for each epoch
-                    folder=None,        # where to keep a checkpoint an epoch, and to go on from
+                    folder=None,        # where to keep a checkpoint after an epoch, and to go on from
                     after=None,         # called with (steps done in the epoch, steps, epoch)
                     weight_decay:float=1e-4,
+                    pause:float=0.,     # seconds between checkpoints, at least
                    ):                   # the same network, trained, in evaluation mode
     "Train all layers with the labels: `train_epoch` with the true partition."
     y = check_labels(train.labels)
@@ -480,14 +481,17 @@ def train_on_labels(net,                # a DeepClusterNet with an output for ea
     net = net.to(c.device, memory_format=torch.channels_last)
     opt = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], .1, .9, weight_decay=weight_decay,
                           fused=True)
-    saved = load_checkpoint(folder) if folder else None
+    if c.device == 'cpu': keep_memory()
+    saved, at = load_checkpoint(folder) if folder else None, time.monotonic()
     if saved: load_state(net, (opt,), saved[2])
     for epoch in range(saved[0] if saved else 0, len(rates)):
         opt.defaults['lr'] = rates[epoch]               # where train_epoch looks
         order = torch.randperm(len(train), generator=generator(c.seed, 'supervised', epoch))
         train_epoch(net, train, order, y, (opt,), c, epoch,
                     after=after and (lambda done, n, *_: after(done, n, epoch)))
-        if folder: save_checkpoint(folder, epoch + 1, state_tensors(net, (opt,)), {})
+        if folder and time.monotonic() - at >= pause:
+            save_checkpoint(folder, epoch + 1, state_tensors(net, (opt,)), {})
+            at = time.monotonic()
     return net.eval()
 
 def supervised(train:PackedImages, # with labels

@@ -79,7 +79,8 @@ def test_stopped_and_called_again(digits, tmp_path):
     def stop(done, n, epoch):
         seen.append((epoch, done))
         if (epoch, done) == (1, 2): raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): finetune(net, digits[0], 10, SMALL, folder=tmp_path, after=stop)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(net, digits[0], 10, SMALL, folder=tmp_path, after=stop, pause=0.)
     again = finetune(net, digits[0], 10, SMALL, folder=tmp_path, after=lambda *a: seen.append(a[::-2]))
     assert same(whole, again)
     assert seen[6] == (1, 1)                       # from the start of the second epoch
