@@ -673,7 +673,8 @@ def add_report(commands # argparse's sub-commands
               ):
     "Add the command `report` and its arguments."
     page = commands.add_parser('report', help="the paper's tables beside any finished runs, as one HTML page")
-    page.add_argument('runs', nargs='+', metavar='RUN', help='folders of train, probe, voc, retrieval or finetune')
+    page.add_argument('runs', nargs='+', metavar='RUN',
+                      help='folders of train, probe, voc, retrieval or finetune')
     page.add_argument('--out', metavar='FILE', default='report.html', help='the page (report.html)')
     page.add_argument('--force', action='store_true', help='replace the file')
 

@@ -68,7 +68,8 @@ def enough_epochs(n:int,              # labeled images
 def finetune(net,                # a DeepClusterNet
              train:PackedImages, # with labels: those that there are
              classes:int,
-             config:ProbeConfig, # resolved, with a size: epochs, batch_size, lr, weight_decay, dropout, min_scale
+             # resolved, with a size: epochs, batch_size, lr, weight_decay, dropout, min_scale
+             config:ProbeConfig,
              steps:int=0,        # in all, at least
              folder=None, after=None, # as of train_on_labels
              pause:float=10.,    # seconds between checkpoints, at least: an epoch may be one step

@@ -447,14 +447,13 @@ def train_probes(net,                # frozen
             sizes = images.shapes[b][:, 1:]
             boxes = (probe_boxes(sizes, c.size, g) if c.crops == 'window' else
                      crop_boxes(sizes, g, (c.min_scale, 1.)))
-            flip = torch.rand(len(b), generator=g) < .5
             rate = (probe_lr(c.lr, c.weight_decay, epoch*len(steps) + step) if c.schedule == 'released' else
                     c.lr * .1**(3*epoch // c.epochs))
-            return 0, boxes, flip, (y[b], torch.tensor(rate, dtype=None if capture else torch.double)), ()
+            return (0, boxes, torch.rand(len(b), generator=g) < .5,
+                    (y[b], torch.tensor(rate, dtype=None if capture else torch.double)), ())
         feed = Feed(images, steps, 0, draw, c.size, net.sobel is not None, c.precision, parcel, c.device)
-        crop_and_learn = feed.recordable(learn)
         for step,_,takes in feed:
-            recorded(crop_and_learn, state, *takes)
+            recorded(feed.recordable(learn), state, *takes)
             if after: after(step + 1, len(steps), epoch, tests)
         if not last.isfinite():
             raise FloatingPointError(f"the probes' loss is not finite in epoch {epoch}; try a smaller lr")

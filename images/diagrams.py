@@ -118,7 +118,7 @@ FLOWS = {
         labels={'checksum > tensors only': 'yes', 'checksum > error': 'no',
                 'names > safetensors': 'yes', 'names > error': 'no'}),
     'few_labels': dict(
-        title='With a few labels: all of the trunk learns under a new head, or a linear probe on frozen layers',
+        title='With a few labels: the trunk learns on under a new head, or stays frozen under a probe',
         nodes={'DeepCluster': (0, 0), 'trunk': (1, 0), 'frozen': (2, 0, 'frozen layers'),
                'labels': (0, 1, 'a few labels'), 'head': (1, 1, 'new head,\nall layers learn'),
                'probe': (2, 1, 'linear probe'), 'accuracy': (1, 2)},
