@@ -9,7 +9,7 @@ __all__ = ['PARTS', 'ONLY_FAST', 'MAY_DIFFER', 'MOST_VOTERS', 'WITH_RANKS', 'Pla
            'state_tensors', 'load_state', 'snapshot', 'restore', 'saved_clusters', 'newer', 'may_differ', 'resume',
            'most_clusters', 'id_type', 'as_npy', 'load_assignments', 'clusters_csv', 'disk_space', 'agreement',
            'neighbors_vote', 'look', 'describe', 'Hooks', 'run_loop', 'Run', 'prepare', 'rank_parts', 'first_state',
-           'fit', 'predict', 'load_run']
+           'fit', 'Averaged', 'predict', 'load_run']
 
 # %% ../nbs/18_fit.ipynb #ab39d7d2
 import csv, importlib, io, math, os, time, warnings
@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import numpy as np, torch, yaml
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import deepcluster_nb.fast.training as fast
 import deepcluster_nb.fast.graph as graph
 from . import training
@@ -516,15 +517,18 @@ def first_state(state:State, config:Algorithm, ranks)->State:
 def fit(config:Config,  # what to do
         images=None,    # training images; loaded as the config says where not given
         echo=say,       # called with a line an epoch; None for silence
+        parts:Parts=None, # your own, in place of those that the config names
        )->Run:
     ("DeepCluster (paper, section 3): cluster the features, train on the cluster ids, again and again. "
      "Continues a run that was stopped.")
     with joined() as ranks:                                # None for a process alone
+        check(not parts or not (ranks or config.run_dir), 'parts', type(parts).__name__,
+              "None with a run_dir or several ranks, for no checkpoint has what parts of your own keep")
         first = ranks is None or ranks.rank == 0           # the others keep no folder and say nothing
         if not first: echo = None
         c, images = prepare(config, images, echo)
         if not first: c.knn_every = 0
-        net, parts = network(c), PARTS[c.parts] if ranks is None else rank_parts(c, images, ranks)
+        net, parts = network(c), parts or (rank_parts(c, images, ranks) if ranks else PARTS[c.parts])
         check(c.pca <= net.dim, 'pca', c.pca, f"at most {net.dim}, the features' dimension")
         asked, folder, guard = asdict(config), None, None
         if c.run_dir and first: folder = RunFolder(c.run_dir, asked, may_differ(c.run_dir, asked))
@@ -541,6 +545,25 @@ def fit(config:Config,  # what to do
             for r in hooks.log if echo else []: echo(describe(r, c.epochs)) # what was done before the stop
             run_loop(state, on_device, c, parts, hooks)
     return Run(net, images, state.clustering, state.pca, hooks.log, c)
+
+# %% ../nbs/18_fit.ipynb #18ema002
+class Averaged(Parts):
+    "Parts that cluster with a running mean of the weights (`mean.module`), which training does not see."
+    def __init__(self, parts:Parts,      # that do the work
+                 decay:float=.99,        # of the mean: 1/(1 - decay) steps count
+                ):
+        super().__init__(self.mean_cluster, self.averaging_epoch, parts.place)
+        self.parts, self.decay, self.mean = parts, decay, None
+    def averaging_epoch(self, net, *args):
+        if not self.mean: self.mean = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(self.decay),
+                                                    use_buffers=True)
+        *given, after, first, total = args
+        def average(*args):
+            self.mean.update_parameters(net)
+            after(*args)
+        return self.parts.train_epoch(net, *given, average, first, total)
+    def mean_cluster(self, net, *args):
+        return self.parts.cluster(self.mean.module if self.mean else net, *args)
 
 # %% ../nbs/18_fit.ipynb #a3688431
 def predict(run:Run, images)->Tensor: # (N,) cluster of each of the Images
