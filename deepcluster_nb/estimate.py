@@ -129,9 +129,9 @@ def sample_clustering(c:Training, n:int, dim:int, seconds:float)->dict: # kind o
     "Time PCA to `pca` dimensions, k-means and the bookkeeping of a reassignment, on random points."
     g, d, D, less = generator(0, 'estimate'), min(c.pca, dim), min(dim, 2048), min(n, dim)
     x, rows = torch.randn(4096, D, generator=g).to(c.device), (max(D, 256), 4096)
-    few, many = (sample(lambda _: PCA(d).fit(x[:r]), 1, seconds/8)[0] for r in rows)
-    row = [max(m - median(few), 1e-9) / (rows[1] - rows[0]) for m in many]
-    axes = [max(f - rows[0]*median(row), 0) * (less/D)**3 for f in few]
+    small, large = (sample(lambda _: PCA(d).fit(x[:r]), 1, seconds/8)[0] for r in rows)
+    row = [max(m - median(small), 1e-9) / (rows[1] - rows[0]) for m in large]
+    axes = [max(f - rows[0]*median(row), 0) * (less/D)**3 for f in small]
     pca, x = PCA(d), torch.randn(1024, dim, generator=g).to(c.device)
     pca.mean, pca.axes = torch.zeros(dim, device=c.device), torch.randn(dim, d, generator=g).to(c.device)
     project = median(sample(lambda m: l2_normalize(pca.transform(x[:m])), len(x), seconds/8)[0])

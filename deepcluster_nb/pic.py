@@ -24,13 +24,13 @@ def neighbor_graph(x:Tensor,          # (N, D) points
     n, xs = len(x), np.ascontiguousarray(x.cpu().numpy(), dtype=np.float32)
     index = faiss.IndexFlatL2(xs.shape[1])
     index.add(xs)
-    d, near = index.search(xs, neighbors + 1)
-    own = near == (near[:, :1] if first else np.arange(n)[:, None])
+    d, ids = index.search(xs, neighbors + 1)
+    own = ids == (ids[:, :1] if first else np.arange(n)[:, None])
     own[~own.any(1), -1] = True                                    # more twins than neighbors: the last goes
-    d, near = d[~own].astype(np.float64), near[~own].reshape(n, neighbors)
-    w = csr_matrix((np.exp(-d.clip(0) / sigma**2), near.ravel(), np.arange(0, n*neighbors + 1, neighbors)),
+    d, ids = d[~own].astype(np.float64), ids[~own].reshape(n, neighbors)
+    w = csr_matrix((np.exp(-d.clip(0) / sigma**2), ids.ravel(), np.arange(0, n*neighbors + 1, neighbors)),
                    (n, n))
-    return w + w.T, near
+    return w + w.T, ids
 
 # %% ../nbs/14_pic.ipynb #e9f31dc3
 def power_iteration(w,                 # (N, N) sparse
@@ -71,13 +71,13 @@ def climb(w, v:np.ndarray)->np.ndarray: # (N,) the summit that each point reache
     return up
 
 # %% ../nbs/14_pic.ipynb #6a36136b
-def join_singletons(assign:np.ndarray, near:np.ndarray)->np.ndarray: # (N,) cluster ids from 0, without gaps
+def join_singletons(assign:np.ndarray, ids:np.ndarray)->np.ndarray: # (N,) cluster ids from 0, without gaps
     "Move points that are alone into the cluster of their nearest neighbor that is not."
     alone = np.bincount(assign)[assign] == 1
-    company = ~alone[near]                                              # (N, neighbors)
+    company = ~alone[ids]                                              # (N, neighbors)
     moves = alone & company.any(1)
     joined = assign.copy()
-    joined[moves] = assign[near[moves, company[moves].argmax(1)]]
+    joined[moves] = assign[ids[moves, company[moves].argmax(1)]]
     return np.unique(joined, return_inverse=True)[1]
 
 # %% ../nbs/14_pic.ipynb #14435d44
@@ -97,9 +97,9 @@ def pic(x:Tensor,            # (N, D) points
                                    ('alpha', 0 < alpha < 1, alpha, 'a number between 0 and 1'),
                                    ('steps', steps >= 1, steps, 'at least 1')):
         if not ok: raise ValueError(f"{name}: expected {expected}, got {value}")
-    w, near = neighbor_graph(x, neighbors, sigma, first)
+    w, ids = neighbor_graph(x, neighbors, sigma, first)
     summits = np.unique(climb(w, flow(w, alpha, steps)), return_inverse=True)[1]
-    assign = torch.from_numpy(join_singletons(summits, near)).to(x.device)
+    assign = torch.from_numpy(join_singletons(summits, ids)).to(x.device)
     sizes = torch.bincount(assign)
     centroids = Sums(x, len(sizes)).update(assign)[0].float() / sizes[:, None]
     return Clustering(assign, centroids, [float((x - centroids[assign]).pow(2).sum(dtype=torch.float64))])

@@ -420,15 +420,15 @@ def nearest_images(feats:Tensor,        # (N, D)
     check(1 <= n < len(feats), 'n', n, f"1 to {len(feats) - 1:,} neighbors")
     check(len(rows) and 0 <= rows.min() and rows.max() < len(qi), 'rows', rows.tolist(),
           f"some of 0 to {len(qi) - 1:,}")
-    near, size = (nearest_rows(feats, qf[rows], n, None if queries else rows),
+    ids, size = (nearest_rows(feats, qf[rows], n, None if queries else rows),
                   size or (0 if images.size == qi.size else 96))
     first = crops(qi, rows, size)
     side, pad = first.shape[-1], first.shape[-1] // 8
-    fig = show_tiles([t for q,r in zip(first, near) for t in (q, None, *crops(images, r, size))], n + 2,
+    fig = show_tiles([t for q,r in zip(first, ids) for t in (q, None, *crops(images, r, size))], n + 2,
                      inches, pad=pad)
     if images.labels is None or qi.labels is None: return fig
     colors = plt.rcParams['axes.prop_cycle'].by_key()['color']
-    for i,row in enumerate(near.tolist()):
+    for i,row in enumerate(ids.tolist()):
         for j,r in enumerate(row, 2):
             same, at = (bool(images.labels[r] == qi.labels[rows[i]]),
                         (j*(side + pad) - 1.5, i*(first.shape[-2] + pad) - 1.5))
@@ -557,8 +557,8 @@ def umap_plot(feats:dict,          # name → (N, D): a panel each
                                          frameon=False))
         ax.set(xticks=[], yticks=[], xlabel='UMAP 1', ylabel='UMAP 2', title=name); ax.grid(False)
         if y is not None:
-            near = nearest_rows(f, f, min(10, len(f) - 1), torch.arange(len(f)))
-            ax.set_title(f'{name}: {float((y[near] == y[:, None]).float().mean()):.0%} of '
+            ids = nearest_rows(f, f, min(10, len(f) - 1), torch.arange(len(f)))
+            ax.set_title(f'{name}: {float((y[ids] == y[:, None]).float().mean()):.0%} of '
                          'ten neighbors alike')
     if y is not None and len(kinds) <= 10:
         fig.legend(*axs[0, 0].get_legend_handles_labels(), loc='outside lower center', ncol=len(kinds),

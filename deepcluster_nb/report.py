@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SURE', 'LAYERS', 'SHOTS', 'VOC', 'THIRD', 'QUOTED', 'PAPER', 'AND', 'BUILD', 'COMMENT', 'MM', 'PUBLISHED', 'PROBE',
            'IMAGENET', 'VOC2007', 'POOLED', 'WITH_KNN', 'STEPS', 'RUN', 'MISSING', 'TABLES', 'KINDS', 'SETS', 'PLACE',
-           'READERS', 'FIRST', 'NAMES', 'LOOK', 'Published', 'and_row', 'published', 'published_cells',
+           'READERS', 'FIRST', 'NAMES', 'CSS', 'Published', 'and_row', 'published', 'published_cells',
            'published_table', 'Table', 'voc_command', 'Finished', 'read_finished', 'data_of', 'network_of', 'arch_of',
            'Row', 'views', 'probe_table', 'probe_rows', 'without_classes', 'svm_rows', 'voc_rows', 'retrieval_rows',
            'finetune_rows', 'ends', 'spent', 'log_rows', 'measured', 'apart_from_k', 'differences', 'about', 'commands',
@@ -541,7 +541,7 @@ def sections(runs)->list: # of HTML
     return [f'<p>{escape(said)}</p>' if unfinished else '', *parts, others(rows, folder)]
 
 # %% ../nbs/35_report.ipynb #7286bb77
-LOOK = '''body {max-width: 75rem; margin: auto; padding: 1rem; font: 15px/1.45 system-ui, sans-serif}
+CSS = '''body {max-width: 75rem; margin: auto; padding: 1rem; font: 15px/1.45 system-ui, sans-serif}
 table {border-collapse: collapse} td, th {padding: .15rem .6rem; text-align: left; vertical-align: top}
 th {border-bottom: 1px solid #888} .wide {overflow-x: auto} .ours td {font-weight: 600; color: #17497f}
 .random td, .empty td {color: #666} .ours td:nth-last-child(-n+2) {font-weight: 400}
@@ -552,7 +552,7 @@ def report_page(runs)->str: # HTML; runs: of Finished
     "Write the whole page."
     sure = '; '.join(f'{k}: {v}' for k,v in SURE.items())
     head = ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-            f'<title>Runs beside the paper</title><style>{LOOK}</style></head>\n'
+            f'<title>Runs beside the paper</title><style>{CSS}</style></head>\n'
             '<body><h1>Runs beside the paper</h1>\n'
             f'<p>Published rows are marked by how sure they are. {escape(sure)}. '
             f'Tables and figures of the paper are counted from memory.</p>\n')

@@ -133,11 +133,11 @@ def as_yaml(params:dict)->str:
     except yaml.YAMLError as e:
         raise ValueError(f"params: expected numbers, strings and lists, got {e.args[-1]!r}") from None
 
-def same_parameters(path, file:Path, text:str, free): # names that may differ
+def same_parameters(path, file:Path, text:str, may_differ): # names that may differ
     "Raise a ValueError where the folder's file holds other parameters than this YAML."
     was, now = yaml.safe_load(file.read_text(encoding='utf-8')) or {}, yaml.safe_load(text)
     differ = [f"{k}: {was.get(k)!r} there, {now.get(k)!r} now" for k in {**was, **now}
-              if k not in free and was.get(k) != now.get(k)]
+              if k not in may_differ and was.get(k) != now.get(k)]
     if differ:
         raise ValueError(f"run_dir: {str(path)!r} holds a run with other parameters "
                          f"({'; '.join(differ)}); choose another folder")
@@ -148,12 +148,12 @@ class RunFolder:
     def __init__(self,
                  path,                # made where it is missing
                  params:dict,         # what decides the run: numbers, strings, lists
-                 free=('run_dir',),   # parameters that a later start may change
+                 may_differ=('run_dir',), # parameters that a later start may change
                 ):
         self.path, self.params, self.full, self.behind = Path(path), params, False, Behind()
         file, text = self.path/'params.yaml', as_yaml(params)
         if self.path.is_file(): raise ValueError(f"run_dir: expected a folder, but {str(path)!r} is a file")
-        if file.exists(): same_parameters(path, file, text, free)
+        if file.exists(): same_parameters(path, file, text, may_differ)
         for sub in ('checkpoint', 'assignments', 'figures'):
             (self.path/sub).mkdir(parents=True, exist_ok=True)
         if not file.exists(): self.write('params.yaml', text)

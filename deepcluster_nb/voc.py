@@ -186,11 +186,11 @@ def linear_svm(train_x:Tensor, train_y:Tensor, # (N, D) frozen features and thei
     "Train one SVM a class; its cost is chosen by cross-validated average precision."
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.model_selection import GridSearchCV
-    few = [c for c,y in enumerate(train_y.T) if min((y == 1).sum(), (y == -1).sum()) < folds]
-    if few:
+    rare = [c for c,y in enumerate(train_y.T) if min((y == 1).sum(), (y == -1).sum()) < folds]
+    if rare:
         raise ValueError(f"train_y: expected {folds} images with and without each class, one for each fold; "
-                         f"class {few[0]} has {int((train_y[:, few[0]] == 1).sum())} and "
-                         f"{int((train_y[:, few[0]] == -1).sum())}")
+                         f"class {rare[0]} has {int((train_y[:, rare[0]] == 1).sum())} and "
+                         f"{int((train_y[:, rare[0]] == -1).sum())}")
     x, z, scores, chosen = unit_rows(train_x), unit_rows(test_x), [], []
     if len(x) < x.shape[1]: q = span(x); x, z = x @ q, z @ q
     for c,y in enumerate(train_y.T.numpy()):

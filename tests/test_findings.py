@@ -97,10 +97,10 @@ def test_rows_share_their_runs_and_go_on(tmp_path, capsys):
     assert {f.name for f in (tmp_path/'r'/'figures').iterdir()} == {'subgroups.png', 'conv1.png', 'conv3.png',
                                                                     'conv5.png'}
     run('8, 9')
-    then = kept()
-    assert {n: then[n] for n in first} == first
-    assert then.keys() - first.keys() == {'random/0', 'other/0', 'other, random/0', 'other, supervised/0'}
-    far = then['other, supervised/0']
+    later = kept()
+    assert {n: later[n] for n in first} == first
+    assert later.keys() - first.keys() == {'random/0', 'other/0', 'other, random/0', 'other, supervised/0'}
+    far = later['other, supervised/0']
     assert set(far) >= {'own', 'shapes', 'digits', 'map'} and 0 < far['map'] <= 100
     # as many passes as DeepCluster makes: three reassignments of four
     assert load_checkpoint(tmp_path/'r'/'runs'/'other_supervised-0')[0] == 12

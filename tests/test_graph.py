@@ -361,13 +361,13 @@ def epochs_there(c, images=IMAGES, capture=None, n=3, weights=None):
         replay = how(f)
         made.append(1)
         return replay
-    net, near, seen = network(c), feeding.resident(images, 'cuda'), []
+    net, on_device, seen = network(c), feeding.resident(images, 'cuda'), []
     trunk, _ = optimizers(net, c)
     for i in range(n):
         reset_top_layer(net, generator(0, 'top_layer', i))
         opts = trunk, training.sgd(net.top_layer.parameters(), c, c.head_momentum)
         idx = torch.arange(150) % len(images)
-        graph.train_epoch(net, near, idx, (torch.arange(len(images)) + i) % 10, opts, c, i, weights,
+        graph.train_epoch(net, on_device, idx, (torch.arange(len(images)) + i) % 10, opts, c, i, weights,
                           lambda done, n, total, check: seen.append(total.clone()), capture=counted)
     momentum = [trunk.state[p]['momentum_buffer'] for p in trunk.param_groups[0]['params']]
     return [*net.state_dict().values(), *momentum], torch.stack(seen).cpu(), len(made)
@@ -393,10 +393,10 @@ def test_replays_are_the_bits_of_launches(more, weights, ragged):
 @pytest.mark.cuda
 @NO_GPU
 def test_an_epoch_is_chapter_25s(precision): # whose rate is a double: the last digit of an update may differ
-    c, near, found = on_gpu(precision=precision, lr=1e-4), feeding.resident(IMAGES, 'cuda'), []
+    c, on_device, found = on_gpu(precision=precision, lr=1e-4), feeding.resident(IMAGES, 'cuda'), []
     for train_epoch in (eager.train_epoch, graph.train_epoch):
         net, seen = network(c), []
-        train_epoch(net, near, torch.arange(40), torch.arange(40) % 10, optimizers(net, c), c, 0, None,
+        train_epoch(net, on_device, torch.arange(40), torch.arange(40) % 10, optimizers(net, c), c, 0, None,
                     lambda done, n, total, check: seen.append(total.clone()))
         found.append(torch.stack(seen).cpu())
     assert found[0][0] == found[1][0]                            # the first step has had no update yet
@@ -431,14 +431,14 @@ def test_a_bad_step_is_named_there():
 @pytest.mark.cuda
 @NO_GPU
 def test_what_cannot_be_recorded_there_runs_as_before():
-    c, near, found = on_gpu(dropout=0.), feeding.resident(IMAGES, 'cuda'), []
+    c, on_device, found = on_gpu(dropout=0.), feeding.resident(IMAGES, 'cuda'), []
     for capture in (launched, None):
         net = network(c)
         net.top_layer.__class__ = Asks
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter('always')
             for i in range(2):
-                graph.train_epoch(net, near, torch.arange(40), torch.arange(40) % 10,
+                graph.train_epoch(net, on_device, torch.arange(40), torch.arange(40) % 10,
                                   optimizers(net, c), c, i, capture=capture)
         found.append(list(net.state_dict().values()))
     assert same(*found) and len([w for w in said if "can't be recorded" in str(w.message)]) == 1
@@ -471,8 +471,8 @@ def test_probes_there():
 def test_a_replayed_epoch_launches_little():
     from gpu import profiled
     c = on_gpu(batch_size=8)
-    net, near = network(c), feeding.resident(IMAGES, 'cuda')
+    net, on_device = network(c), feeding.resident(IMAGES, 'cuda')
     opts, idx = optimizers(net, c), torch.arange(400) % 40
-    def run(c): return graph.train_epoch(net, near, idx, torch.arange(40) % 10, opts, c, 0)
+    def run(c): return graph.train_epoch(net, on_device, idx, torch.arange(40) % 10, opts, c, 0)
     slow, fast = (profiled(lambda: run(replace(c, graph=on)), 50) for on in (False, True))
     assert fast['launches'] < slow['launches'] / 4

@@ -173,6 +173,12 @@ def test_the_tests_of_situations_are_there():
     assert rows == [str(i) for i in range(1, 20)] and len(named) > 40
     assert [n for n in named if not re.search(rf'^def {n}\(', code, re.M)] == []
 
+def test_names_say_what_they_hold(): # and not where it is, or how much of it there is
+    vague = {'near', 'few', 'then', 'space', 'sound', 'learnt', 'put_back', 'LOOK', 'FREE'}
+    def name(n): return getattr(n, 'id', None) or getattr(n, 'arg', None) or getattr(n, 'name', None)
+    found = {m: vague & {name(n) for n in ast.walk(ast.parse(source(m)))} for m in ORDER}
+    assert {m: names for m,names in found.items() if names} == {}
+
 # ---------------------------------------------------------------- a function names the fields that it reads
 
 @cache

@@ -290,11 +290,11 @@ def test_pic_on_duplicates(points, n, there, here):
     if here: assert len(clusterer('pic')(x, None, 0).assign.unique()) == here
 
 def test_pic_released_keeps_the_loops_that_its_deletion_leaves():
-    w, near = neighbor_graph(copies(8, 6), first=True)
+    w, found = neighbor_graph(copies(8, 6), first=True)
     ids = np.arange(48)
-    assert ((near == ids[:, None]).any(1) == (w.diagonal() > 0)).all() and (w.diagonal() > 0).sum() == 8*5
-    w, near = neighbor_graph(copies(8, 6))
-    assert not (near == ids[:, None]).any() and not w.diagonal().any()
+    assert ((found == ids[:, None]).any(1) == (w.diagonal() > 0)).all() and (w.diagonal() > 0).sum() == 8*5
+    w, found = neighbor_graph(copies(8, 6))
+    assert not (found == ids[:, None]).any() and not w.diagonal().any()
 
 @pytest.mark.parametrize('x', [copies(50, 6), copies(12, 6), copies(40, 1, 4)],
                          ids=['50 × 6', '12 × 6', 'single'])

@@ -52,10 +52,10 @@ def crop_taps(images,       # (B, C, H, W), or a list of (C, H, W) or Views, whi
                        image_sizes(images).flip(1).T.flatten(), size, flips)
     (px, py), (wx, wy) = (t.chunk(2) for t in taps)
     if isinstance(images, Tensor): return both_ways(images, px, wx, py, wy)
-    whole, then = (images.images, images.then) if isinstance(images, Views) else (images, None)
+    whole, transform = (images.images, images.transform) if isinstance(images, Views) else (images, None)
     crops = None
     for i,(im,*t) in enumerate(zip(whole, *(t.split(1) for t in (px, wx, py, wy)))):
-        crop = both_ways(im[None], *t, then)
+        crop = both_ways(im[None], *t, transform)
         # one block for all: small ones between large temporaries would leave holes that none fits in
         if crops is None: crops = crop.new_empty(len(images), *crop.shape[1:])
         crops[i] = crop[0]
@@ -63,13 +63,13 @@ def crop_taps(images,       # (B, C, H, W), or a list of (C, H, W) or Views, whi
 
 def both_ways(images:Tensor, # (B, C, H, W)
               px, wx, py, wy, # pixels and weights of resize_taps, across and down
-              then=None,     # what becomes of pixels first: (B, C, h, w) → (B, c, h, w)
+              transform=None, # what becomes of pixels first: (B, C, h, w) → (B, c, h, w)
               room:int=2**18, # pixels of a plane that are floats at a time
              )->Tensor:      # (B, c, size, size)
     "Resample a batch with its taps, first down the columns, then along the rows."
     B, _, H, W = images.shape
     def down(x): # (B, C, H, w) → (B, size, c, w)
-        x = (then(x) if then else x).transpose(1, 2)
+        x = (transform(x) if transform else x).transpose(1, 2)
         return weigh_rows(x.flatten(2).float(), py, wy).view(B, -1, *x.shape[2:])
     # a large plane in strips of its columns
     x = down(images) if H*W <= room else torch.cat([down(s) for s in images.split(max(1, room // H), 3)], 3)
@@ -93,7 +93,7 @@ def cut_windows(images,       # list of (C, H, W), or Views
     start, end = windows(boxes, size, image_sizes(images))
     whole = images.images if isinstance(images, Views) else images
     cuts = [im[:, y:y1, x:x1] for im,(x,y),(x1,y1) in zip(whole, start.long().tolist(), end.long().tolist())]
-    if isinstance(images, Views): cuts = Views(cuts, images.then)
+    if isinstance(images, Views): cuts = Views(cuts, images.transform)
     return cuts, torch.cat([boxes[:, :2] - start, boxes[:, 2:]], 1)
 
 # %% ../../nbs/fast/21_crops.ipynb #865e7749
@@ -138,7 +138,7 @@ def crop_ragged(images,       # Ragged, or a list of (C, H, W) or Views
                 room:int=2**24, # pixels in frames at a time
                )->Tensor:     # (B, C, size, size) float32
     "Crop on a GPU: windows of similar size go together, each in the corner of a frame of one size."
-    if isinstance(images, Views): images = Ragged.of(images.images).each(images.then)
+    if isinstance(images, Views): images = Ragged.of(images.images).each(images.transform)
     if isinstance(images, list): images = Ragged.of(images)
     parts = images.alike(boxes, size, room)
     crops = [crop_batch(frames, b, size, None if flip is None else flip.cpu()[i], wh,
@@ -264,7 +264,7 @@ def crop_kernel(): # None where it can't be used
 
 def kernel_takes(images)->bool: # (B, C, H, W), a list, Views or Ragged
     "Whether the kernel cuts these images: bytes on a GPU that are not grey yet."
-    if isinstance(images, Views) or isinstance(images, Ragged) and images.then: return False
+    if isinstance(images, Views) or isinstance(images, Ragged) and images.transform: return False
     pixels = images.flat if isinstance(images, Ragged) else images
     if isinstance(pixels, list): pixels = pixels[0]
     return pixels.is_cuda and pixels.dtype == torch.uint8 and crop_kernel() is not None

@@ -44,7 +44,7 @@ def to_device(x,      # a tensor, a Ragged, or a list of images of different siz
     "Copy to a device without waiting for the work queued there."
     if torch.device(device).type == 'cpu': return x.to(device) if isinstance(x, Tensor) else x
     if isinstance(x, list): x = Ragged.of(x, pinned=True)
-    if isinstance(x, Ragged): return Ragged(to_device(x.flat, device), x.starts, x.shapes, x.then)
+    if isinstance(x, Ragged): return Ragged(to_device(x.flat, device), x.starts, x.shapes, x.transform)
     return x if x.is_cuda else x.contiguous().pin_memory().to(device, non_blocking=True)
 
 # %% ../../nbs/fast/20_feeding.ipynb #934aa7be
@@ -58,10 +58,10 @@ class Views:
     "Images where they lie, for a CPU; what becomes of a window is computed when the window is cut."
     def __init__(self,
                  images:list, # (C, H, W) each
-                 then,        # what becomes of a window: (B, C, h, w) → (B, c, h, w)
-                ): self.images, self.then = images, then
+                 transform,   # what becomes of a window: (B, C, h, w) → (B, c, h, w)
+                ): self.images, self.transform = images, transform
     def __len__(self): return len(self.images)
-    def __iter__(self): return (self.then(im[None])[0] for im in self.images) # one at a time
+    def __iter__(self): return (self.transform(im[None])[0] for im in self.images) # one at a time
 
 class Ragged:
     "Images of different sizes in one flat buffer, for a GPU."
@@ -69,12 +69,12 @@ class Ragged:
                  flat:Tensor,   # (total,) pixels
                  starts:Tensor, # (B,) where each image begins, on the CPU
                  shapes:Tensor, # (B, 3) C, H, W of each image, on the CPU
-                 then=None,     # what becomes of a window: (B, C, h, w) → (B, c, h, w)
+                 transform=None, # what becomes of a window: (B, C, h, w) → (B, c, h, w)
                 ):
         if not (shapes[:, 0] == shapes[0, 0]).all():
             raise ValueError("images: expected the same number of channels in all of a batch, "
                              f"got {shapes[:, 0].unique().tolist()}")
-        self.flat, self.starts, self.shapes, self.then = flat, starts, shapes, then
+        self.flat, self.starts, self.shapes, self.transform = flat, starts, shapes, transform
 
     @classmethod
     def of(cls, images:list, pinned:bool=False)->'Ragged': # (C, H, W) each, brought together in one copy
@@ -85,7 +85,7 @@ class Ragged:
 
     def __len__(self): return len(self.shapes)
     def __getitem__(self, idx:Tensor)->'Ragged': # fewer of them
-        return Ragged(self.flat, self.starts[idx], self.shapes[idx], self.then)
+        return Ragged(self.flat, self.starts[idx], self.shapes[idx], self.transform)
     @property
     def sizes(self)->Tensor: return self.shapes[:, 1:]                       # (B, 2) height and width
     def each(self, f)->'Ragged': # f is for every pixel alone
@@ -111,7 +111,7 @@ class Ragged:
                                   for n in (self.shapes[0, 0], *frame_size(start, end)))
         at = first + channels[:, None, None]*plane + torch.minimum(down[:, None], h - 1)*row
         frames = self.flat.take(at + torch.minimum(across, w - 1))
-        return ((frames if self.then is None else self.then(frames)),
+        return ((frames if self.transform is None else self.transform(frames)),
                 torch.cat([boxes[:, :2] - start, boxes[:, 2:]], 1), (end - start).long().flip(1))
 
 # %% ../../nbs/fast/20_feeding.ipynb #6a7a1382

@@ -418,10 +418,10 @@ def pack_folder(src,                    # an ImageFolder tree, or a list of imag
         return PackedImages.load(out)
     begun = sum(os.path.getsize(p)
                 for p in (f'{out}.part', f'{center_path(out, center)}.part') if os.path.exists(p))
-    space = check_space(out, estimate(files, recipe), begun)
+    disk = check_space(out, estimate(files, recipe), begun)
     try:
         with closing(Packing(recipe, out, job, classes)) as p:
-            say(f"{len(files):,} images{f' in {len(classes):,} classes' if classes else ''}, {space}, "
+            say(f"{len(files):,} images{f' in {len(classes):,} classes' if classes else ''}, {disk}, "
                 f"{workers} process{'es' if workers > 1 else ''}{f'; going on after {p.n:,}' if p.n else ''}")
             start, before = time.time(), p.n
             p.run(files, workers, echo is not None)
