@@ -555,7 +555,7 @@ def report_page(runs)->str: # HTML; runs: of Finished
             f'<title>Runs beside the paper</title><style>{CSS}</style></head>\n'
             '<body><h1>Runs beside the paper</h1>\n'
             f'<p>Published rows are marked by how sure they are. {escape(sure)}. '
-            f'Tables and figures of the paper are counted from memory.</p>\n')
+            'The numbers of its tables and figures are from memory.</p>\n')
     return head + '\n'.join(sections(runs)) + '\n</body></html>\n'
 
 def write_page(paths,            # run folders
