@@ -20,7 +20,8 @@ from .images import PackedImages
 
 # %% ../../nbs/fast/20_feeding.ipynb #c9ff410a
 def same_bits(benchmark:bool=False): # let cuDNN time its algorithms, and the bits of two processes differ
-    "Make a GPU give the same bits again, without TF32 in convolutions or half-precision sums; a CPU does so anyway."
+    ("Make a GPU give the same bits again, without TF32 in convolutions or sums in half precision; "
+     "a CPU does so anyway.")
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = benchmark
     torch.backends.cudnn.allow_tf32 = False
