@@ -53,7 +53,7 @@ def page(folder, runs, *more): # the page of these runs, none of which is made a
 
 def test_verdicts_of_known_truth(tmp_path):
     assert page(tmp_path/'r', made()) == {
-        1: [SEEN], 2: [SEEN]*3, 3: [SEEN], 4: [SEEN]*5, 5: [SEEN]*3 + [OPEN], 6: [NOT]*2 + [SEEN]*3,
+        1: [SEEN], 2: [SEEN]*3, 3: [SEEN]*4, 4: [SEEN]*5, 5: [SEEN]*3 + [OPEN], 6: [NOT]*2 + [SEEN]*3,
         7: [SEEN], 8: [SEEN]*2, 9: [SEEN, NOT], 10: [SEEN]*2, 11: [NOT, SEEN, OPEN]}
 
 def test_verdicts_of_the_opposite(tmp_path):
@@ -64,8 +64,9 @@ def test_verdicts_of_the_opposite(tmp_path):
                          loss=[4.]*5)
         r |= dict(largest=.1, effective=18., empty=0, ami_color=.1, ami=.1, purity=.2,
                   top=dict(conv1=.6, conv3=.4, conv5=.2))
+        if name[:-2] in ('k=60', 'k=200', 'k=600'): r |= judged(30.)
     rows = page(tmp_path/'r', runs)
-    assert rows[2] == [NOT]*3 and rows[4] == [NOT, SEEN, NOT, NOT, NOT] and rows[5][:3] == [NOT]*3
+    assert rows[2] == [NOT]*3 and rows[3] == [NOT]*4 and rows[4] == [NOT, SEEN, NOT, NOT, NOT] and rows[5][:3] == [NOT]*3
     assert rows[7] == [NOT] and rows[8] == [NOT]*2
 
 def test_what_is_missing_decides_nothing(tmp_path):
