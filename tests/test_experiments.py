@@ -69,13 +69,19 @@ def test_own_photographs_without_labels(tmp_path, capsys):
     assert 'no probes' in (tmp_path/'run'/'report.html').read_text()
     assert (tmp_path/'run'/'clusters.csv').read_text().splitlines()[1].startswith('00.png,')
 
-def test_choices(tmp_path, capsys):
-    tiny = [x for p in ('n_images=60', 'n_test=40', 'k=5', 'pca=8', 'epochs=1', 'seeds=1') for x in ('-p', p)]
+@pytest.mark.parametrize('which, names', [
+    ('recipe', ['base', 'k = 10', 'k = 25', 'one pass, batch 256', 'dropout .5', 'crops from 8 %',
+                'no batch norm in linear layers']),
+    ('averages', ['base', 'mean of 100 steps', 'a quarter as often, k = 50', 'the same, mean of 100 steps',
+                  'half as many channels more'])])
+def test_choices(tmp_path, capsys, which, names):
+    tiny = [x for p in ('n_images=60', 'n_test=40', 'k=5', 'pca=8', 'epochs=1', 'seeds=1', f'which={which}')
+            for x in ('-p', p)]
     # the second finds everything done
     for _ in range(2): assert main(['run', 'choices', '--out', str(tmp_path/'run'), *tiny]) == 0
     m = json.loads((tmp_path/'run'/'metrics.json').read_text())
-    assert len(m) == 10 and {'base', 'random', 'k = 10',
-                             'k = 25'} <= set(m) and 0 <= m['base']['conv3']['mean'] <= 100
+    assert list(m) == ['random', 'random, calibrated', *names, 'seconds']
+    assert all(0 <= m[name]['conv3']['mean'] <= 100 for name in names)
 
 def test_choices_are_tuned_on_images_that_are_held_out(tmp_path, capsys):
     tiny = [x for p in ('which=tuning', 'n_images=700', 'n_test=700', 'k=5', 'pca=8', 'epochs=1', 'seeds=1')
