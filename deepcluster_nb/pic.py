@@ -71,13 +71,15 @@ def climb(w, v:np.ndarray)->np.ndarray: # (N,) the summit that each point reache
     return up
 
 # %% ../nbs/14_pic.ipynb #6a36136b
-def join_singletons(assign:np.ndarray, ids:np.ndarray)->np.ndarray: # (N,) cluster ids from 0, without gaps
+def join_singletons(assign:np.ndarray,
+                    neighbors:np.ndarray, # (N, n) their numbers, nearest first
+                   )->np.ndarray:         # (N,) cluster ids from 0, without gaps
     "Move points that are alone into the cluster of their nearest neighbor that is not."
     alone = np.bincount(assign)[assign] == 1
-    company = ~alone[ids]                                              # (N, neighbors)
+    company = ~alone[neighbors]                                         # (N, n)
     moves = alone & company.any(1)
     joined = assign.copy()
-    joined[moves] = assign[ids[moves, company[moves].argmax(1)]]
+    joined[moves] = assign[neighbors[moves, company[moves].argmax(1)]]
     return np.unique(joined, return_inverse=True)[1]
 
 # %% ../nbs/14_pic.ipynb #14435d44

@@ -421,7 +421,7 @@ def nearest_images(feats:Tensor,        # (N, D)
     check(len(rows) and 0 <= rows.min() and rows.max() < len(qi), 'rows', rows.tolist(),
           f"some of 0 to {len(qi) - 1:,}")
     ids, size = (nearest_rows(feats, qf[rows], n, None if queries else rows),
-                  size or (0 if images.size == qi.size else 96))
+                 size or (0 if images.size == qi.size else 96))
     first = crops(qi, rows, size)
     side, pad = first.shape[-1], first.shape[-1] // 8
     fig = show_tiles([t for q,r in zip(first, ids) for t in (q, None, *crops(images, r, size))], n + 2,

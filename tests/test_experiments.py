@@ -77,7 +77,9 @@ def test_own_photographs_without_labels(tmp_path, capsys):
 def test_choices(tmp_path, capsys, which, names):
     tiny = [x for p in ('n_images=60', 'n_test=40', 'k=5', 'pca=8', 'epochs=1', 'seeds=1', f'which={which}')
             for x in ('-p', p)]
-    assert main(['run', 'choices', '--out', str(tmp_path/'run'), *tiny]) == 0
+    # where it is called twice, the second finds everything done
+    for _ in range(1 + (which == 'recipe')):
+        assert main(['run', 'choices', '--out', str(tmp_path/'run'), *tiny]) == 0
     m = json.loads((tmp_path/'run'/'metrics.json').read_text())
     assert list(m) == ['random', 'random, calibrated', *names, 'seconds']
     assert all(0 <= m[name]['conv3']['mean'] <= 100 for name in names)
