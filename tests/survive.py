@@ -6,11 +6,11 @@ being written), and is started again with the same call."""
 import argparse, hashlib, json, os, random, shutil, signal, sys, tempfile, time
 from dataclasses import replace
 from pathlib import Path
-import torch
+import sklearn.datasets, torch, torch._dynamo # what a run imports when it comes to it: once, not in each child
 from deepcluster_nb.runs import load_checkpoint
 from deepcluster_nb.fit import Config, fit
 
-SMALL = Config(dataset='digits', n_images=160, k=8, pca=16, epochs=2, passes=1, batch_size=40,
+SMALL = Config(dataset='digits', n_images=80, k=8, pca=16, epochs=2, passes=1, batch_size=20,
                precision='float32', device='cpu', checkpoint_minutes=0.)
 
 def sha256(run_dir):

@@ -1,5 +1,6 @@
 "The command, papermill, and the folder that they leave."
-import ast, json, os, re, signal, subprocess, sys, time
+import ast, io, json, os, re, signal, subprocess, sys, time
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -11,9 +12,6 @@ from deepcluster_nb.runs import Guard, RunFolder, held_by
 from deepcluster_nb.sources import load_images
 import survive
 from survive import sha256
-
-SMALL = ['-p', 'n_images=150', '-p', 'n_test=60', '-p', 'k=10', '-p', 'pca=16', '-p', 'epochs=2',
-         '-p', 'passes=1']
 
 def table_and_folder(out, where):
     assert 'linear probe conv5' in out and 'kNN' in out and str(where/'report.html') in out
@@ -36,17 +34,36 @@ def table_and_folder(out, where):
     code = [c for c in json.loads((where/'notebook.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
     assert all(c['metadata']['jupyter']['source_hidden'] for c in code)         # the notebook is a report too
 
-def test_command_runs_and_can_be_repeated(tmp_path, capsys):
-    where = tmp_path/'run'
-    for _ in range(2):
-        assert main(['run', 'train', '--preset', 'digits', '--out', str(where), *SMALL]) == 0
-        table_and_folder(capsys.readouterr().out, where)
-        assert len((where/'log.jsonl').read_text().splitlines()) == 2
+SAVING = ['--preset', 'digits', '-p', 'n_images=100', '-p', 'n_test=40', '-p', 'k=10', '-p', 'pca=16',
+          '-p', 'epochs=3', '-p', 'passes=2', '-p', 'checkpoint_minutes=0']
+
+def outcome(run_dir): # all that must not depend on a stop
+    metrics = {k: v for k,v in json.loads((run_dir/'metrics.json').read_text()).items() if k != 'seconds'}
+    cells = json.loads((run_dir/'notebook.ipynb').read_text())['cells']
+    return (metrics, sha256(run_dir), [c['execution_count'] for c in cells if c['cell_type'] == 'code'],
+            [{o['output_type'] for o in c.get('outputs', [])} for c in cells])
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory): # (folder, what the command printed)
+    where, printed = tmp_path_factory.mktemp('run')/'r', io.StringIO()
+    with redirect_stdout(printed): assert main(['run', 'train', '--out', str(where), *SAVING]) == 0
+    return where, printed.getvalue()
+
+def test_command_runs_and_can_be_repeated(undisturbed, capsys):
+    where, out = undisturbed
+    for again in (False, True):
+        table_and_folder(out, where)
+        assert len((where/'log.jsonl').read_text().splitlines()) == 3
+        if again: break
+        before = outcome(where)
+        assert main(['run', 'train', '--out', str(where), *SAVING]) == 0 and outcome(where) == before
+        out = capsys.readouterr().out
 
 def test_plain_papermill(tmp_path):
     nb, preset = experiments_folder()/'train.ipynb', experiments_folder()/'presets'/'digits.yaml'
-    pairs = [x for p in SMALL[1::2] for x in ('-p', *p.split('='))]
-    subprocess.run(['papermill', str(nb), str(tmp_path/'out.ipynb'), '-f', str(preset), *pairs,
+    tiny = [x for p in ('n_images 60', 'n_test 40', 'k 5', 'pca 8', 'epochs 1', 'passes 1')
+            for x in ('-p', *p.split())]
+    subprocess.run(['papermill', str(nb), str(tmp_path/'out.ipynb'), '-f', str(preset), *tiny,
                     '-p', 'run_dir', str(tmp_path/'run'), '--no-progress-bar'],
                    check=True, capture_output=True)
     assert (tmp_path/'run'/'metrics.json').exists()
@@ -158,11 +175,10 @@ def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path, capsys, args, mess
     assert re.search(message, err) and len(err.splitlines()) == 1
     assert not (tmp_path/'run').exists()
 
-def test_another_run_in_the_folder_is_left_as_it_was(tmp_path, capsys):
-    where = tmp_path/'run'
-    assert main(['run', 'train', '--out', str(where), *SMALL, '-p', 'epochs=0']) == 0
+def test_another_run_in_the_folder_is_left_as_it_was(undisturbed, capsys):
+    where = undisturbed[0]
     before = {p: p.read_bytes() for p in where.rglob('*') if p.is_file()}
-    assert main(['run', 'train', '--out', str(where), *SMALL, '-p', 'epochs=0', '-p', 'k=11']) == 2
+    assert main(['run', 'train', '--out', str(where), *SAVING, '-p', 'k=11']) == 2
     assert 'k: 10 there, 11 now' in capsys.readouterr().err
     assert before == {p: p.read_bytes() for p in where.rglob('*') if p.is_file()}
 
@@ -175,45 +191,29 @@ def test_another_run_in_the_folder_is_left_as_it_was(tmp_path, capsys):
     ('arch=alexnet', 'alexnet')])
 def test_pairs(text, value): assert parse_pair(text)[1] == value
 
-SAVING = ['--preset', 'digits', '-p', 'n_images=100', '-p', 'n_test=40', '-p', 'k=10', '-p', 'pca=16',
-          '-p', 'epochs=3', '-p', 'passes=2', '-p', 'checkpoint_minutes=0']
-
-def outcome(run_dir): # all that must not depend on a stop
-    metrics = {k: v for k,v in json.loads((run_dir/'metrics.json').read_text()).items() if k != 'seconds'}
-    cells = json.loads((run_dir/'notebook.ipynb').read_text())['cells']
-    return (metrics, sha256(run_dir), [c['execution_count'] for c in cells if c['cell_type'] == 'code'],
-            [{o['output_type'] for o in c.get('outputs', [])} for c in cells])
-
-@pytest.fixture(scope='module')
-def undisturbed(tmp_path_factory):
-    where = tmp_path_factory.mktemp('run')/'r'
+def test_stopped_and_called_again(tmp_path, undisturbed): # three times, one run
+    where, saved = tmp_path/'r', lambda: {p.name for p in where.glob('checkpoint/*.json')}
+    for number, status, epoch in ((signal.SIGTERM, 143, 0), (signal.SIGINT, 130, 0), (signal.SIGKILL, -9, 1)):
+        before = saved()
+        p = subprocess.Popen([sys.executable, '-c',
+                              'import sys; from deepcluster_nb.experiments import main; sys.exit(main())',
+                              'run', 'train', '--out', str(where), *SAVING],
+                             stderr=subprocess.PIPE, text=True)
+        end = time.time() + 120
+        while max(saved() - before, default='') < f'{epoch:05d}' and p.poll() is None and time.time() < end:
+            time.sleep(.005)
+        assert p.poll() is None, p.communicate()
+        # the kernel too, at once
+        if number == signal.SIGKILL: os.kill(int(held_by(where).split()[1]), signal.SIGKILL)
+        p.send_signal(number)
+        err = p.communicate(timeout=120)[1]
+        assert p.returncode == status and not held_by(where), err
+        if number != signal.SIGKILL:
+            assert ('deepcluster-nb: stopped; SIGTERM came: the state is saved' in err
+                    and len(err.strip().splitlines()) == 1)
+    assert not (where/'metrics.json').exists()
     assert main(['run', 'train', '--out', str(where), *SAVING]) == 0
-    return outcome(where)
-
-@pytest.mark.parametrize('number, status', [
-    (signal.SIGTERM, 143),
-    (signal.SIGINT, 130),
-    (signal.SIGKILL, -9)])
-def test_stopped_and_called_again(tmp_path, undisturbed, number, status):
-    where = tmp_path/'r'
-    p = subprocess.Popen([sys.executable,
-                          '-c', 'import sys; from deepcluster_nb.experiments import main; sys.exit(main())',
-                          'run', 'train', '--out', str(where), *SAVING],
-                         stderr=subprocess.PIPE, text=True)
-    end = time.time() + 120
-    while not list(where.glob('checkpoint/00001-*.json')) and p.poll() is None and time.time() < end:
-        time.sleep(.005)
-    assert p.poll() is None, p.communicate()
-    # the kernel too, at once
-    if number == signal.SIGKILL: os.kill(int(held_by(where).split()[1]), signal.SIGKILL)
-    p.send_signal(number)
-    err = p.communicate(timeout=120)[1]
-    assert p.returncode == status and not held_by(where), err
-    if number != signal.SIGKILL:
-        assert ('deepcluster-nb: stopped; SIGTERM came: the state is saved' in err
-                and len(err.strip().splitlines()) == 1)
-    assert main(['run', 'train', '--out', str(where), *SAVING]) == 0
-    assert outcome(where) == undisturbed
+    assert outcome(where) == outcome(undisturbed[0])
 
 def test_a_run_in_use_is_refused_at_once(tmp_path, capsys):
     where = tmp_path/'r'
@@ -244,7 +244,7 @@ def test_the_makefile_says_the_same():
 
 def fitted(run_dir, spins): # (what OpenMP says it was told, SHA-256)
     env = {k: v for k,v in os.environ.items() if k not in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')}
-    config = replace(survive.SMALL, n_images=80, epochs=1, run_dir=str(run_dir))
+    config = replace(survive.SMALL, epochs=1, run_dir=str(run_dir))
     code = ('import torch; torch.set_num_threads(2); from deepcluster_nb.fit import *; '
             f'fit(Config(**{asdict(config)!r}), echo=None)')
     more = {} if spins is None else dict(GOMP_SPINCOUNT=spins)
