@@ -10,7 +10,8 @@ from deepcluster_nb.experiments import (SPINS, experiments_folder, kernel_enviro
 from deepcluster_nb.data import generator, pick
 from deepcluster_nb.runs import Guard, RunFolder, held_by
 from deepcluster_nb.sources import load_images
-import survive
+import made_runs, survive
+from made_runs import same_format, shape
 from survive import sha256
 
 def table_and_folder(out, where):
@@ -49,8 +50,10 @@ def undisturbed(tmp_path_factory): # (folder, what the command printed)
     with redirect_stdout(printed): assert main(['run', 'train', '--out', str(where), *SAVING]) == 0
     return where, printed.getvalue()
 
-def test_command_runs_and_can_be_repeated(undisturbed, capsys):
+def test_command_runs_and_can_be_repeated(undisturbed, tmp_path, capsys):
     where, out = undisturbed
+    true, mine = same_format(where, made_runs.train(tmp_path/'made'))
+    assert shape(true['probes']) == shape(mine['probes'])
     for again in (False, True):
         table_and_folder(out, where)
         assert len((where/'log.jsonl').read_text().splitlines()) == 3

@@ -9,6 +9,8 @@ from deepcluster_nb.fit import Config, fit
 from deepcluster_nb.model import convnet
 from deepcluster_nb.probes import ProbeConfig, resolve_probe
 from deepcluster_nb.sources import load_images
+import made_runs
+from made_runs import same_format, shape
 
 @pytest.fixture(scope='module')
 def digits(): return load_images('digits', n_images=60), load_images('digits', split='test', n_images=40)
@@ -124,6 +126,9 @@ def test_the_command_on_digits(run_of_train, tmp_path, capsys):
     assert not list((where/'checkpoint').glob('*/*')) and (where/'figures'/'few_labels.png').exists()
     html = (where/'report.html').read_text()
     assert 'labels alone, all layers learn' in html and 'DeepCluster, frozen' in html
+    true, mine = same_format(where, made_runs.tuned(tmp_path/'made'))
+    assert all(shape(true[part]) == {n: {'0.02': float, '0.1': float} for n in mine[part]}
+               for part in ('top1', 'frozen'))
     # half of it is lost: only that is done again
     kept = {k: v for k,v in r.items() if k.startswith('random')}
     (where/'results.json').write_text(json.dumps(kept))

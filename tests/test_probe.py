@@ -23,6 +23,8 @@ from deepcluster_nb.probes import (Heads, ProbeConfig, cluster_measures, conv_ac
 from deepcluster_nb.runs import load_checkpoint
 from deepcluster_nb.sobel import normalize
 from deepcluster_nb.fit import Config
+import made_runs
+from made_runs import same_format, shape
 
 QUICK = resolve_probe(ProbeConfig(size=32, epochs=3, batch_size=16, lr=.1, weight_decay=.01,
                                   layers='conv2 conv5', device='cpu', precision='float32'))
@@ -284,8 +286,10 @@ def test_a_run_beside_its_neighbors(run_of_train, tmp_path, capsys):
     where, names = tmp_path/'probe', ['random', 'random_calibrated', 'supervised', 'deepcluster']
     assert main(['run', 'probe', '--out', str(where), *pairs(weights=run_of_train)]) == 0
     out, text = capsys.readouterr().out, (where/'metrics.json').read_text()
-    m = json.loads(text)
+    m, mine = same_format(where, made_runs.probe(tmp_path/'made', ('conv1', 'conv5')))
+    assert m == json.loads(text) and shape(m['knn']) == shape(mine['knn'])
     for key in ('probes', 'probes_best', 'probes_center', 'probes_center_best'):
+        assert shape(m[key]) == shape(mine[key])
         assert (list(m[key]) == names
                 and all(list(v) == ['conv1', 'conv5'] and all(0 <= x <= 100 for x in v.values())
                         for v in m[key].values()))

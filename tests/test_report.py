@@ -5,61 +5,11 @@ from html import escape
 from pathlib import Path
 import pytest, yaml
 from deepcluster_nb.experiments import (check_parameters, experiments_folder, find_runs, gather, main,
-                                        parameters, parse_pairs)
+                                        parse_pairs)
 from deepcluster_nb.fit import Config
 from deepcluster_nb.report import (KINDS, LAYERS, PUBLISHED, SURE, TABLES, commands, data_of, differences,
                                    measured, published, published_table, read_finished, report_page)
-
-NETS = 'random', 'random_calibrated', 'supervised', 'deepcluster'
-
-def made(path, name, metrics=None, log=(), **params): # a run folder as the experiment `name` writes it
-    known = parameters(experiments_folder()/f'{name}.ipynb')
-    assert params.keys() <= known.keys()
-    path.mkdir(parents=True)
-    (path/'params.yaml').write_text(yaml.safe_dump(known | params))
-    if metrics: (path/'metrics.json').write_text(json.dumps(metrics))
-    if log: (path/'log.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in log))
-    return path
-
-def levels(nets, columns, first=10.): return {n: {c: first + 10*i + j for j,c in enumerate(columns)}
-                                              for i,n in enumerate(nets)}
-
-def epochs(*nmi): # lines of a log
-    return [dict(epoch=i, loss=2., ln_k=4., nmi_prev=v if i else None, nmi_prev_chance=.01 if i else None,
-                 nmi_labels=v/2, seconds=dict(features=1., pca=1., kmeans=1., training=6.))
-            for i,v in enumerate(nmi)]
-
-IMAGENET = dict(n_images=1_281_167, n_test=50_000)
-
-def probe(path, columns=LAYERS, metrics={}, crops='ten', **params):
-    keys = ['probes', 'probes_best'] + ['probes_center', 'probes_center_best'] * (crops == 'ten')
-    found = {k: levels(NETS, columns, 10. + i/10) for i,k in enumerate(keys)}
-    found |= dict(arch='alexnet', size=224, crops=crops, protocol='paper',
-                  knn={n: 30. + i for i,n in enumerate(NETS)}) | IMAGENET | metrics
-    return made(path, 'probe', found, **dict(dataset='packed', arch='alexnet', n_bank=0) | params)
-
-def train(path, metrics={}, log=epochs(.3, .5), **params):
-    found = dict(classes=1000, probes=levels(NETS[:2] + NETS[3:], LAYERS),
-                 knn=dict(random=1., random_calibrated=2., deepcluster=3.), n_images=1_281_167) | metrics
-    given = dict(dataset='packed', arch='alexnet', size=224, k=10_000, epochs=500)
-    return made(path, 'train', found, log, **given | params)
-
-def voc(path, **params):
-    nets = 'random', 'random, calibrated', 'deepcluster'
-    rules = lambda v: dict(step=v, interpolated=v + 1, **{'11-point': v + 2}, classes={})
-    found = {part: {n: rules(20.*i + j) for i,n in enumerate(nets)}
-             for j,part in enumerate(('SVM conv5', 'fc6-8', 'all'))}
-    found['low-shot conv5'] = {n: {str(k): dict(mean=5., std=1., best=6. + i, cost=1.) for k in (1, 96)}
-                               for i,n in enumerate(nets)}
-    given = dict(data='voc2007', size=224, arch='alexnet')
-    found |= dict(blind=7., arch='alexnet', n_images=5011, n_test=4952)
-    return made(path, 'voc', found, **given | params)
-
-def tuned(path, **params):
-    shares, nets = ('0.01', '0.1'), ('random', 'deepcluster')
-    found = {part: levels(nets, shares, 20. + i) for i,part in enumerate(('top1', 'top5', 'frozen'))}
-    found |= dict(arch='resnet50', size=224, classes=1000) | IMAGENET
-    return made(path, 'finetune', found, **dict(dataset='packed', batch_size=256) | params)
+from made_runs import NETS, epochs, levels, made, probe, retrieval, train, tuned, voc
 
 def rows_of(*paths, table, net='deepcluster'):
     return [r for r in measured([read_finished(p) for p in paths]) if (r.table, r.net) == (table, net)]
@@ -304,52 +254,15 @@ def test_finding_runs_of_all_kinds(tmp_path):
     assert [p.name for p in find_runs(f'{tmp_path}/*', read_finished)] == ['p', 't', 'v']
     assert [p.name for p in find_runs(f'{tmp_path}/*')] == ['t']
 
-# the true format: small runs of the experiments themselves
+@pytest.fixture
+def small(tmp_path): # runs of every kind on digits and made images
+    return [f(tmp_path/'runs'/n, **more) for n,f,more in (
+        ('train', train, dict(dataset='digits')), ('probe', probe, dict(dataset='digits')),
+        ('voc', voc, dict(data='made')), ('retrieval', retrieval, dict(data='made')),
+        ('finetune', tuned, dict(dataset='digits')))]
 
-@pytest.fixture(scope='module')
-def real(tmp_path_factory):
-    top, few = tmp_path_factory.mktemp('real'), ['n_images=60', 'n_test=40', 'epochs=1']
-    def run(name, *pairs, out=None, preset=None):
-        where = str(top/(out or name))
-        more = ['--preset', preset] if preset else []
-        assert main(['run', name, *more, '--out', where, *[x for p in pairs for x in ('-p', p)]]) == 0
-        return read_finished(where)
-    t = run('train', *few, 'k=5', 'pca=8', 'passes=1', preset='digits')
-    return dict(train=t,
-                probe=run('probe', *few, f'weights={t.path}', 'supervised=1', 'batch_size=16',
-                          preset='probe_digits'),
-                voc=run('voc', 'steps=3', 'epochs=1', 'k=5', 'n_images=40', 'shots=[1]', 'samples=1',
-                        'costs=[1.0]', preset='voc_small'),
-                retrieval=run('retrieval', 'epochs=1', 'k=4', 'sides=[64]', 'dim=16', 'size=32',
-                              preset='retrieval_small'),
-                finetune=run('finetune', *few, f'weights={t.path}', 'steps=1', 'shares=[0.2]', 'lrs=[0.01]',
-                             preset='finetune_digits'))
-
-def shape(value): # keys and types, without what a run is about
-    if isinstance(value, dict): return {k: shape(v) for k,v in value.items()}
-    return type(value) if not isinstance(value, int) else float
-
-def test_the_format_is_what_the_experiments_write(real, tmp_path): # made ones have nothing that these lack
-    ours = dict(train=train(tmp_path/'t'), probe=probe(tmp_path/'p'), voc=voc(tmp_path/'v'),
-                retrieval=made(tmp_path/'r', 'retrieval', dict(arch='vgg16', mAP=dict(random=5., blind=1.))),
-                finetune=tuned(tmp_path/'f'))
-    for kind,path in ours.items():
-        true, mine = real[kind], read_finished(path)
-        assert true.kind == kind and true.params.keys() == mine.params.keys()
-        assert mine.metrics.keys() <= true.metrics.keys()
-    for key in ('probes', 'probes_best', 'probes_center', 'probes_center_best', 'knn'):
-        assert shape(real['probe'].metrics[key]) == shape(read_finished(ours['probe']).metrics[key])
-    assert shape(real['train'].metrics['probes']) == shape(read_finished(ours['train']).metrics['probes'])
-    for part in ('SVM conv5', 'fc6-8', 'all'):
-        nets = real['voc'].metrics[part]
-        assert list(nets) == ['random', 'random, calibrated', 'deepcluster'] and 'step' in nets['random']
-    assert set(real['voc'].metrics['low-shot conv5']['random']['1']) == {'mean', 'std', 'best', 'cost'}
-    for part in ('top1', 'frozen'):
-        assert shape(real['finetune'].metrics[part]) == {n: {'0.2': float} for n in ('random', 'deepcluster')}
-    for r in real['train'].log: assert set(epochs(.3)[0]) <= set(r)
-
-def test_real_runs_on_the_page(real):
-    runs = list(real.values())
+def test_small_runs_on_the_page(small):
+    runs = [read_finished(p) for p in small]
     rows = measured(runs)
     assert {r.table for r in rows} == {'', 'nmi', 'cost'}       # digits and made images are in none
     kinds = {r.run.kind for r in rows if r.table == ''}
@@ -357,9 +270,8 @@ def test_real_runs_on_the_page(real):
     page = report_page(runs)
     assert page.count('<h2') == len(TABLES) + 1 and 'In none of the tables' in page
 
-def test_the_notebook(real, tmp_path):
-    top = real['train'].path.parent
-    assert main(['run', 'report', '-p', f'runs={top}/*', '--out', str(tmp_path/'out')]) == 0
+def test_the_notebook(small, tmp_path):
+    assert main(['run', 'report', '-p', f'runs={tmp_path}/runs/*', '--out', str(tmp_path/'out')]) == 0
     m = json.loads((tmp_path/'out'/'metrics.json').read_text())
     assert {Path(r['run']).name for r in m['rows']} == {'train', 'probe', 'voc', 'retrieval', 'finetune'}
     page, html = (tmp_path/'out'/'page.html').read_text(), (tmp_path/'out'/'report.html').read_text()

@@ -12,6 +12,8 @@ from deepcluster_nb.model import convnet
 from deepcluster_nb.retrieval import (BROKEN, aggregate, descriptors, learn_whitening, made_city, ranked_ap,
                                       read_oxford, read_queries, region_vectors, rmac, rmac_regions, scaled,
                                       search)
+import made_runs
+from made_runs import same_format
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -248,6 +250,7 @@ def test_command_and_again(tmp_path):
     assert (seconds == json.loads((where/'runs.json').read_text())['random']['seconds']
             and (where/'figures'/'retrieval.png').exists())
     assert 'machinery runs' in (where/'report.html').read_text()
+    same_format(where, made_runs.retrieval(tmp_path/'made'))
 
 def test_own_folder(tmp_path, city):
     (tmp_path/'q.csv').write_text('query,positive\ncity0_000000.jpg,city0_000001.jpg;city0_000002.jpg\n')

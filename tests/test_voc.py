@@ -11,6 +11,8 @@ from deepcluster_nb.model import convnet
 from deepcluster_nb.voc import (COSTS, average_precision, crop_scores, finetune, learning_rate, linear_svm,
                                 low_shot, made_voc, mean_ap, read_voc, shot_rows, transfer_net, unit_rows,
                                 voc_folder, voc_labels, voc_loss, voc_objects)
+import made_runs
+from made_runs import same_format
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -271,6 +273,8 @@ def test_command_and_again(tmp_path, capsys):
         assert set(m[part]) == {'random', 'random, calibrated', 'deepcluster'}
         assert all(0 <= r[rule] <= 100 for r in m[part].values()
                    for rule in ('step', 'interpolated', '11-point'))
+    same_format(where, made_runs.voc(tmp_path/'made'), but=['fc6-8'])
+    assert set(m['low-shot conv5']['random']['1']) == {'mean', 'std', 'best', 'cost'}
     assert set(m['low-shot conv5']['random']) == {'1', '4'} and (where/'figures'/'voc.png').exists()
     html = (where/'report.html').read_text()
     assert 'blind' in html and 'machinery runs' in html and '72.0' in html
