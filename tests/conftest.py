@@ -11,6 +11,12 @@ def pytest_runtest_call():
 
 pytest_runtest_setup = pytest_runtest_call                          # in a fixture too
 
+# the files that take longest come first, so that no processor waits for one of them at the end
+LONGEST = [f'test_{name}.py' for name in ('experiments', 'survival', 'findings', 'full_scale', 'learning')]
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda i: LONGEST.index(i.path.name) if i.path.name in LONGEST else len(LONGEST))
+
 @pytest.fixture(autouse=True, scope='session')
 def threads(): # beside others one each: they would wait for one another
     torch.set_num_threads(1 if 'PYTEST_XDIST_WORKER' in os.environ else 2)

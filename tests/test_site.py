@@ -8,6 +8,7 @@ from configparser import ConfigParser
 from dataclasses import replace
 from pathlib import Path
 import pytest, yaml
+from filelock import FileLock
 from PIL import Image
 from outputs import MEASURED, differences
 
@@ -280,18 +281,25 @@ def copy_of_the_tree(to, with_quarto):
     return dict(os.environ, PATH=os.pathsep.join(path), PYTHONPATH=str(to), CALLS=str(to.parent/'calls'),
                 OMP_NUM_THREADS='1')
 
-@pytest.fixture(scope='module')
-def built(tmp_path_factory):
+@pytest.fixture(scope='session')
+def built(tmp_path_factory): # made once, whichever process of pytest needs it first
     "(the copy in which make docs ran, what Quarto was asked, what was printed)"
     if not shutil.which('make'): pytest.skip('no make')
-    to = tmp_path_factory.mktemp('site')/'copy'
-    env = copy_of_the_tree(to, True)
-    os.utime(to/'README.md', (0, 0))                          # older than its notebook, as after a git clone
-    out = subprocess.run(['make', 'docs'], cwd=to, env=env, capture_output=True, text=True)
-    assert out.returncode == 0, out.stdout + out.stderr
-    return to, (to.parent/'calls').read_text(), out.stdout + out.stderr
+    top = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ: top = top.parent       # of all the processes
+    to, said = top/'site'/'copy', top/'site'/'said'
+    with FileLock(top/'site.lock'):
+        if not said.exists():
+            shutil.rmtree(to.parent, ignore_errors=True)
+            to.parent.mkdir()
+            env = copy_of_the_tree(to, True)
+            os.utime(to/'README.md', (0, 0))                  # older than its notebook, as after a git clone
+            out = subprocess.run(['make', 'docs'], cwd=to, env=env, capture_output=True, text=True)
+            assert out.returncode == 0, out.stdout + out.stderr
+            said.write_text(out.stdout + out.stderr)
+    return to, (to.parent/'calls').read_text(), said.read_text()
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def processed(built): return pages(built[0]/'_proc')
 
 def test_make_docs_builds_the_book(built):
