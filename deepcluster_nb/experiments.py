@@ -6,10 +6,10 @@
 __all__ = ['TAKE_ALL', 'PAGE', 'SPINS', 'experiments_folder', 'one_of', 'parameters', 'explained', 'typed', 'whole',
            'read_preset', 'as_plain', 'gather', 'run_params', 'is_run', 'find_runs', 'check_parameters', 'parse_pair',
            'parse_pairs', 'run_epochs', 'Passing', 'Watcher', 'write_report', 'signals_passed_on', 'sleeping_threads',
-           'kernel_environment', 'drawn', 'kept', 'run_experiment', 'summary', 'Look', 'look_at', 'sparkline',
-           'dashboard', 'event_writer', 'log_numbers', 'watch', 'watch_figure', 'decoded_bytes', 'kept_recipe',
-           'read_some', 'room_for', 'predict_folder', 'listing', 'forecast', 'any_text', 'add_report', 'run_rank',
-           'launch', 'told_end', 'ended', 'command_line', 'main']
+           'kernel_environment', 'drawn', 'kept', 'execute', 'run_experiment', 'summary', 'Look', 'look_at',
+           'sparkline', 'dashboard', 'event_writer', 'log_numbers', 'watch', 'watch_figure', 'decoded_bytes',
+           'kept_recipe', 'read_some', 'room_for', 'predict_folder', 'listing', 'forecast', 'any_text', 'add_report',
+           'run_rank', 'launch', 'told_end', 'ended', 'command_line', 'main']
 
 # %% ../nbs/15_experiments.ipynb #450f8668
 import argparse, base64, io, json, logging, math, os, re, shutil, signal, socket, sys
@@ -292,10 +292,11 @@ def sleeping_threads(env)->dict: # what to add to it
     return {} if {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY'} & env.keys() else dict(GOMP_SPINCOUNT=SPINS)
 
 @contextmanager
-def kernel_environment():
+def kernel_environment(**more): # variables of its own
     ("Inside this block a kernel that starts draws into its notebook, whatever MPLBACKEND says here, "
      "and its threads sleep while they wait.")
-    new = dict(MPLBACKEND='module://matplotlib_inline.backend_inline') | sleeping_threads(os.environ)
+    new = (dict(MPLBACKEND='module://matplotlib_inline.backend_inline') | sleeping_threads(os.environ)
+           | more)
     before = {name: os.environ.get(name) for name in new}
     os.environ.update(new)
     try: yield
@@ -319,6 +320,25 @@ def kept(run_dir:Path)->str:
         return f"what was finished is kept in {str(run_dir)!r}; the same command goes on from there"
     return 'nothing was finished yet; the same command begins again'
 
+# %% ../nbs/15_experiments.ipynb #a4dc0ec2
+def execute(notebook:Path, page:Path, given:dict):
+    "Execute a notebook with papermill; where its process ends before its end, raise an error that says why."
+    from nbclient.exceptions import DeadKernelError
+    from papermill import execute_notebook
+    with tempfile.TemporaryDirectory() as folder:
+        words = Path(folder)/'words'
+        try:
+            with kernel_environment(DEEPCLUSTER_LAST_WORDS=str(words)):
+                execute_notebook(str(notebook), str(page), given, kernel_name='python3', cwd=os.getcwd(),
+                                 progress_bar=False, report_mode=True, stdout_file=Passing(),
+                                 extra_arguments=['--IPKernelApp.log_level=CRITICAL'])
+        except DeadKernelError:
+            said = words.read_text(encoding='utf-8') if words.exists() else (
+                "the notebook's process has ended without a word, as one does that is killed, "
+                f"by the system too when memory is full; {kept(page.parent)}")
+            raise RuntimeError(said) from None
+
+
 # %% ../nbs/15_experiments.ipynb #352ba7f5
 def run_experiment(name:str,            # a notebook in nbs/experiments, such as 'train'
                    params:dict=None,    # parameters by name
@@ -326,25 +346,23 @@ def run_experiment(name:str,            # a notebook in nbs/experiments, such as
                    preset:str=None,     # a file in nbs/experiments/presets
                   )->Path:              # the run folder
     "Run a notebook with papermill; the same call continues a run that was stopped."
-    import papermill as pm
+    from papermill.exceptions import PapermillExecutionError
     notebook, given = gather(name, preset, params)
     run_dir = Path(run_dir or given.get('run_dir')
                    or Path('runs')/'-'.join(filter(None, (name, preset)))).resolve()
     given['run_dir'] = str(run_dir)
     check_parameters(notebook, given, run_dir)
-    # it warns of parameters that a page takes without showing them; all names are checked here
-    logging.getLogger('papermill').setLevel(logging.ERROR)
+    # it warns of parameters that a page takes without showing them, and all names are checked here;
+    # what ends a run is said here, too
+    logging.getLogger('papermill').setLevel(logging.CRITICAL)
     made, page = not run_dir.exists(), run_dir/'notebook.ipynb'
     run_dir.mkdir(parents=True, exist_ok=True)
     before, figures = page.read_bytes() if page.exists() else None, drawn(run_dir)
     watcher = Watcher(run_dir); watcher.start()
     try:
-        with signals_passed_on(run_dir), kernel_environment():
-            try:
-                pm.execute_notebook(str(notebook), str(page), given, kernel_name='python3', cwd=os.getcwd(),
-                                    progress_bar=False, report_mode=True, stdout_file=Passing(),
-                                    extra_arguments=['--IPKernelApp.log_level=CRITICAL'])
-            except pm.PapermillExecutionError as e:
+        with signals_passed_on(run_dir):
+            try: execute(notebook, page, given)
+            except PapermillExecutionError as e:
                 if made and not (run_dir/'params.yaml').exists():
                     page.unlink(missing_ok=True)
                     run_dir.rmdir()

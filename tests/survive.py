@@ -6,7 +6,8 @@ being written), and is started again with the same call."""
 import argparse, hashlib, json, os, random, shutil, signal, sys, tempfile, time
 from dataclasses import replace
 from pathlib import Path
-import sklearn.datasets, torch, torch._dynamo # what a run imports when it comes to it: once, not in each child
+# what a run imports when it comes to it: once, not in each child
+import sklearn.datasets, torch, torch._dynamo
 from deepcluster_nb.runs import load_checkpoint
 from deepcluster_nb.fit import Config, fit
 

@@ -1,6 +1,9 @@
 "Several ranks: the same clusters bit for bit, gradients of the whole batch, and an end that is never a hang."
-import json, os, sys, threading, time
+import json, os, signal, sys, threading, time
+from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
+from multiprocessing import get_context
 from pathlib import Path
 import pytest, torch
 
@@ -198,6 +201,40 @@ def test_a_rank_that_stands_still(tmp_path, monkeypatch): # as on a machine that
     monkeypatch.setattr(distributed, 'GRACE', 1.)
     said, seconds = ends(2, replace(SMALL, run_dir=str(tmp_path/'r')), 1, (0, 2), 'SIGSTOP')
     assert said == 'rank 0: it ended with status 1; rank 1: it ended with status -9' and seconds < 40
+
+def served(answer): # a process with a store, as torchrun's on the first machine
+    store = torch.distributed.TCPStore('localhost', 0, 1, True, timeout=timedelta(seconds=60))
+    answer.send(store.port)
+    time.sleep(60)
+
+@pytest.fixture
+def far_store(): # (a connection to the store of another process, that process)
+    answers, answer = get_context('spawn').Pipe()
+    p = get_context('spawn').Process(target=served, args=(answer,), daemon=True)
+    p.start()
+    yield torch.distributed.TCPStore('localhost', answers.recv(), 1, False, timeout=timedelta(seconds=3)), p
+    p.kill(); p.join()
+
+def test_signs_of_life_while_a_connection_waits(far_store):
+    def wait():
+        with suppress(torch.distributed.DistError): far_store[0].get('what nobody says')
+    waiting = threading.Thread(target=wait)
+    notes = distributed.Notes(distributed.own_connection(far_store[0]), 1, 2)
+    waiting.start()
+    time.sleep(.2)
+    notes.beat(1)
+    assert notes.sign(1) == '1' and waiting.is_alive()
+    waiting.join()
+
+def test_a_store_that_does_not_answer(far_store, monkeypatch): # the cable to its machine is cut
+    monkeypatch.setattr(distributed, 'PATIENCE', 1.)
+    notes, ended = distributed.Notes(distributed.own_connection(far_store[0]), 1, 2), []
+    watch = distributed.Watch(distributed.Ranks(1, 2), notes)
+    monkeypatch.setattr(watch, 'finish', ended.append)
+    notes.beat(0)
+    os.kill(far_store[1].pid, signal.SIGSTOP)
+    watch.start(); watch.join(30)
+    assert ended == [dict(rank=0, text='no answer from its machine for 1 s')]
 
 def test_not_a_number_on_one_rank_stops_all_before_the_update(tmp_path):
     c = replace(SMALL, run_dir=str(tmp_path/'r'))

@@ -1,4 +1,4 @@
-"The way of ImageNet at 224 pixels, on a handful of photographs: folder → packed files → the preset → the report."
+"The way of ImageNet at 224 pixels, on a handful of photographs: packed files → the preset → the report."
 import json, os, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest

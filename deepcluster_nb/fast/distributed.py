@@ -6,9 +6,9 @@
 __all__ = ['BEAT', 'PATIENCE', 'GRACE', 'ARRIVAL', 'HERE', 'MEETINGS', 'bounds', 'Ranks', 'differing', 'named', 'SharedSums',
            'chosen_rows', 'kmeans', 'shared_lloyd', 'same_clusters', 'pooled', 'cluster', 'existing', 'own_part',
            'GlobalSum', 'shared_norm', 'norms_shared', 'replica', 'train_epoch', 'Lost', 'Notes', 'note_text', 'Watch',
-           'current', 'ranks_here', 'backend', 'connected', 'started_as_rank', 'own_part_of', 'meeting_place', 'joined',
-           'as_rank', 'in_ranks', 'share_of', 'call', 'ring_bytes', 'measure_sum', 'shared_tensors', 'same_images',
-           'RankGuard']
+           'current', 'ranks_here', 'backend', 'own_connection', 'connected', 'started_as_rank', 'own_part_of',
+           'meeting_place', 'joined', 'as_rank', 'in_ranks', 'share_of', 'call', 'ring_bytes', 'measure_sum',
+           'shared_tensors', 'same_images', 'RankGuard']
 
 # %% ../../nbs/fast/28_distributed.ipynb #5ab7f133
 import hashlib, json, os, sys, tempfile, threading, time
@@ -385,12 +385,23 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.ranks, self.notes, self.done = ranks, notes, threading.Event()
         self.next, self.seen, self.at, self.beats = (ranks.rank + 1) % ranks.world, '', time.monotonic(), 0
+        self.note, self.unanswered = None, 0
 
     def run(self):
-        while not self.done.wait(BEAT):
-            try: note = self.look()
-            except Exception: note = dict(rank=0, text='its machine is gone')   # where the notes were
-            if note: return self.finish(note)
+        asking = threading.Thread(target=self.ask, daemon=True)   # a cut cable is no error: no answer comes
+        asking.start()
+        while not self.done.wait(BEAT) and not self.note and self.unanswered*BEAT < PATIENCE:
+            self.unanswered += 1
+        if not self.done.is_set():
+            self.finish(self.note or dict(rank=0, text=f"no answer from its machine for {PATIENCE:.0f} s"))
+        asking.join(GRACE)
+
+    def ask(self):
+        while not self.note:
+            try: self.note = self.look()
+            except Exception: self.note = dict(rank=0, text='its machine is gone')   # where the notes were
+            self.unanswered = 0
+            if self.done.wait(BEAT): return
 
     def look(self)->dict: # a note of an end, or None
         self.beats += 1
@@ -408,6 +419,8 @@ class Watch(threading.Thread):
         while self.ranks.saves() and not self.done.wait(BEAT): pass
         if self.done.wait(GRACE): return
         print(note_text(note), file=sys.stderr, flush=True)
+        # a kernel's output would end with it
+        if file := os.environ.get('DEEPCLUSTER_LAST_WORDS'): Path(file).write_text(note_text(note))
         os._exit(143 if note.get('stopped') else 1)
 
 # %% ../../nbs/fast/28_distributed.ipynb #65a8c521
@@ -427,13 +440,17 @@ def backend()->str:
     if not gpus: return 'gloo'
     return f"cpu:gloo,cuda:{'nccl' if here <= gpus and dist.is_nccl_available() else 'gloo'}"
 
+def own_connection(store): # → a store
+    "Connect to a store once more: who waits on a connection makes all of its users wait."
+    return store.clone() if hasattr(store, 'clone') else store                  # PyTorch before 2.8
+
 @contextmanager
 def connected(store, rank:int, world:int): # → Ranks
     "Be one of several ranks inside this block; an error in one of them ends all of them."
     if gpus := torch.cuda.device_count():
         torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', rank)) % gpus)
     dist.init_process_group(backend(), store=store, rank=rank, world_size=world, timeout=timedelta(hours=4))
-    ranks, notes = Ranks(rank, world), Notes(store, rank, world)
+    ranks, notes = Ranks(rank, world), Notes(own_connection(store), rank, world)
     watch = Watch(ranks, notes)
     watch.start()
     HERE.append(ranks)
