@@ -716,17 +716,22 @@ def launch(nproc:int,    # processes on this machine
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // nproc)))
     with tempfile.TemporaryDirectory() as folder:
         os.environ['DEEPCLUSTER_END'] = end = f'{folder}/end'
+        os.environ['DEEPCLUSTER_LAST_WORDS'] = words = f'{folder}/words'
         config = LaunchConfig(1, 1, nproc, run_id=Path(folder).name, rdzv_backend='c10d',
                               rdzv_endpoint='localhost:0', max_restarts=0, monitor_interval=.5)
         try: elastic_launch(config, sys.executable)('-m', 'deepcluster_nb', 'run', *command)
-        except (ChildFailedError, SignalException) as e: return told_end(e, Path(end))
+        except (ChildFailedError, SignalException) as e: return told_end(e, Path(end), Path(words))
     return 0
 
-def told_end(e, end:Path)->int: # exit status
+def told_end(e,
+             end:Path,          # what the first command to end has written
+             words:Path,        # what a rank that had to be ended has
+            )->int:             # exit status
     "Print the line of whoever ended first."
     line, status = 'deepcluster-nb: stopped', 143
     failed = sorted((f.timestamp, rank, f.exitcode) for rank,f in getattr(e, 'failures', {}).items())
     if end.exists(): status, line = json.loads(end.read_text(encoding='utf-8'))
+    elif words.exists(): line, status = f"deepcluster-nb: {words.read_text(encoding='utf-8')}", 1
     elif failed: line, status = f"deepcluster-nb: rank {failed[0][1]} ended with status {failed[0][2]}", 1
     # SIGKILL and the like leave no line of their own
     if failed and failed[0][2] < 0:

@@ -312,14 +312,18 @@ def test_the_command_says_in_one_line_who_ended(tmp_path, capsys, monkeypatch):
     from types import SimpleNamespace as Fake
     from deepcluster_nb.experiments import ended, told_end
     killed = Fake(failures={0: Fake(timestamp=3, exitcode=1), 1: Fake(timestamp=2, exitcode=-9)})
-    assert told_end(killed, tmp_path/'end') == 1
+    assert told_end(killed, tmp_path/'end', tmp_path/'words') == 1
     assert capsys.readouterr().err == 'deepcluster-nb: rank 1 was killed by SIGKILL\n'
     monkeypatch.setenv('DEEPCLUSTER_END', str(tmp_path/'end'))
     assert (ended('deepcluster-nb: k: expected 2', 2), ended('deepcluster-nb: stopped', 143)) == (2, 143)
     assert capsys.readouterr().err == ''                          # the process that started them says it
     failed = Fake(failures={0: Fake(timestamp=3, exitcode=143), 1: Fake(timestamp=2, exitcode=2)})
-    assert told_end(failed, tmp_path/'end') == 2
+    assert told_end(failed, tmp_path/'end', tmp_path/'words') == 2
     assert capsys.readouterr().err == 'deepcluster-nb: k: expected 2\n'
+    (tmp_path/'end').unlink()
+    (tmp_path/'words').write_text('rank 1: it is gone')           # of a rank that was ended by force
+    assert told_end(failed, tmp_path/'end', tmp_path/'words') == 1
+    assert capsys.readouterr().err == 'deepcluster-nb: rank 1: it is gone\n'
 
 def test_ranks_are_for_train_alone():
     from deepcluster_nb.experiments import run_rank

@@ -101,7 +101,7 @@ def main():
                 ip('link', 'set', 'cable', 'up', node='dc-b')
                 print(f"{what}: no rank was left after {seconds:.1f} s", flush=True)
                 for l in ''.join(said).splitlines():
-                    if l.startswith(('rank ', 'deepcluster-nb: ', 'dc-')): print('   ', l, flush=True)
+                    if l.startswith(('deepcluster-nb: ', 'dc-')): print('   ', l, flush=True)
                 nodes = both(out)
             said = said_by(nodes, 300.)
             found = sha256(out) if all(p.returncode == 0 for p in nodes) else 'failed\n' + ''.join(said)

@@ -418,9 +418,8 @@ class Watch(threading.Thread):
             with suppress(Exception): dist.distributed_c10d._abort_process_group()
         while self.ranks.saves() and not self.done.wait(BEAT): pass
         if self.done.wait(GRACE): return
-        print(note_text(note), file=sys.stderr, flush=True)
-        # a kernel's output would end with it
         if file := os.environ.get('DEEPCLUSTER_LAST_WORDS'): Path(file).write_text(note_text(note))
+        else: print(f'deepcluster-nb: {note_text(note)}', file=sys.stderr, flush=True)
         os._exit(143 if note.get('stopped') else 1)
 
 # %% ../../nbs/fast/28_distributed.ipynb #65a8c521
