@@ -338,7 +338,6 @@ def execute(notebook:Path, page:Path, given:dict):
                 f"by the system too when memory is full; {kept(page.parent)}")
             raise RuntimeError(said) from None
 
-
 # %% ../nbs/15_experiments.ipynb #352ba7f5
 def run_experiment(name:str,            # a notebook in nbs/experiments, such as 'train'
                    params:dict=None,    # parameters by name

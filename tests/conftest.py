@@ -21,6 +21,12 @@ def pytest_collection_modifyitems(items):
 def threads(): # beside others one each: they would wait for one another
     torch.set_num_threads(1 if 'PYTEST_XDIST_WORKER' in os.environ else 2)
 
+@pytest.fixture
+def in_process(monkeypatch): # for tests of what an experiment computes and leaves
+    import in_process
+    from deepcluster_nb import experiments
+    monkeypatch.setattr(experiments, 'execute', in_process.execute)
+
 @pytest.fixture(scope='module')
 def one_thread(): # for inputs so small that threads would mostly wait for each other
     n = torch.get_num_threads()

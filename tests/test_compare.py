@@ -7,6 +7,8 @@ from deepcluster_nb.experiments import find_runs, main, run_params
 from deepcluster_nb.runs import RunFolder
 from deepcluster_nb.fit import Config, fit
 
+pytestmark = pytest.mark.usefixtures('in_process')
+
 LAYERS = [f'conv{i}' for i in range(1, 6)]
 SMALL = dict(dataset='digits', n_images=60, n_test=40, k=5, pca=8, epochs=2, passes=1, batch_size=30,
              device='cpu', threads=1)

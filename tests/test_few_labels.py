@@ -12,6 +12,8 @@ from deepcluster_nb.sources import load_images
 import made_runs
 from made_runs import same_format, shape
 
+pytestmark = pytest.mark.usefixtures('in_process')
+
 @pytest.fixture(scope='module')
 def digits(): return load_images('digits', n_images=60), load_images('digits', split='test', n_images=40)
 

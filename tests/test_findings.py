@@ -7,6 +7,8 @@ from deepcluster_nb.data import shapes
 from deepcluster_nb.experiments import main
 from deepcluster_nb.runs import load_checkpoint
 
+pytestmark = pytest.mark.usefixtures('in_process')
+
 LAYERS = ['conv1', 'conv2', 'conv3', 'conv4', 'conv5', 'kNN']
 RECIPE = dict(dataset='shapes', n_images=1000, n_test=100, size=32, k=20, epochs=5)
 SEEN, NOT, OPEN = 'seen here', 'not seen here', "can't be decided at this size"

@@ -310,7 +310,7 @@ def test_a_run_beside_its_neighbors(run_of_train, tmp_path, capsys):
     # plain papermill, in the same folder: everything is done
     assert (where/'metrics.json').read_text() == text
 
-def test_a_folder_from_before_a_parameter_goes_on(run_of_train, tmp_path, capsys):
+def test_a_folder_from_before_a_parameter_goes_on(run_of_train, tmp_path, capsys, in_process):
     where = tmp_path/'probe'
     small = pairs(weights=run_of_train, protocol='cached', supervised=0, layers='conv5')
     assert main(['run', 'probe', '--out', str(where), *small]) == 0
@@ -324,7 +324,7 @@ def test_a_folder_from_before_a_parameter_goes_on(run_of_train, tmp_path, capsys
     assert main(['run', 'probe', '--out', str(where), *small, '-p', 'neighbors=10']) == 2
     assert 'neighbors' in capsys.readouterr().err
 
-def test_a_released_file_on_a_folder_with_train_and_val(tmp_path):
+def test_a_released_file_on_a_folder_with_train_and_val(tmp_path, in_process):
     from test_released import authors_state, write
     g = np.random.default_rng(0)
     for split,n in (('train', 6), ('val', 3)):

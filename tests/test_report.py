@@ -270,7 +270,7 @@ def test_small_runs_on_the_page(small):
     page = report_page(runs)
     assert page.count('<h2') == len(TABLES) + 1 and 'In none of the tables' in page
 
-def test_the_notebook(small, tmp_path):
+def test_the_notebook(small, tmp_path, in_process):
     assert main(['run', 'report', '-p', f'runs={tmp_path}/runs/*', '--out', str(tmp_path/'out')]) == 0
     m = json.loads((tmp_path/'out'/'metrics.json').read_text())
     assert {Path(r['run']).name for r in m['rows']} == {'train', 'probe', 'voc', 'retrieval', 'finetune'}

@@ -15,7 +15,7 @@ from deepcluster_nb.retrieval import (BROKEN, aggregate, descriptors, learn_whit
 import made_runs
 from made_runs import same_format
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = pytest.mark.usefixtures('one_thread', 'in_process')
 
 @pytest.fixture(scope='module')
 def city(tmp_path_factory): return made_city(tmp_path_factory.mktemp('city'), landmarks=3, others=5)

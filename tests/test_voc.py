@@ -14,7 +14,7 @@ from deepcluster_nb.voc import (COSTS, average_precision, crop_scores, finetune,
 import made_runs
 from made_runs import same_format
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = pytest.mark.usefixtures('one_thread', 'in_process')
 
 @pytest.fixture(scope='module')
 def top(tmp_path_factory): return made_voc(tmp_path_factory.mktemp('voc'), 20)
