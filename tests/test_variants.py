@@ -300,7 +300,8 @@ def test_a_look_at_the_neighbors_changes_nothing(tmp_path):
     images.labels = None
     assert 'knn' not in fit(replace(c, knn_every=1, epochs=1), images, echo=None).log[0]
 
-def test_train_with_clusters_that_stay(tmp_path, in_process): # and so without a time for every phase in every epoch
+def test_train_with_clusters_that_stay(tmp_path, in_process):
+    # and so without a time for every phase in every epoch
     assert main(['run', 'train', '--preset', 'digits', '--out', str(tmp_path/'r'), *[
         a for p in ('n_images=60', 'n_test=20', 'k=5', 'pca=8', 'epochs=2', 'passes=1', 'recluster=1',
                     'knn_every=1') for a in ('-p', p)]]) == 0
