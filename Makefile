@@ -27,7 +27,7 @@ $(READY): settings.ini setup.py constraints.txt
 	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]' || { echo "the installation stopped (network or disk?); run the same command again to continue"; exit 1; }
 	@touch $@
 
-demo: $(READY)  ## DeepCluster on embedded digits: about a minute, ends in a report
+demo: $(READY)  ## DeepCluster on embedded digits: one to three minutes, ends in a report
 	@echo "== running the first experiment on scikit-learn's digits"
 	@deepcluster-nb run train --preset digits --out runs/digits
 
