@@ -31,7 +31,7 @@ from .runs import amount, duration, pack_checkpoint, save_checkpoint
 from .fit import (Config, agreement, check, disk_space, id_type, most_clusters, network,
                                 resolve)
 from .training import sgd, trunk_parameters
-from .fast.graph import train_epoch
+from .fast.graph import prepared_on, train_epoch
 from .fast.training import Training
 from .fast.distributed import in_ranks, measure_sum, ring_bytes
 from .probes import MOST_PROBED, conv_activations, knn_accuracy, linear_probe, pool_activation
@@ -193,8 +193,9 @@ def measure(c:Training, images, facts:dict, seconds:float, echo=None
         images = resident(images.subset(torch.arange(min(len(images), 4096))), c.device)
     rows = torch.arange(16*512) % len(images)
     say('measuring features')
+    prepare = prepared_on(c.device, c.graph)
     out = dict(features=per_image(lambda n: compute_features(net, images.subset(rows[:n]), c.size, 512,
-                                                             c.device, c.precision),
+                                                             c.device, c.precision, prepare=prepare),
                                   min(512, facts['n']), .2*seconds))
     say('measuring PCA and k-means')
     out |= sample_clustering(c, facts['n'], net.dim, .3*seconds)

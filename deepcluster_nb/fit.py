@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np, torch, yaml
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-import deepcluster_nb.fast.training as fast
 import deepcluster_nb.fast.graph as graph
 from . import training
 from .data import generator
@@ -101,7 +100,7 @@ class Parts:
     train_epoch:callable
     place:callable        # (images, device) → images, where the parts want them
 
-PARTS = dict(fast=Parts(fast.cluster, graph.train_epoch, resident),
+PARTS = dict(fast=Parts(graph.cluster, graph.train_epoch, resident),
              plain=Parts(plain_cluster, plain_epoch, lambda images, device: images))
 
 # %% ../nbs/18_fit.ipynb #262112f1
@@ -346,7 +345,8 @@ def neighbors_vote(net, images, config:Training)->float: # per cent
     vote = importlib.import_module('deepcluster_nb.probes').knn_accuracy     # a later chapter, only here
     order = torch.randperm(len(images), generator=generator(config.seed, 'neighbors'))[:MOST_VOTERS*5//4]
     some = PackedImages.of(images).subset(order)
-    f = compute_features(net, some, config.size, device=config.device, precision=config.precision)
+    f = compute_features(net, some, config.size, device=config.device, precision=config.precision,
+                         prepare=graph.prepared_on(config.device, config.graph))
     n, y = max(1, len(f)*4//5), torch.as_tensor(some.labels)
     return vote(f[:n], y[:n], f[n:], y[n:], min(200, n))
 
@@ -458,6 +458,7 @@ def run_loop(state:State, images, config:Training, parts:Parts, hooks:Hooks):
     if hooks.progress: hooks.progress.close()
     graph.STEPS.pop(s.net, None)                         # a recorded step keeps its memory
     s.clustering, s.pca, _ = cluster()
+    graph.EXTRACTIONS.pop(s.net, None)
     hooks.finished()
 
 # %% ../nbs/18_fit.ipynb #5775163c

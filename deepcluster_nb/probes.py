@@ -34,7 +34,8 @@ from .fast.kmeans import kmeans
 from .runs import load_checkpoint, save_checkpoint
 from .fit import Config, check, state_tensors, PlainTypes, load_state, resolve, type_wanted
 from .training import batches
-from .fast.graph import Feed, Parcel, Recorded, captured, train_epoch
+from .fast.graph import (EXTRACTIONS, Feed, Forward, Parcel, Recorded, captured, prepared_on,
+                                       train_epoch)
 
 # %% ../nbs/09_probes.ipynb #e9fe5c8c
 def conv_activations(net,       # a DeepClusterNet
@@ -86,16 +87,19 @@ def pool_activation(name:str,                # layer
 # %% ../nbs/09_probes.ipynb #33f13186
 @torch.inference_mode()
 def probe_features(net, images:PackedImages, size:int, batch_size:int=256, device='cpu', precision='float32',
-                   count_padding=True, avgpool=False, pool='average'
+                   count_padding=True, avgpool=False, pool='average',
+                   capture=None, # how whole batches are recorded; as for train_epoch of chapter 27
                   )->dict: # 'conv1' … → (N, D) half precision, on the CPU, or on a GPU where all fit there
     "Pooled activations of every convolution in one pass; batch norm frozen, the trunk untouched."
     net.eval()
-    out, kept = {}, None
-    for idx,x in fetch_ahead(resident(images, device), torch.arange(len(images)).split(batch_size), device):
-        x = center_input(net, x, size)
+    def forward(x):
         each = lambda name, a: pool_activation(name, a.float(), 10_000, count_padding, pool).half()
         with autocast(precision, device):
-            acts = conv_activations(net, x.contiguous(memory_format=torch.channels_last), each, avgpool)
+            return conv_activations(net, x.contiguous(memory_format=torch.channels_last), each, avgpool)
+    capture = capture or (captured if torch.device(device).type == 'cuda' else None)
+    out, kept, whole = {}, None, Forward(forward, capture) if capture else forward
+    for idx,x in fetch_ahead(resident(images, device), torch.arange(len(images)).split(batch_size), device):
+        acts = (whole if len(idx) == batch_size else forward)(center_input(net, x, size))
         # a GPU keeps what will fit there, so that nothing waits for a copy
         if kept is None: kept = fits(sum(a.nbytes for a in acts.values()) * len(images)/len(idx), device)
         for name,a in acts.items(): out.setdefault(name, []).append(a if kept else a.cpu())
@@ -526,7 +530,9 @@ def measure(net,                # any DeepClusterNet
         probes = {n: dict(center=found) for n,found in linear_probes(
             a, train.labels, b, test.labels, seed=c.seed, device=c.device).items()}
     bank = train.subset(pick(len(train), c.n_bank if c.n_bank < len(train) else 0, c.seed))
-    f, g = (compute_features(net, im, c.size, **how).to(c.device) for im in (bank, test))
+    f, g = (compute_features(net, im, c.size, prepare=prepared_on(c.device), **how).to(c.device)
+            for im in (bank, test))
+    EXTRACTIONS.pop(net, None)                                          # its memory makes room
     k = min(c.neighbors, len(f))
     knn = {f'{T:g}': knn_accuracy(f, bank.labels, g, test.labels, k, T) for T in (.07, .1)}
     return dict(probes=probes, knn=knn, clusters=cluster_measures(f, bank.labels, c.pca, c.seed))
@@ -540,7 +546,9 @@ def evaluate(net, train:PackedImages, test:PackedImages, size:int, device='cpu',
     how = dict(device=device, precision=precision)
     a, b = (probe_features(net, im, size, **how) for im in (train, test))
     probes = linear_probes(a, train.labels, b, test.labels, seed=seed, device=device)
-    f, g = (compute_features(net, im, size, **how).to(device) for im in (train, test))
+    f, g = (compute_features(net, im, size, prepare=prepared_on(device), **how).to(device)
+            for im in (train, test))
+    EXTRACTIONS.pop(net, None)                                          # its memory makes room
     return dict(probes=probes, knn=knn_accuracy(f, train.labels, g, test.labels, min(200, len(f))))
 
 # %% ../nbs/09_probes.ipynb #489743a4

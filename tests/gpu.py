@@ -2,9 +2,10 @@
 
     python tests/gpu.py --out runs/gpu            (or make gpu)
 
-The tests marked cuda; a training step launched kernel by kernel, and recorded: milliseconds, launches and the
-share of time in which the device works; probes; then the experiments epoch, speed and train. Each part is
-guarded and timed; what is left when time is up is named. Results go into gpu.json and gpu.txt."""
+The tests marked cuda; a training step and an extraction's batch, launched kernel by kernel and recorded:
+milliseconds, launches and the share of time in which the device works; probes; then the experiments epoch,
+speed and train. Each part is guarded and timed; what is left when time is up is named. Results go into
+gpu.json and gpu.txt."""
 import argparse, json, subprocess, sys, time, traceback
 from pathlib import Path
 import torch
@@ -62,6 +63,19 @@ def step(name, steps=60, **more): # of one of STEPS
     opts, assign = optimizers(net, c), torch.arange(len(images)) % c.k
     return profiled(lambda: graph.train_epoch(net, images, idx, assign, opts, c, 0), steps)
 
+def extraction(name, on, batches=60): # of 512 images; nothing is kept
+    from deepcluster_nb.fast.features import feature_batches
+    from deepcluster_nb.fast.feeding import resident
+    from deepcluster_nb.fast.graph import prepared_on
+    from deepcluster_nb.fit import Config, network, resolve
+    c = resolve(Config(dataset='digits', device='cuda', **STEPS[name]))
+    images = resident(images_like(500 if c.size > 200 else 0, 3000), 'cuda')
+    net, many = network(c), images.subset(torch.arange(batches*512) % len(images))
+    how = c.size, 512, 'cuda', c.precision
+    def work():
+        for _ in feature_batches(net, many, *how, prepare=prepared_on('cuda', on)): pass
+    return profiled(work, batches)
+
 def cifar_probes(): # one network's five, and neighbors, on made images: seconds
     from deepcluster_nb.fit import Config, network, resolve
     from deepcluster_nb.probes import evaluate
@@ -92,6 +106,9 @@ def parts(out): # name → (seconds that it may take, what does it)
     for name in STEPS:
         for how,more in kinds.items():
             found[f'step, {name}, {how}'] = 60, lambda s, name=name, more=more: step(name, **more)
+        for on in (False, True):
+            found[f"extraction, {name}, {'recorded' if on else 'launched'}"] = \
+                30, lambda s, name=name, on=on: extraction(name, on)
     return found | {
         'epoch': (150, lambda s: run('epoch', 'epoch_gpu', out, s)),
         'probes, cifar10': (60, lambda s: cifar_probes()),

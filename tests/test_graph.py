@@ -10,6 +10,7 @@ from deepcluster_nb import fit as around, probes, training
 from deepcluster_nb.data import digits, generator
 from deepcluster_nb.fast import feeding, graph, training as eager
 from deepcluster_nb.fast.crops import network_input
+from deepcluster_nb.fast.features import feature_batches, folded
 from deepcluster_nb.fast.graph import Parcel, taped
 from deepcluster_nb.fast.images import PackedImages
 from deepcluster_nb.fit import Config, fit, network, optimizers, resolve
@@ -161,6 +162,9 @@ def test_a_checkpoint_is_never_made_after_a_bad_step(recordings, tmp_path, monke
 class Asks(nn.Linear): # a head whose answer depends on a number that Python asks for
     def forward(self, x): return super().forward(x) * (2 if float(x.detach().sum()) > 1e9 else 1)
 
+class AsksForSum(nn.Module): # a layer that depends on a number that Python asks for
+    def forward(self, x): return x * (2 if float(x.sum()) > 1e9 else 1)
+
 def test_what_cannot_be_recorded_runs_as_before_and_says_why():
     c, found = resolve(SMALL), []
     for train_epoch, how in ((eager.train_epoch, {}), (graph.train_epoch, dict(capture=taped))):
@@ -230,6 +234,95 @@ def test_compiled_inside_of_a_recording(monkeypatch):
         plain, other = (epoch(replace(c, compile=on), graph.train_epoch, capture=lambda f: f)[2]
                         for on in (False, True))
     assert torch.allclose(torch.tensor(plain), torch.tensor(other), rtol=1e-4)
+
+# ---------------------------------------------------------------- an extraction
+
+def warmed_up(f): # as a GPU is; what a call keeps for the next one would be missing on the tape
+    f(); f()
+    return taped(f)
+
+@pytest.fixture
+def extractions(monkeypatch): # fit replays them, too; how often they are recorded
+    made = []
+    def counted(f): made.append(1); return warmed_up(f)
+    parts = replace(around.PARTS['fast'], cluster=partial(graph.cluster, capture=counted))
+    monkeypatch.setitem(around.PARTS, 'replayed', parts)
+    return made
+
+def test_clusters_of_replayed_features_are_the_same_bits(extractions):
+    c, images = replace(SMALL, epochs=1, batch_size=128, relu=True), digits('train').subset(range(600))
+    plain, other = (fit(replace(c, parts=p), images, echo=None) for p in ('fast', 'replayed'))
+    assert same(tensors(plain), tensors(other)) and len(extractions) == 1      # of twice 512 and 88
+    assert other.net not in graph.EXTRACTIONS
+
+def extracted(net, prepare=folded, **how):
+    return torch.cat(list(feature_batches(net, IMAGES, 32, 8, prepare=prepare, **how)))
+
+def moved(net): # to other weights and statistics, in place
+    with torch.no_grad():
+        for t in graph.all_tensors(net):
+            if t.is_floating_point(): t.add_(.01)
+
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+def test_an_extraction_takes_todays_weights_and_its_results_stay(precision):
+    net, made, found = network(resolve(SMALL)), [], []
+    def counted(f): made.append(1); return warmed_up(f)
+    for _ in range(3):
+        found.append([extracted(net, p, precision=precision)
+                      for p in (folded, graph.prepared_on('cpu', capture=counted))])
+        moved(net)
+    assert all(torch.equal(*pair) for pair in found) and len(made) == 1
+    assert not torch.equal(found[0][1], found[1][1])
+
+def test_extractions_are_recorded_anew_where_they_must_be():
+    net, made = network(resolve(SMALL)), []
+    def counted(f): made.append(1); return taped(f)
+    def extract(images=IMAGES, size=32, batch_size=8, precision='float32'):
+        n = len(made)
+        a, b = (torch.cat(list(feature_batches(net, images, size, batch_size, None, precision, prepare=p)))
+                for p in (folded, graph.prepared_on('cpu', capture=counted)))
+        assert torch.equal(a, b)
+        return len(made) - n
+    assert [extract(), extract(), extract(batch_size=10), extract(batch_size=10)] == [1, 0, 1, 0]
+    assert [extract(IMAGES.subset(range(9))), extract(IMAGES.subset(range(7)))] == [1, 0]
+    assert [extract(size=40), extract(size=40), extract(precision='bfloat16')] == [1, 0, 1]
+    resize_head(net, 11)
+    assert extract() == 1
+
+def test_a_hook_is_called_in_an_extraction():
+    net, calls = network(resolve(SMALL)).eval(), []
+    net.features[0].register_forward_hook(lambda *_: calls.append(1))
+    with pytest.warns(UserWarning, match='a hook of features.0 would not be called'):
+        a = extracted(net, graph.prepared_on('cpu', capture=taped))
+    assert torch.equal(a, extracted(net)) and len(calls) == 12
+
+def test_an_extraction_that_cannot_be_recorded_runs_as_before():
+    net = network(resolve(SMALL)).eval()
+    net.features.append(AsksForSum())
+    with pytest.warns(UserWarning, match='asks for a number') as said:
+        a = extracted(net, graph.prepared_on('cpu', capture=taped))
+    assert torch.equal(a, extracted(net)) and len(said) == 1
+
+def test_a_kept_extraction_goes_with_its_network():
+    net = network(resolve(SMALL))
+    extracted(net, graph.prepared_on('cpu', capture=taped))
+    assert net in graph.EXTRACTIONS
+    gone = weakref.ref(net)
+    del net
+    gc.collect()
+    assert gone() is None
+
+def test_a_cpu_and_a_switched_off_graph_extract_the_old_way():
+    assert graph.prepared_on('cpu') is folded and graph.prepared_on('cuda', False) is folded
+    assert graph.prepared_on('cuda').func is graph.recorded
+
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+def test_features_of_the_probes_recorded(precision):
+    net, made = network(resolve(SMALL)), []
+    def counted(f): made.append(1); return warmed_up(f)
+    how = dict(size=32, batch_size=16, precision=precision)
+    a, b = (probes.probe_features(net, IMAGES, capture=capture, **how) for capture in (None, counted))
+    assert a.keys() == b.keys() and all(torch.equal(a[m], b[m]) for m in a) and len(made) == 1
 
 # ---------------------------------------------------------------- on a GPU that isn't there
 
@@ -443,6 +536,20 @@ def test_what_cannot_be_recorded_there_runs_as_before():
         found.append(list(net.state_dict().values()))
     assert same(*found) and len([w for w in said if "can't be recorded" in str(w.message)]) == 1
     assert float(torch.ones(2, device='cuda').sum()) == 2        # and the GPU is as usable as before
+
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+@pytest.mark.cuda
+@NO_GPU
+def test_extractions_there(precision): # the same kernels, so the same bits; with weights that change
+    net, on_device = network(on_gpu(precision=precision)), feeding.resident(IMAGES, 'cuda')
+    for _ in range(3):
+        a, b = (torch.cat(list(feature_batches(net, on_device, 32, 8, precision=precision, prepare=p)))
+                for p in (folded, graph.prepared_on('cuda')))
+        assert torch.equal(a, b)
+        moved(net)
+    a, b = (probes.probe_features(net, IMAGES, 32, 16, 'cuda', precision, capture=how)
+            for how in (launched, None))
+    assert all(torch.equal(a[m], b[m]) for m in a)
 
 @pytest.mark.cuda
 @NO_GPU

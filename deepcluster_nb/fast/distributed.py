@@ -30,6 +30,7 @@ from .images import PackedImages
 from .feeding import fetch_ahead, to_device
 from .crops import crop_inside
 from .features import HalfFeatures, PCA, autocast, feature_batches
+from .graph import prepared_on
 from ..features import l2_normalize
 from .kmeans import REPAIRS, Sums, nearest, rough_type, rounding_losses, whole_unit
 from .training import (CHECK_EVERY, Training, nonfinite_flag, raise_if_bad,
@@ -212,8 +213,8 @@ def cluster(net, images, config:Training, epoch:int,
     mine = PackedImages.of(images).subset(slice(*ends[ranks.rank:ranks.rank + 2]))
     folder = folder or existing(config.run_dir)
     with closing(HalfFeatures(len(mine), folder)) as feats:
-        for f in feature_batches(net, mine, config.size, batch, config.device, config.precision,
-                                 progress) if len(mine) else ():
+        for f in feature_batches(net, mine, config.size, batch, config.device, config.precision, progress,
+                                 prepare=prepared_on(config.device, config.graph)) if len(mine) else ():
             f = feats.add(f); mark('features')
             pca.add(f); mark('pca')
         pooled(pca, net.dim, config.device, ranks)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['center_input', 'fold_batchnorm', 'has_bfloat16', 'autocast', 'input_type', 'keep_memory', 'return_memory', 'pieces',
-           'at_once', 'network_device', 'feature_batches', 'compute_features', 'gram_directions', 'PCA', 'HalfFeatures']
+           'at_once', 'network_device', 'embedding', 'folded', 'feature_batches', 'compute_features', 'gram_directions',
+           'PCA', 'HalfFeatures']
 
 # %% ../../nbs/fast/22_features.ipynb #22fe0005
 import copy, ctypes, tempfile
@@ -109,6 +110,18 @@ def network_device(net)->torch.device: # the CPU for a network without parameter
     "Return the device of the network's parameters."
     return next((p.device for p in net.parameters()), torch.device('cpu'))
 
+def embedding(net, precision:str, compile:bool=False)->callable: # (B, C, H, W) of its input → (B, D)
+    "Return what embeds a batch: all that a recording of it has to hold (chapter 27)."
+    call = compiled(net, net.embed) if compile else net.embed
+    def embed(x):
+        with autocast(precision, x.device): return call(x.contiguous(memory_format=torch.channels_last))
+    return embed
+
+def folded(net, precision:str, compile:bool=False)->tuple: # (a copy without batch norm, its embedding)
+    "Prepare a network in evaluation mode for one extraction."
+    net = fold_batchnorm(net)
+    return net, embedding(net, precision, compile)
+
 @torch.no_grad()
 def feature_batches(net,                    # with an embed method: (B, 3, H, W) → (B, D)
                     images,                 # Images, all N of them
@@ -118,6 +131,7 @@ def feature_batches(net,                    # with an embed method: (B, 3, H, W)
                     precision:str='float32',# or 'bfloat16'
                     progress=None,          # called with (images done, N)
                     compile:bool=False,     # whole batches through torch.compile, where that works
+                    prepare=folded,         # what makes the network ready; chapter 27 has another
                    ):                       # iterator of (B, D), on the device, in the data set's order
     "Yield the features to cluster: central crop, before the last ReLU (paper, 'Implementation details')."
     for name,n in (('images', len(images)), ('size', size), ('batch_size', batch_size)):
@@ -127,8 +141,8 @@ def feature_batches(net,                    # with an embed method: (B, 3, H, W)
     # exact central crops, packed beside the images
     if (images.center is not None and images.center.size[-1] == size
         and getattr(net, 'center_box', 'exact') == 'exact'): images = images.center
-    net, dtype = fold_batchnorm(net.eval()), input_type(precision, device)
-    embed = compiled(net, net.embed) if compile else net.embed
+    (net, whole), dtype = prepare(net.eval(), precision, compile), input_type(precision, device)
+    embed = embedding(net, precision)                       # what is not whole is not worth compiling for
     parts, crops, n = [], [], len(images)
     for idx in torch.arange(n).split(batch_size):           # large images come in several parts
         parts += idx.split(pieces(images.shapes[idx].prod(1).tolist(), batch_size))
@@ -137,22 +151,19 @@ def feature_batches(net,                    # with an embed method: (B, 3, H, W)
         crops.append(center_input(net, x, size, dtype))
         if (done := int(idx[-1]) + 1) % batch_size and done < n: continue
         x, crops = crops[0] if len(crops) == 1 else torch.cat(crops), []
-        x = x.contiguous(memory_format=torch.channels_last)
-        with autocast(precision, device):
-            most = most or at_once(net, x)
-            # a last batch is not worth compiling for
-            whole = embed if len(x) == batch_size else net.embed
-            f = whole(x) if len(x) <= most else torch.cat([net.embed(b) for b in x.split(most)])
-        yield f
+        if most is None:
+            with autocast(precision, device): most = at_once(net, x)
+        yield whole(x) if len(x) == batch_size <= most else torch.cat([embed(b) for b in x.split(most)])
         if progress: progress(done, n)
 
 # %% ../../nbs/fast/22_features.ipynb #11f39144
-def compute_features(net, images, size, batch_size=512, device=None, precision='float32', progress=None
+def compute_features(net, images, size, batch_size=512, device=None, precision='float32', progress=None,
+                     prepare=folded
                     )->Tensor: # (N, D) float32 on the CPU; row i is image i
     "Compute all of `feature_batches` in one tensor, where that fits."
     training = net.training
-    feats = [f.float().cpu()
-             for f in feature_batches(net, images, size, batch_size, device, precision, progress)]
+    feats = [f.float().cpu() for f in feature_batches(net, images, size, batch_size, device, precision,
+                                                      progress, prepare=prepare)]
     net.train(training)
     return torch.cat(feats)
 

@@ -18,7 +18,7 @@ from .crops import random_resized_crop
 from ..clustering import Clustering
 from .kmeans import kmeans
 from .feeding import compiled, fetch_ahead, to_device
-from .features import HalfFeatures, PCA, autocast, feature_batches, input_type
+from .features import HalfFeatures, PCA, autocast, feature_batches, folded, input_type
 from ..features import l2_normalize
 from .crops import network_input
 from ..switches import SCHEDULES, Algorithm, by_lloyd, config_factors, recolored
@@ -64,7 +64,7 @@ class Machine:
     precision:str = 'auto'         # 'float32', 'bfloat16', or 'auto': bfloat16 where the device has it
     device:str = 'auto'            # 'cpu', 'cuda', or 'auto': cuda where there is one
     compile:bool = False           # torch.compile, where that works: training steps, a GPU's features
-    graph:bool = True              # training steps on a GPU as one CUDA graph, where that works
+    graph:bool = True              # steps and extraction on a GPU as CUDA graphs, where that works
     benchmark:bool = False         # cuDNN takes its fastest algorithms, not the same bits in each start
     run_dir:str = ''               # where the run is kept; nowhere when empty
     checkpoint_minutes:float = 10. # between checkpoints inside an epoch
@@ -147,6 +147,7 @@ def cluster(net, images, config:Training, epoch:int,
             mark=None,     # called with the name of each part that is done
             progress=None, # called with (images done, N) while features are computed
             folder=None,   # where features go that do not fit into memory
+            prepare=folded,# what makes the network ready for feature_batches
            )->tuple:       # (Clustering, PCA)
     "One reassignment: features → PCA → unit length → clusters, batch by batch."
     mark, pca = mark or (lambda part: None), PCA(config.pca)
@@ -154,7 +155,7 @@ def cluster(net, images, config:Training, epoch:int,
         # on a CPU extraction gains nothing from the compiler
         compile = config.compile and torch.device(config.device).type == 'cuda'
         for f in feature_batches(net, images, config.size, 512, config.device, config.precision, progress,
-                                 compile):
+                                 compile, prepare):
             f = feats.add(f); mark('features')
             pca.add(f); mark('pca')
         pca.solve()
