@@ -34,7 +34,7 @@ from .training import sgd, trunk_parameters
 from .fast.graph import prepared_on, train_epoch
 from .fast.training import Training
 from .fast.distributed import in_ranks, measure_sum, ring_bytes
-from .probes import MOST_PROBED, conv_activations, knn_accuracy, linear_probe, pool_activation
+from .probes import MOST_PROBED, conv_activations, knn_accuracy, linear_probes, pool_activation
 
 # %% ../nbs/29_estimate.ipynb #c7fa19ba
 def sample(work,           # called with an amount n
@@ -160,14 +160,20 @@ def sample_training(net, images, c:Training, seconds:float
 
 # %% ../nbs/29_estimate.ipynb #7eaf0630
 def sample_probes(net, facts:dict, device:str, seconds:float)->dict: # kind of work → samples
-    "Time a linear probe's pass over an image, and a pair of images in the nearest-neighbor test."
+    ("Time a linear probe's pass over an image, and a pair of images in the nearest-neighbor test; on a GPU "
+     "so many passes of all probes that their step is recorded, as in a run.")
     g, width = generator(0, 'estimate'), max(1, sum(facts['probes'])//len(facts['probes']))
-    x, y = torch.rand(1024, width, generator=g).half(), torch.arange(1024) % facts['classes']
+    on_gpu, y = torch.device(device).type == 'cuda', torch.arange(1024) % facts['classes']
     y[0] = facts['classes'] - 1                        # a probe has as many outputs as the largest label says
-    f = torch.randn(1024, facts['dim'], generator=g)
-    return dict(probe=[t/4 for t in sample(lambda n: linear_probe(x[:n], y[:n], x[:8], y[:8], epochs=4,
-                                                                  device=device),
-                                           len(x), seconds/2, least=128)[0]],
+    widths = facts['probes'] if on_gpu else [width]
+    x = {i: torch.rand(1024, d, generator=g).half() for i,d in enumerate(widths)}
+    f = torch.randn(1024, facts['dim'], generator=g).to(device)
+    def fit(n, epochs):
+        some, few = ({i: v[:m] for i,v in x.items()} for m in (n, 8))
+        linear_probes(some, y[:n], few, y[:8], epochs=epochs, device=device)
+    probe = (sample(lambda epochs: fit(len(y), epochs), 208, seconds/2, least=13) if on_gpu else
+             sample(lambda n: fit(n, 4), len(y), seconds/2, least=128))[0]
+    return dict(probe=[t/(len(x)*len(y) if on_gpu else 4) for t in probe],
                 pair=[t/len(f) for t in sample(lambda n: knn_accuracy(f, y, f[:n], y[:n], 200), len(f),
                                                seconds/2, least=64)[0]])
 

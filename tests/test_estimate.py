@@ -2,6 +2,7 @@
 from dataclasses import replace
 import re
 import pytest, torch
+from deepcluster_nb import estimate as module
 from deepcluster_nb.data import generator
 from deepcluster_nb.estimate import Estimate, estimate, kept_bytes, long, material, sample, sample_clustering
 from deepcluster_nb.experiments import main
@@ -57,6 +58,22 @@ def test_smallest_and_largest_samples_frame_the_estimate():
 
 def test_images_that_are_decoded_are_loaded_one_by_one():
     assert fake(facts=FACTS | dict(decoded=True, listing=3.)).totals()['loading'] == 7*1000 + 3
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_probes_are_sampled_as_they_are_fitted_there(device, monkeypatch): # the GPU is made up
+    seen, to = [], torch.Tensor.to
+    def fitted(train, train_y, test, test_y, epochs, device):
+        assert [len(f) for f in test.values()] == [len(test_y)]*len(test)
+        seen.append((device, [f.shape[1] for f in train.values()], len(train_y), epochs))
+    monkeypatch.setattr(module, 'linear_probes', fitted)
+    monkeypatch.setattr(module, 'sample', lambda work, most, *_, **how: work(most) or ([float(most)], most))
+    monkeypatch.setattr(torch.Tensor, 'to', lambda t, *a, **k: t if a == ('cuda',) else to(t, *a, **k))
+    found = module.sample_probes(None, FACTS, device, 1.)
+    if device == 'cpu': # one layer of mean width, 4 passes; a unit is a pass over an image
+        assert seen == [('cpu', [9408], 1024, 4)] and found['probe'] == [1024/4]
+    else: # all layers, steps enough for a recording; the unit of the amount is a pass of all
+        assert seen == [('cuda', [9600, 9216], 1024, 208)] and found['probe'] == [208/(2*1024)]
+    assert len(found['pair']) == 1
 
 def test_without_labels_no_probes():
     found = fake({k: v for k,v in KINDS.items() if k not in ('probe', 'pair')},

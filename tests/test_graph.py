@@ -289,6 +289,18 @@ def test_extractions_are_recorded_anew_where_they_must_be():
     resize_head(net, 11)
     assert extract() == 1
 
+def test_an_extraction_that_is_compiled_and_recorded(monkeypatch): # traced, without the compiler behind it
+    real, c, compiled = torch.compile, resolve(SMALL), []
+    def traced(f, **how): compiled.append(1); return real(f, backend='aot_eager', **how)
+    monkeypatch.setattr(torch, 'compile', traced)
+    net = network(c)
+    how = graph.prepared_on('cpu', capture=lambda f: f)
+    for _ in range(2):
+        a, b = extracted(net), extracted(net, how, compile=True)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        moved(net)
+    assert compiled == [1]                                  # for both extractions
+
 def test_a_hook_is_called_in_an_extraction():
     net, calls = network(resolve(SMALL)).eval(), []
     net.features[0].register_forward_hook(lambda *_: calls.append(1))
