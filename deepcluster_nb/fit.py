@@ -345,8 +345,9 @@ def neighbors_vote(net, images, config:Training)->float: # per cent
     vote = importlib.import_module('deepcluster_nb.probes').knn_accuracy     # a later chapter, only here
     order = torch.randperm(len(images), generator=generator(config.seed, 'neighbors'))[:MOST_VOTERS*5//4]
     some = PackedImages.of(images).subset(order)
-    f = compute_features(net, some, config.size, device=config.device, precision=config.precision,
-                         prepare=graph.prepared_on(config.device, config.graph))
+    f = compute_features(net, some, config.size, 512, config.device, config.precision, None,
+                         config.compile and torch.device(config.device).type == 'cuda', # as the clustering
+                         graph.prepared_on(config.device, config.graph)).to(config.device)
     n, y = max(1, len(f)*4//5), torch.as_tensor(some.labels)
     return vote(f[:n], y[:n], f[n:], y[n:], min(200, n))
 
@@ -458,7 +459,7 @@ def run_loop(state:State, images, config:Training, parts:Parts, hooks:Hooks):
     if hooks.progress: hooks.progress.close()
     graph.STEPS.pop(s.net, None)                         # a recorded step keeps its memory
     s.clustering, s.pca, _ = cluster()
-    graph.EXTRACTIONS.pop(s.net, None)
+    graph.EXTRACTIONS.clear()                            # that of a mean of the weights, too
     hooks.finished()
 
 # %% ../nbs/18_fit.ipynb #5775163c

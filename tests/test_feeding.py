@@ -81,6 +81,16 @@ def network_there(sobel=True):
     assert net.top_layer.weight.is_cuda
     return net
 
+def test_what_a_recording_keeps_is_not_free(monkeypatch): # segments of two pools and two devices
+    def segment(device, pool, total, active):
+        return dict(device=device, segment_pool_id=pool, total_size=total, active_size=active)
+    monkeypatch.setattr(torch.cuda, 'memory_snapshot', lambda: [
+        segment(0, (0, 0), 100, 30), segment(0, (0, 0), 50, 50), segment(0, (0, 7), 1000, 10),
+        segment(1, (0, 0), 9, 0)])
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (5000, 9000))
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
+    assert [feeding.free_there(d) for d in ('cuda', 'cuda:0', 'cuda:1')] == [5070, 5070, 5009]
+
 @pytest.mark.parametrize('ragged', [False, True])
 @pytest.mark.parametrize('sampler, precision', [('uniform', 'bfloat16'), ('weighted', 'float32')])
 def test_training_asks_for_nothing_between_two_looks(gpu, monkeypatch, ragged, sampler, precision):

@@ -184,6 +184,19 @@ def test_a_hook_is_called_so_the_network_is_not_recorded():
         epoch(c, graph.train_epoch, net=net, capture=taped)
     assert len(calls) == 3
 
+def test_a_hook_that_comes_after_the_recording():
+    c, calls = resolve(SMALL), []
+    net = epoch(c, graph.train_epoch, capture=taped)[0]
+    extracted(net, graph.prepared_on('cpu', capture=taped))
+    net.features[0].register_forward_hook(lambda *_: calls.append(1))
+    with pytest.warns(UserWarning, match='a hook of features.0 would not be called'):
+        epoch(c, graph.train_epoch, net=net, capture=taped)
+    with pytest.warns(UserWarning, match='a hook of features.0 would not be called'):
+        extracted(net, graph.prepared_on('cpu', capture=taped))
+    with pytest.warns(UserWarning, match='a hook of features.0 would not be called'):
+        probes.probe_features(net, IMAGES, 32, 16, capture=taped)
+    assert len(calls) == 3 + 6 + 3
+
 def test_rates_are_numbers_again_after_the_epoch():
     c = resolve(replace(SMALL, lr_schedule='cosine'))
     rates = [[o.param_groups[0]['lr'] for o in epoch(c, t, **how)[1]]
@@ -197,7 +210,7 @@ def test_one_recording_until_something_else_is_asked_for():
     assert len(made) == 1
     epoch(c, graph.train_epoch, net=net, capture=counted)                 # new optimizers, the same constants
     assert len(made) == 1
-    for i,other in enumerate([replace(c, weight_decay=.1), replace(c, batch_size=20),
+    for i,other in enumerate([replace(c, weight_decay=.1), replace(c, batch_size=20), replace(c, jitter=.4),
                               replace(c, precision='bfloat16')]):
         epoch(other, graph.train_epoch, net=net, capture=counted)
         assert len(made) == 2 + i
@@ -205,7 +218,7 @@ def test_one_recording_until_something_else_is_asked_for():
     resize_head(net, 11)                                                  # another head, elsewhere
     reset_top_layer(net, generator(0))
     epoch(replace(c, precision='bfloat16'), graph.train_epoch, net=net, capture=counted)
-    assert len(made) == 5
+    assert len(made) == 6
 
 def test_a_recording_goes_with_its_network():
     net = epoch(resolve(SMALL), graph.train_epoch, capture=taped)[0]
@@ -286,8 +299,9 @@ def test_extractions_are_recorded_anew_where_they_must_be():
     assert [extract(), extract(), extract(batch_size=10), extract(batch_size=10)] == [1, 0, 1, 0]
     assert [extract(IMAGES.subset(range(9))), extract(IMAGES.subset(range(7)))] == [1, 0]
     assert [extract(size=40), extract(size=40), extract(precision='bfloat16')] == [1, 0, 1]
-    resize_head(net, 11)
     assert extract() == 1
+    resize_head(net, 11)                                                  # which features don't see
+    assert extract() == 0
 
 def test_an_extraction_that_is_compiled_and_recorded(monkeypatch): # traced, without the compiler behind it
     real, c, compiled = torch.compile, resolve(SMALL), []
@@ -394,15 +408,41 @@ def test_how_a_gpu_records(monkeypatch): # made up, with a log: warm-up and reco
         def __exit__(self, *_): log.append(f'out of {self.name}')
     class Graph:
         def replay(self): log.append('replay')
-    monkeypatch.setattr(torch.cuda, 'Stream', Stream)
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda: log.append('new stream') or Stream())
     monkeypatch.setattr(torch.cuda, 'CUDAGraph', Graph)
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
     monkeypatch.setattr(torch.cuda, 'current_stream', lambda: Stream('main'))
+    monkeypatch.setattr(torch.cuda, 'get_sync_debug_mode', lambda: 0)
+    monkeypatch.setattr(torch.cuda, 'set_sync_debug_mode', lambda mode: log.append(f'waiting is {mode}'))
     monkeypatch.setattr(torch.cuda, 'stream', lambda s: Entered(s.name))
     monkeypatch.setattr(torch.cuda, 'graph', lambda g, stream, capture_error_mode:
                         Entered(f'{capture_error_mode} graph in {stream.name}'))
-    graph.captured(lambda: log.append('f'))()
-    assert log == ['side waits for main', 'in side', 'f', 'f', 'f', 'in thread_local graph in side', 'f',
-                   'out of thread_local graph in side', 'out of side', 'main waits for side', 'replay']
+    def f(): log.append('f' if not gc.isenabled() else 'garbage is collected')
+    replay = graph.captured(f)
+    replay()
+    recording = ['side waits for main', 'in side', 'f', 'f', 'waiting is error', 'f', 'waiting is 0',
+                 'in thread_local graph in side', 'f', 'out of thread_local graph in side', 'out of side',
+                 'main waits for side']
+    assert log == ['new stream', *recording, 'replay'] and gc.isenabled()
+    log.clear()
+    other = graph.captured(f)
+    assert log == ['new stream', *recording]                 # the first one's is in use
+    del replay, other
+    log.clear()
+    replay = graph.captured(f)
+    assert log == recording                                  # and now one is idle
+    def broken(): f(); raise RuntimeError('waits')
+    log.clear()
+    with pytest.raises(RuntimeError, match='waits'): graph.captured(broken)
+    assert log == ['side waits for main', 'in side', 'f', 'out of side', 'main waits for side']
+    assert gc.isenabled()
+
+def test_a_command_that_takes_too_long_leaves_its_words():
+    from gpu import command
+    assert command('-c', 'print(1); print(2)', limit=60) == ['1', '2']
+    with pytest.raises(RuntimeError, match='stopped after 1 s\nhalf way'):
+        command('-uc', 'import time; print("half way"); time.sleep(60)', limit=1)
+    with pytest.raises(RuntimeError, match='ZeroDivisionError'): command('-c', '1/0', limit=60)
 
 def test_the_share_of_time_that_a_device_works():
     from gpu import covered, parts
@@ -487,7 +527,7 @@ def epochs_there(c, images=IMAGES, capture=None, n=3, weights=None):
 def test_replays_are_the_bits_of_launches(more, weights, ragged):
     images = IMAGES if not ragged else PackedImages(
         torch.cat([im[:, i % 3:].reshape(-1) for i,im in enumerate(IMAGES)]),
-        [(3, 32 - i % 3, 32) for i in range(len(IMAGES))], IMAGES.labels)
+        [(1, 8 - i % 3, 8) for i in range(len(IMAGES))], IMAGES.labels)
     c = on_gpu(**more)
     a, b = (epochs_there(c, images, how, weights=weights) for how in (launched, None))
     assert b[2] == 1 and torch.equal(a[1], b[1]) and same(a[0], b[0])
@@ -536,7 +576,7 @@ def test_a_bad_step_is_named_there():
 @pytest.mark.cuda
 @NO_GPU
 def test_what_cannot_be_recorded_there_runs_as_before():
-    c, on_device, found = on_gpu(dropout=0.), feeding.resident(IMAGES, 'cuda'), []
+    c, on_device, found = on_gpu(dropout=.5), feeding.resident(IMAGES, 'cuda'), []
     for capture in (launched, None):
         net = network(c)
         net.top_layer.__class__ = Asks

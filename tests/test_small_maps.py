@@ -7,7 +7,7 @@ from deepcluster_nb.data import generator
 from deepcluster_nb.sources import load_images
 from deepcluster_nb.fast.features import autocast, fold_batchnorm
 from deepcluster_nb.model import convnet
-from deepcluster_nb.fast.feeding import seconds
+from deepcluster_nb.fast.feeding import same_bits, seconds
 from deepcluster_nb.fast.small_maps import (AdaptiveMaxPool2d, Blocks, Conv2d, PatchGradient, block_conv,
                                             few_planes, with_small_maps)
 from deepcluster_nb.fit import Config, fit
@@ -169,6 +169,7 @@ def test_one_layout_from_sobel_to_the_classifier(monkeypatch, arch, size): # not
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 def test_a_gpu_over_blocks():
+    same_bits()
     (plain, twin), x = [net.cuda() for net in alexnets()], rand(64, 1, 224, 224).cuda()
     torch.testing.assert_close(twin.eval()(x), plain.eval()(x), rtol=1e-3, atol=1e-4)
     exact = gradients(plain.double(), x.double())

@@ -158,12 +158,12 @@ def feature_batches(net,                    # with an embed method: (B, 3, H, W)
 
 # %% ../../nbs/fast/22_features.ipynb #11f39144
 def compute_features(net, images, size, batch_size=512, device=None, precision='float32', progress=None,
-                     prepare=folded
+                     compile=False, prepare=folded
                     )->Tensor: # (N, D) float32 on the CPU; row i is image i
     "Compute all of `feature_batches` in one tensor, where that fits."
     training = net.training
     feats = [f.float().cpu() for f in feature_batches(net, images, size, batch_size, device, precision,
-                                                      progress, prepare=prepare)]
+                                                      progress, compile, prepare)]
     net.train(training)
     return torch.cat(feats)
 

@@ -126,9 +126,13 @@ def free_memory()->float: # bytes; infinite where the system does not say
     return min(found)
 
 def free_there(device)->int: # bytes
-    "Return the free memory of a GPU; what PyTorch keeps for its next tensors counts as free."
-    return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-            - torch.cuda.memory_allocated(device))
+    ("Return the free memory of a GPU; what PyTorch keeps for its next tensors counts as free, "
+     "but not what a recorded step (chapter 27) keeps for itself.")
+    index = torch.device(device).index
+    here = (torch.cuda.current_device() if index is None else index), (0, 0)    # the pool of all but graphs
+    return torch.cuda.mem_get_info(device)[0] + sum(s['total_size'] - s['active_size']
+                                                    for s in torch.cuda.memory_snapshot()
+                                                    if (s['device'], tuple(s['segment_pool_id'])) == here)
 
 def fits(nbytes:float, device, room:int=None)->bool: # room: as for resident
     "Return whether images of so many bytes would be resident."
