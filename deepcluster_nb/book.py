@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LONG', 'QUESTION', 'BOX', 'OTHER_WORDS', 'AT', 'document', 'documented', 'defined', 'anchor', 'heading', 'signed',
            'each_definition_once', 'pieces', 'solutions_closed', 'optional_marked', 'imports_folded',
-           'lookup_of_clear_names', 'linked', 'keep_case', 'citation', 'Page', 'pin_notebooks']
+           'lookup_of_clear_names', 'linked', 'prints_joined', 'keep_case', 'citation', 'Page', 'pin_notebooks']
 
 # %% ../nbs/34_book.ipynb #c363d579
 import ast, re
@@ -150,6 +150,18 @@ def linked(cells:list)->list:
             data['text/markdown'] = link(''.join(data['text/markdown']))
     return cells
 
+# %% ../nbs/34_book.ipynb #b1a10e79
+def prints_joined(cells:list)->list:
+    "Join printed outputs of a cell that follow each other."
+    for cell in cells:
+        out = []
+        for o in cell.get('outputs', []):
+            if out and o['output_type'] == out[-1]['output_type'] == 'stream' and o['name'] == out[-1]['name']:
+                out[-1]['text'] = ''.join(out[-1]['text']) + ''.join(o['text'])
+            else: out.append(o)
+        if out: cell.outputs = out
+    return cells
+
 # %% ../nbs/34_book.ipynb #7b21d2bc
 def keep_case(title:str)->str:
     "A title whose capitals stay as they are in every style of citation."
@@ -171,7 +183,7 @@ class Page:
         import yaml
         nb = self.nb
         cells = imports_folded(each_definition_once(nb.cells))
-        nb.cells = linked(optional_marked(solutions_closed(cells)))
+        nb.cells = prints_joined(linked(optional_marked(solutions_closed(cells))))
         front, path = dict(nb.frontmatter_), Path(nb.path_)
         folder = f'{path.parent.name}/' if path.parent.name in ('experiments', 'fast') else ''
         front['citation'] = citation(front['title'], folder + front['output-file'])

@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'IMAGENET', 'CLUSTERING', 'sample', 'per_image', 'kept_byte
            'measured_bandwidth', 'on_ranks', 'rank_table']
 
 # %% ../nbs/29_estimate.ipynb #c7f7952f
-import math, os, shutil, sys, tempfile, time
+import math, os, shutil, sys, tempfile, textwrap, time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -169,8 +169,8 @@ def sample_probes(net, facts:dict, device:str, seconds:float)->dict: # kind of w
     x = {i: torch.rand(1024, d, generator=g).half() for i,d in enumerate(widths)}
     f = torch.randn(1024, facts['dim'], generator=g).to(device)
     def fit(n, epochs):
-        some, few = ({i: v[:m] for i,v in x.items()} for m in (n, 8))
-        linear_probes(some, y[:n], few, y[:8], epochs=epochs, device=device)
+        train, test = ({i: v[:m] for i,v in x.items()} for m in (n, 8))
+        linear_probes(train, y[:n], test, y[:8], epochs=epochs, device=device)
     probe = (sample(lambda epochs: fit(len(y), epochs), 208, seconds/2, least=13) if on_gpu else
              sample(lambda n: fit(n, 4), len(y), seconds/2, least=128))[0]
     return dict(probe=[t/(len(x)*len(y) if on_gpu else 4) for t in probe],
@@ -331,17 +331,18 @@ def described(e)->str: # of an Estimate
             f"{t[p]/max(e.seconds, 1e-9):8.0%}{spread(low[p], t[p], high[p]):>9}" for p in t if t[p]]
     total = (f"{'in all':12}{long(sum(each.values())):>18}{long(e.seconds):>18}{'':8}"
              f"{spread(sum(low.values()), e.seconds, sum(high.values())):>9}")
-    peak = f"; {amount(f['peak'])} were in use at most during the samples" if f.get('peak') else ''
-    what = lambda d: ', '.join(f"{name} {amount(b)}" for name,b in d.items())
+    peak = [f"  {amount(f['peak'])} were in use at most during the samples"] if f.get('peak') else []
+    items = lambda d: [f"{'  ' + name:36}{amount(b):>12}" for name,b in d.items()]
+    threads = torch.get_num_threads()
     return '\n'.join([
         f"{c.dataset}, {f['n']:,} images{'' if f['real'] else ' (measured on noise: no images found)'} "
-        f"at {c.size} px · {c.arch} · k = {c.k:,} · "
+        f"at {c.size} px · {c.arch} · k = {c.k:,}",
         f"{c.epochs} reassignments of {c.passes} {'pass' if c.passes == 1 else 'passes'} · "
-        f"{c.precision} on {c.device}, {torch.get_num_threads()} threads",
+        f"{c.precision} on {c.device}, {threads} thread{'' if threads == 1 else 's'}",
         f"{'phase':12}{'a reassignment':>18}{'in all':>18}{'share':>8}{'sure to':>9}", *rows, total,
-        f"disk: {what(e.disk)}; {amount(e.stays)} stay when the run has ended",
-        f"memory: {what(e.memory)}{peak}",
-        f"what would help most: {e.advice()}"])
+        'disk:', *items(e.disk), f"  {amount(e.stays)} stay when the run has ended",
+        'memory:', *items(e.memory), *peak,
+        textwrap.fill(f"what would help most: {e.advice()}", 90, subsequent_indent='  ')])
 
 # %% ../nbs/29_estimate.ipynb #7ed4426f
 def estimate(config:Config,     # of the run

@@ -796,9 +796,7 @@ def command_line()->argparse.ArgumentParser:
 
 # %% ../nbs/15_experiments.ipynb #5b1d20e2
 def main(argv=None
-         # exit status: 0 done, 1 the run failed, 2 the input
-         # was wrong, 130 or 143 stopped by Ctrl-C or SIGTERM
-        )->int:
+        )->int: # exit status: 0 done, 1 the run failed, 2 wrong input, 130 or 143 Ctrl-C or SIGTERM
     "Run the console script `deepcluster-nb`."
     args = command_line().parse_args(argv)
     any_text(sys.stdout, sys.stderr)

@@ -14,10 +14,10 @@ from .training import Config
 
 # %% ../nbs/14_pic.ipynb #3e97a7b3
 def neighbor_graph(x:Tensor,          # (N, D) points
-                    neighbors:int=5,  # of each point
-                    sigma:float=.2,    # of the weights exp(−‖xᵢ − xⱼ‖²/σ²)
-                    first:bool=False,  # drop the first that is found, not the point itself
-                   )->tuple: # (N, N) sparse symmetric W, (N, neighbors) their numbers, nearest first
+                   neighbors:int=5,   # of each point
+                   sigma:float=.2,    # of the weights exp(−‖xᵢ − xⱼ‖²/σ²)
+                   first:bool=False,  # drop the first that is found, not the point itself
+                  )->tuple:           # (N, N) sparse symmetric W, (N, neighbors) their numbers, nearest first
     "Find the nearest neighbors of each point, and the symmetric graph W + Wᵀ of their weights."
     import faiss
     from scipy.sparse import csr_matrix
@@ -84,7 +84,7 @@ def join_singletons(assign:np.ndarray,
 
 # %% ../nbs/14_pic.ipynb #14435d44
 def pic(x:Tensor,            # (N, D) points
-        neighbors:int=5,    # edges from each point
+        neighbors:int=5,     # edges from each point
         sigma:float=.2,      # of the weights exp(−‖xᵢ − xⱼ‖²/σ²)
         alpha:float=.001,    # share that flows along the edges
         steps:int=200,       # of the power iteration

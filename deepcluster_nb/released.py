@@ -134,7 +134,8 @@ def released_state(saved,  # of read_tensors
                 epoch=saved.get('epoch') if isinstance(saved.get('epoch'), int) else None, state=state)
 
 # %% ../nbs/13_released.ipynb #034735eb
-def tensors_sha256(tensors:dict)->str: # name → tensor
+def tensors_sha256(tensors:dict # name → tensor
+                  )->str:
     "Compute the SHA-256 of the tensors' names and numbers."
     h = hashlib.sha256()
     for n in sorted(tensors): h.update(n.encode()); h.update(tensors[n].numpy().tobytes())

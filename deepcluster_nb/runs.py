@@ -249,7 +249,9 @@ def other_images(run_dir, images,
     was = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
     return difference(was[name], fingerprint(images), images.paths) if name in was else ''
 
-def same_data(folder:RunFolder, **splits): # name → images
+def same_data(folder:RunFolder,
+              **splits # name → images
+             ):
     "Refuse other images than a run was begun with; of a new run, keep their fingerprint."
     file = folder.path/'data.json'
     was = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}

@@ -136,7 +136,9 @@ def decode(path,
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 # %% ../nbs/16_sources.ipynb #9f4ec9ee
-def decoded(path, how=decode): # an image, or a string that says why it can't be read
+def decoded(path,
+            how=decode,      # path → (C, H, W) uint8
+           )->Tensor|str:    # an image, or a string that says why it can't be read
     "Decode an image file; where that fails, return the error's message instead of raising it."
     try: return how(path)
     except Exception as e: return str(e) or type(e).__name__

@@ -55,7 +55,8 @@ def test_runs_side_by_side(runs, tmp_path, capsys):
     assert (both == dict(mean=60.5, std=pytest.approx(statistics.stdev([60., 61.])), n=2)
             and means['k = 6, lr = 0.05']['conv3'] == dict(mean=66., std=None, n=1)
             and means['random']['kNN']['n'] == 2)
-    assert '60.5 ± 0.7' in text and 'ours, 2 seeds' in text and 'ours, one seed' in text
+    assert '60.5\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.7' in text
+    assert 'ours, 2 seeds' in text and 'ours, one seed' in text
     verdict = ' '.join(m['verdict'])
     assert ('4 runs, 3 finished; stopped is stopped after 1 of 2 epochs' in verdict
             and 'k = 6, lr = 0.05 leads with 66.0 %, +16.0 points' in verdict)

@@ -1,5 +1,5 @@
 "The command, papermill, and the folder that they leave."
-import ast, io, json, os, re, signal, subprocess, sys, time
+import ast, io, json, math, os, re, signal, subprocess, sys, time
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -101,6 +101,21 @@ def test_choices(tmp_path, in_process, which, names):
     m = json.loads((tmp_path/'run'/'metrics.json').read_text())
     assert list(m) == ['random', 'random, calibrated', *names, 'seconds']
     assert all(0 <= m[name]['conv3']['mean'] <= 100 for name in names)
+
+def values(x): # all numbers in it
+    if isinstance(x, dict): return [v for part in x.values() for v in values(part)]
+    return [v for part in x for v in values(part)] if isinstance(x, list) else [x]
+
+@pytest.mark.parametrize('name, tiny', [
+    ('epoch', 'n_images=32 k=5 pca=4 n_points=100 batch_size=8 steps=1'),
+    ('speed', 'n_images=16 epoch_images=16 batch_size=8 n_points=200 ks=[5] pca=4 niter=1 workers=0 rounds=1')])
+def test_what_measures_time_runs(tmp_path, in_process, name, tiny):
+    tiny = [x for p in tiny.split() for x in ('-p', p)]
+    assert main(['run', name, '--out', str(tmp_path/'run'), *tiny]) == 0
+    m = json.loads((tmp_path/'run'/'metrics.json').read_text())
+    numbers = [v for v in values(m) if isinstance(v, float)]
+    assert len(numbers) > 5 and all(map(math.isfinite, numbers))
+    assert (tmp_path/'run'/'report.html').is_file()
 
 def test_choices_are_tuned_on_images_that_are_held_out(tmp_path, capsys, in_process):
     tiny = [x for p in ('which=tuning', 'n_images=700', 'n_test=700', 'k=5', 'pca=8', 'epochs=1', 'seeds=1')

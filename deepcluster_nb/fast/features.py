@@ -168,10 +168,9 @@ def compute_features(net, images, size, batch_size=512, device=None, precision='
     return torch.cat(feats)
 
 # %% ../../nbs/fast/22_features.ipynb #6d1b0a04
-def gram_directions(c:Tensor, dim:int
-                    # (N, D) centered points, N < D → variances, ascending, and directions
-                    # as columns, up to dim or D with zeros before them
-                   )->tuple:
+def gram_directions(c:Tensor, # (N, D) centered points, N < D
+                    dim:int,  # directions wanted
+                   )->tuple:  # variances, ascending, and directions as columns; zeros first if too few
     "Find the covariance's eigenvalues and eigenvectors from the smaller Gram matrix of the points."
     variance, u = torch.linalg.eigh(c @ c.T / len(c))
     more = max(0, min(dim, c.shape[1]) - len(c))                   # directions that so few points don't have

@@ -76,9 +76,7 @@ def rounding_losses(x:Tensor, low
     return torch.cat([torch.stack([b, b - b.to(low)]).norm(dim=2) for b in x.split(8192)], 1)
 
 def tiled(x, centroids, tile=0, low=None, losses=None # as for nearest
-         # dtype of the rough scores, and a function: (N,) assignments → iterator of a tile's points
-         # and assignments, centroids and half their squares, padded, scores, by how much two may be off
-         )->tuple:
+         )->tuple: # dtype of the rough scores, and a function: (N,) assignments → iterator over the tiles
     "Score the points roughly, a tile at a time."
     (k, d), low = centroids.shape, low or rough_type(x)
     c    = F.pad(centroids, (0, 0, 0, -k % 256))                            # to a width that suits processors
@@ -94,6 +92,7 @@ def tiled(x, centroids, tile=0, low=None, losses=None # as for nearest
     lost, lost_half = lost + d*2**-23*length, (lift - half - bias)[:k].abs().max()
     scores = x.new_empty(tile, len(c), dtype=low)
     losses = rounding_losses(x, low) if losses is None else losses
+    # points, assignments, centroids and half their squares, padded, scores, by how much two may be off
     def tiles(assign):
         for b,a,(b_length,b_lost) in zip(x.split(tile), assign.split(tile), losses.split(tile, 1)):
             error = b_lost*length + 1.01*b_length*lost + lost_half

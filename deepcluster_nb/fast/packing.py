@@ -392,8 +392,7 @@ def pack_folder(src,                    # an ImageFolder tree, or a list of imag
                 upright:bool=True,      # turn images as their EXIF note says
                 skip_broken:bool=False, # leave out what can't be read, else that is an error
                 workers:int=None,       # processes; as many as there are cores where not given
-                # called with a line at the start and the end; None: silence, no progress bar
-                echo=print,
+                echo=print,             # called with a line at the start and the end; None: silence
                )->PackedImages:
     ("Decode every image once into one file that `PackedImages` can map. "
      "Goes on where it was stopped, to the same bytes.")
