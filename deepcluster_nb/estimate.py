@@ -202,7 +202,9 @@ def measure(c:Training, images, facts:dict, seconds:float, echo=None
     prepare = prepared_on(c.device, c.graph)
     out = dict(features=per_image(lambda n: compute_features(net, images.subset(rows[:n]), c.size, 512,
                                                              c.device, c.precision, prepare=prepare),
-                                  min(512, facts['n']), .2*seconds))
+                                  min(512, facts['n']), .2*seconds,
+                                  # of small images so many that they cost more than the call
+                                  least=max(2, 64 * 32**2 // c.size**2)))
     say('measuring PCA and k-means')
     out |= sample_clustering(c, facts['n'], net.dim, .3*seconds)
     say('measuring training')
