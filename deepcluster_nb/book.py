@@ -154,11 +154,12 @@ def linked(cells:list)->list:
 def prints_joined(cells:list)->list:
     "Join printed outputs of a cell that follow each other."
     for cell in cells:
-        out = []
+        out, before = [], None
         for o in cell.get('outputs', []):
-            if out and o['output_type'] == out[-1]['output_type'] == 'stream' and o['name'] == out[-1]['name']:
-                out[-1]['text'] = ''.join(out[-1]['text']) + ''.join(o['text'])
+            stream = o['output_type'] == 'stream' and o['name']
+            if stream and stream == before: out[-1]['text'] = ''.join(out[-1]['text']) + ''.join(o['text'])
             else: out.append(o)
+            before = stream
         if out: cell.outputs = out
     return cells
 

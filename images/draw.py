@@ -20,7 +20,7 @@ def card(width, height, title, inside): # light on every page, so that it can be
 def table(markdown): # name → [(mean, standard deviation), …], and the columns
     rows = [[c.strip() for c in l.strip('|').split('|')] for l in markdown.splitlines() if l.startswith('|')]
     start = next(i for i,r in enumerate(rows) if r[0].startswith('test accuracy'))
-    values = {r[0]: [tuple(map(float, c.split(' ± '))) for c in r[1:]] for r in rows[start + 2:start + 5]}
+    values = {r[0]: [tuple(map(float, c.split('±'))) for c in r[1:]] for r in rows[start + 2:start + 5]}
     return rows[start][1:], values
 
 def gains(markdown):

@@ -108,7 +108,8 @@ def values(x): # all numbers in it
 
 @pytest.mark.parametrize('name, tiny', [
     ('epoch', 'n_images=32 k=5 pca=4 n_points=100 batch_size=8 steps=1'),
-    ('speed', 'n_images=16 epoch_images=16 batch_size=8 n_points=200 ks=[5] pca=4 niter=1 workers=0 rounds=1')])
+    ('speed', 'n_images=16 epoch_images=16 batch_size=8 n_points=200 ks=[5] pca=4 niter=1 workers=0 '
+              'rounds=1')])
 def test_what_measures_time_runs(tmp_path, in_process, name, tiny):
     tiny = [x for p in tiny.split() for x in ('-p', p)]
     assert main(['run', name, '--out', str(tmp_path/'run'), *tiny]) == 0
