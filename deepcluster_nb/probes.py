@@ -34,8 +34,8 @@ from .fast.kmeans import kmeans
 from .runs import load_checkpoint, save_checkpoint
 from .fit import Config, check, state_tensors, PlainTypes, load_state, resolve, type_wanted
 from .training import batches
-from .fast.graph import (EXTRACTIONS, Feed, Forward, Parcel, Recorded, captured, prepared_on,
-                                       train_epoch, unhooked)
+from .fast.graph import (EXTRACTIONS, Feed, Forward, Parcel, Recorded, capture_on, captured,
+                                       prepared_on, train_epoch, unhooked)
 
 # %% ../nbs/09_probes.ipynb #e9fe5c8c
 def conv_activations(net,       # a DeepClusterNet
@@ -96,7 +96,7 @@ def probe_features(net, images:PackedImages, size:int, batch_size:int=256, devic
         each = lambda name, a: pool_activation(name, a.float(), 10_000, count_padding, pool).half()
         with autocast(precision, device):
             return conv_activations(net, x.contiguous(memory_format=torch.channels_last), each, avgpool)
-    capture = unhooked(net, capture or (captured if torch.device(device).type == 'cuda' else None))
+    capture = unhooked(net, capture_on(device, capture))
     out, kept, whole = {}, None, Forward(forward, capture) if capture else forward
     for idx,x in fetch_ahead(resident(images, device), torch.arange(len(images)).split(batch_size), device):
         acts = (whole if len(idx) == batch_size else forward)(center_input(net, x, size))
@@ -425,7 +425,7 @@ def train_probes(net,                # frozen
     shapes = conv_activations(net, some, lambda n, a: a.shape[1], avgpool=True)
     heads = Heads(pooled(net, some, c), shapes, max(int(train.labels.max()) + 1, len(train.classes)),
                   c.head_norm, c.seed).to(c.device)
-    capture = unhooked(net, capture or (captured if torch.device(c.device).type == 'cuda' else None))
+    capture = unhooked(net, capture_on(c.device, capture))
     opt = torch.optim.SGD(heads.parameters(), c.lr, c.momentum, weight_decay=c.weight_decay,
                           nesterov=c.nesterov, fused=bool(capture) or None)
     saved = load_checkpoint(folder) if folder else None

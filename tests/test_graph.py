@@ -429,7 +429,7 @@ def test_how_a_gpu_records(monkeypatch): # made up, with a log: warm-up and reco
     assert log == ['new stream', *recording]                 # the first one's is in use
     del replay, other
     log.clear()
-    replay = graph.captured(f)
+    graph.captured(f)
     assert log == recording                                  # and now one is idle
     def broken(): f(); raise RuntimeError('waits')
     log.clear()

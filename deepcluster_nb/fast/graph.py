@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IDLE', 'MANY', 'STEPS', 'EXTRACTIONS', 'Tape', 'taped', 'no_waiting', 'no_collecting', 'captured', 'warn', 'Recorded',
            'Parcel', 'crops_cut_by', 'Feed', 'learner', 'recipe', 'hooked', 'unhooked', 'Step', 'step_of',
-           'train_epoch', 'Forward', 'all_tensors', 'recorded', 'prepared_on', 'cluster']
+           'train_epoch', 'Forward', 'capture_on', 'all_tensors', 'recorded', 'prepared_on', 'cluster']
 
 # %% ../../nbs/fast/27_graph.ipynb #2731f1c5
 import gc, warnings
@@ -329,6 +329,10 @@ class Forward:
 # %% ../../nbs/fast/27_graph.ipynb #2057929e
 EXTRACTIONS = WeakKeyDictionary()    # network → (recipe, folded copy, Forward)
 
+def capture_on(device, capture=None)->callable: # or None
+    "Choose how work there is recorded: as asked; else as a CUDA graph on a GPU, and not at all on a CPU."
+    return capture or (captured if torch.device(device).type == 'cuda' else None)
+
 def all_tensors(net)->list:
     "List parameters and buffers."
     return [*net.parameters(), *net.buffers()]
@@ -352,8 +356,8 @@ def recorded(net, precision:str, compile:bool=False,
 
 def prepared_on(device, on:bool=True, capture=None)->callable: # for feature_batches
     "Choose how networks are made ready: recorded on a GPU where that is on, else folded each time."
-    if not capture and (torch.device(device).type == 'cpu' or not on): return folded
-    return partial(recorded, capture=capture or captured)
+    how = capture_on(device, capture) if on else capture
+    return partial(recorded, capture=how) if how else folded
 
 def cluster(net, images, config:Training, epoch:int, mark=None, progress=None, folder=None, # as in chapter 25
             capture=None)->tuple: # (Clustering, PCA)
