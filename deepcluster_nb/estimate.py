@@ -111,7 +111,9 @@ def material(c:Config, n_images:int=0)->tuple: # (images to measure with, facts)
     try:
         images = load_images(c.dataset, c.root or None, 'train', min(n, 256) if folder else 0, c.seed)
         if not folder: n = len(images)
-        if c.dataset == 'packed': n_test = len(load_images('packed', c.root or None, 'test'))
+        if c.dataset == 'packed':
+            try: n_test = len(load_images('packed', c.root or None, 'test'))
+            except FileNotFoundError: n_test = n//5                 # held out, as for the probes
         real, classes = True, len(images.classes) if images.labels is not None else 0
     except FileNotFoundError:
         if c.root: raise                                        # a root that was named should be right
@@ -194,7 +196,7 @@ def measure(c:Training, images, facts:dict, seconds:float, echo=None
     learned = [p.numel() for p in net.parameters() if p.requires_grad]
     trunk  = [p.numel() for p in trunk_parameters(net)]
     facts |= dict(dim=net.dim, activations=kept_bytes(forward, x), network=4*(2*sum(learned) + sum(trunk)),
-                  checkpoint=disk_space(net, c, facts['n'])[0])
+                  gradients=4*sum(learned), checkpoint=disk_space(net, c, facts['n'])[0])
     if fits(facts['n']*facts['image_bytes'], c.device):  # as the run will
         images = resident(images.subset(torch.arange(min(len(images), 4096))), c.device)
     rows = torch.arange(16*512) % len(images)
@@ -374,7 +376,7 @@ def on_ranks(e:Estimate,
     "Predict a reassignment on several ranks from the times of one."
     c, f, t, axes = e.config, e.facts, e.epoch(), median(e.samples['axes'])
     def wire(nbytes, times=1): return times * ring_bytes(nbytes, world) / bandwidth
-    gradients = (f['network'] - f['checkpoint']) / (2 if c.compress_gradients else 1)
+    gradients = f['gradients'] / (2 if c.compress_gradients else 1)
     work = {p: s / world for p,s in t.items() if p != 'bookkeeping'} | dict(bookkeeping=t['bookkeeping'])
     work['pca'] = (t['pca'] - axes) / world + axes                 # rank 0 finds the directions alone
     waits = dict.fromkeys(t, 0.) | dict(pca=wire(8*f['dim']**2), kmeans=wire(8*c.k*min(c.pca, f['dim']), 21))

@@ -38,7 +38,7 @@ from .switches import (CENTER_BOXES, SCHEDULES, Algorithm, new_head, resize_head
                                      with_switches)
 from .training import sgd, trunk_parameters
 from .fast.training import CLUSTERERS, TAKE_K, Training
-from .runs import Guard, Progress, RunFolder, load_checkpoint, same_data, say
+from .runs import Guard, Progress, RunFolder, drop_damaged, load_checkpoint, same_data, say
 import deepcluster_nb.fast.distributed as distributed
 from .fast.distributed import RankGuard, joined, ranks_here, same_images, shared_tensors
 
@@ -262,7 +262,9 @@ def resume(folder, net, config:Training,
     "Continue from the newest checkpoint in the folder."
     same_data(folder, train=images)
     saved, n = load_checkpoint(folder.path/'checkpoint'), len(images)
-    if saved is None: return
+    if saved is None:
+        if folder.log: folder.keep_epochs(0)
+        return
     epoch, step, t, state = saved
     threads = torch.get_num_threads()
     check(state['n'] == n, 'root', f"{n:,} images", f"the {state['n']:,} images that this run began with")
@@ -279,6 +281,7 @@ def resume(folder, net, config:Training,
                       "the last digits will differ")
     opts = restore(net, config, t)
     folder.keep_epochs(epoch)
+    drop_damaged(folder.path/'checkpoint', epoch, step)
     return State(net, opts, epoch, step, t.get('total', 0.), *saved_clusters(t, config.pca), state['record'])
 
 # %% ../nbs/18_fit.ipynb #d422529e
@@ -299,7 +302,7 @@ def as_npy(clustering)->bytes: # as numpy.load reads it
 def load_assignments(run_dir, epoch:int=-1 # before which they were made; -1: the last ones there
                     )->Tensor:             # (N,) int64
     "Read the clusters of an epoch from a run folder, of whatever type they are there."
-    files = sorted((Path(run_dir)/'assignments').glob('epoch_*.npy'))
+    files = sorted((Path(run_dir)/'assignments').glob('epoch_*.npy'), key=lambda f: int(f.stem[6:]))
     if epoch >= 0: files = [f for f in files if f.name == f'epoch_{epoch:03d}.npy']
     if not files: raise FileNotFoundError(f"run_dir: no assignments of epoch {epoch} in {str(run_dir)!r}")
     return torch.from_numpy(np.load(files[-1]).astype(np.int64))
@@ -412,8 +415,8 @@ class Hooks:
     def after_epoch(self, loss:float):
         s, s.record['loss'] = self.state, loss
         self.log.append(look(s, self.images, self.config))
-        if self.folder:
-            self.folder.append(s.record)
+        if self.folder: self.folder.append(s.record)
+        if self.guard:                         # of every rank: they agree on whether to stop
             last, every = s.epoch == self.config.epochs, self.config.checkpoint_epochs
             self.guard(lambda: self.save(s.epoch), due=last or s.epoch % every == 0)
         if self.echo: self.echo(describe(s.record, self.config.epochs))
@@ -487,6 +490,9 @@ def prepare(config:Config, images=None,
     check(c.k <= len(images) or c.clusterer not in TAKE_K, 'k', c.k,
           f"at most {len(images):,}, the number of images")
     check_sizes(images)
+    if images.labels is not None:
+        least = int(torch.as_tensor(images.labels).min())
+        check(least >= 0, 'labels', least, 'class ids from 0, or labels=None where there are none')
     if c.threads > 0: torch.set_num_threads(c.threads)
     if c.device == 'cpu': keep_memory()
     return c, images

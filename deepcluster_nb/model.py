@@ -161,6 +161,8 @@ def calibrate_bn(net:DeepClusterNet,
     "Give batch norm the statistics of these images, all layers in one pass; no weight is touched."
     layers = [net.sobel, net.features, nn.Flatten(), *net.classifier]
     trunk = nn.Sequential(*[m for m in layers if m is not None and not isinstance(m, nn.Dropout)])
-    device, parts = net.top_layer.weight.device, torch.arange(len(images)).split(batch_size)
+    device, n = net.top_layer.weight.device, len(images)
+    # a last image joins those before, for it alone has no variance
+    parts = torch.arange(n).tensor_split(tuple(range(batch_size, n - 1, batch_size)))
     views = (normalize(center_crop(images.batch(idx), size)).to(device) for idx in parts)
     update_bn(views, trunk.train(net.training))

@@ -114,7 +114,7 @@ def check_labels(labels)->Tensor: # (N,)
 
 # %% ../nbs/09_probes.ipynb #83e499d0
 class Probe:
-    "A linear classifier on the standardised features of one layer, while it is fitted."
+    "A linear classifier on the standardized features of one layer, while it is fitted."
     def __init__(self, x:Tensor, test_x:Tensor, # (N, D) and (M, D), moved to the device where they fit
                  classes:int, lr:float, weight_decay:float, device,
                  recorded=False, # for recorded steps: an optimizer whose rate is a tensor
@@ -123,13 +123,16 @@ class Probe:
         if fits(x.nbytes + test_x.nbytes, device): x, test_x = x.to(device), test_x.to(device)
         self.mean = sum(b.to(device).float().sum(0) for b in x.split(4096)) / n
         var = sum((b.to(device).float() - self.mean).pow(2).sum(0) for b in x.split(4096)) / n
+        if bad := int((~var.isfinite()).sum()):
+            raise FloatingPointError("x: expected finite features, "
+                                     f"got NaN or infinite values in {bad} of {d} columns")
         self.scale = 1 / ((var + .01*var.mean()).sqrt() * d**.5)       # rows of length about 1, whatever D
         self.x, self.test_x, self.device = x, test_x, device
         self.w = torch.zeros(classes, d, device=device, requires_grad=True)
         self.b = torch.zeros(classes, device=device, requires_grad=True)
         self.opt = torch.optim.SGD([self.w, self.b], lr, momentum=.9, weight_decay=weight_decay,
                                    fused=recorded or None)
-    def logits(self, x): # the weights are standardised, not each batch
+    def logits(self, x): # the weights are standardized, not each batch
         v = self.w * self.scale
         return F.linear(x.to(self.device).float(), v, self.b - v @ self.mean)
     def learn(self, idx, y, rate): # (B,) rows and their labels; a number, or a tensor on the device
@@ -209,7 +212,7 @@ def linear_probe(train_x:Tensor, train_y:Tensor, # (N, D) frozen features and th
                  test_x:Tensor, test_y:Tensor,   # the same of other images
                  **how                           # as for linear_probes
                 )->dict: # accuracies in per cent: 'last' epoch, and 'best' as the released code stores it
-    "Fit multinomial logistic regression on standardised features: SGD, momentum .9, cosine schedule."
+    "Fit multinomial logistic regression on standardized features: SGD, momentum .9, cosine schedule."
     return linear_probes(dict(x=train_x), train_y, dict(x=test_x), test_y, **how)['x']
 
 # %% ../nbs/09_probes.ipynb #c7624ba0
@@ -500,8 +503,8 @@ def train_on_labels(net,                # a DeepClusterNet with an output for ea
 def supervised(train:PackedImages, # with labels
                config:ProbeConfig, # resolved, with arch, sobel and a size
                folder=None, after=None, # as of train_on_labels
-               # at the start; larger than DeepCluster's, for these epochs are repeated
-               lr:float=.05, weight_decay:float=1e-4,
+               lr:float=.05,             # at the start
+               weight_decay:float=1e-4,  # larger than DeepCluster's, for these labels never change
               ):                   # → DeepClusterNet in evaluation mode
     "Train a network of the same build on the labels, from random weights."
     check_labels(train.labels)
@@ -526,6 +529,7 @@ def measure(net,                # any DeepClusterNet
         a, b = (probe_features(net, im, c.size, count_padding=c.count_padding, avgpool=True, pool=c.pool,
                                **how) for im in (train, test))
         names = c.layers.replace(',', ' ').split() or list(a)
+        check(set(names) <= set(a), 'layers', c.layers, 'some of ' + ', '.join(a))
         a, b = ({n: f[n] for n in names} for f in (a, b))
         probes = {n: dict(center=found) for n,found in linear_probes(
             a, train.labels, b, test.labels, seed=c.seed, device=c.device).items()}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['file_sha256', 'check_sha256', 'read_tensors', 'check_storage', 'check_numbers', 'released_state', 'tensors_sha256',
-           'save_converted', 'read_converted', 'load_released', 'open_run', 'load_weights', 'random_twin']
+           'same_weights', 'save_converted', 'read_converted', 'load_released', 'open_run', 'load_weights',
+           'random_twin']
 
 # %% ../nbs/13_released.ipynb #412a8e81
 import copy, hashlib, json, os, re, warnings
@@ -140,6 +141,17 @@ def tensors_sha256(tensors:dict # name → tensor
     h = hashlib.sha256()
     for n in sorted(tensors): h.update(n.encode()); h.update(tensors[n].numpy().tobytes())
     return h.hexdigest()
+
+def same_weights(folder, # a RunFolder
+                 net):   # what is evaluated there
+    "Refuse other weights than a run was begun with; of a new run, keep their checksum."
+    file = folder.path/'weights.sha256'
+    now = tensors_sha256({name: t.detach().cpu() for name,t in net.state_dict().items()})
+    was = file.read_text(encoding='utf-8').strip() if file.is_file() else now
+    if was != now:
+        raise ValueError(f"weights: expected those that the run in {str(folder.path)!r} was begun with, but "
+                         "they were trained on, or anew, since then; choose another folder for the run")
+    folder.write('weights.sha256', now)
 
 def save_converted(out:Path, found:dict, sha256:str):
     "Save the result of `released_state` as safetensors; the file is whole or absent."

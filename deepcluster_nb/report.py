@@ -6,11 +6,11 @@
 __all__ = ['SURE', 'LAYERS', 'SHOTS', 'TASKS', 'VOC', 'THIRD', 'QUOTED', 'PAPER', 'AND', 'BUILD', 'COMMENT', 'MM', 'PUBLISHED',
            'PROBE', 'IMAGENET', 'VOC2007', 'POOLED', 'WITH_KNN', 'STEPS', 'RUN', 'MISSING', 'TABLES', 'KINDS', 'SETS',
            'PLACE', 'READERS', 'FIRST', 'NAMES', 'CSS', 'Published', 'and_row', 'published', 'published_cells', 'shown',
-           'numbered', 'published_table', 'Table', 'voc_command', 'Finished', 'read_finished', 'data_of', 'network_of',
-           'arch_of', 'Row', 'views', 'probe_table', 'probe_rows', 'without_classes', 'svm_rows', 'voc_rows',
-           'retrieval_rows', 'finetune_rows', 'ends', 'spent', 'log_rows', 'measured', 'apart_from_k', 'differences',
-           'about', 'commands', 'fits_first', 'cell', 'html_table', 'our_line', 'section', 'nmi_curves', 'nmi_figure',
-           'others', 'sections', 'report_page', 'write_page']
+           'numbered', 'published_table', 'Table', 'voc_command', 'Finished', 'read_finished', 'data_of', 'trained_run',
+           'network_of', 'arch_of', 'Row', 'views', 'probe_table', 'probe_rows', 'without_classes', 'svm_rows',
+           'voc_rows', 'retrieval_rows', 'finetune_rows', 'ends', 'spent', 'log_rows', 'measured', 'apart_from_k',
+           'differences', 'about', 'commands', 'fits_first', 'cell', 'html_table', 'our_line', 'section', 'nmi_curves',
+           'nmi_figure', 'others', 'sections', 'report_page', 'write_page']
 
 # %% ../nbs/35_report.ipynb #fbc22d07
 import base64, io, json, math, shlex
@@ -141,11 +141,13 @@ class Table:
     protocol:dict = field(default_factory=dict)
     note:str = ''
 
-PROBE = dict(protocol='paper', epochs=90, batch_size=256, size=224)
+PROBE = dict(protocol='paper', epochs=90, batch_size=256, size=224, momentum=.9, weight_decay=1e-7,
+             nesterov=False, head_norm=False, crops='window', count_padding=True)
 IMAGENET = dict(n_images=1_281_167, n_test=50_000)
 VOC2007 = dict(size=224, split='trainval', n_images=5011, n_test=4952)
 POOLED, WITH_KNN = LAYERS + ('avgpool',), LAYERS + ('kNN',)
-STEPS = dict(schedule='steps', head_norm=True, size=224)
+STEPS = dict(schedule='steps', head_norm=True, size=224, lr=.01, batch_size=256, momentum=.9,
+             weight_decay=1e-4, nesterov=True, crops='resized')
 RUN = 'deepcluster-nb run'
 MISSING = 'not here: the kit has no '
 
@@ -279,13 +281,15 @@ def data_of(run:Finished)->str: # a key of SETS, a name of load_images, or ''
     return next((s for s,(classes, n) in SETS.items()
                  if m.get('n_images') == n or classes and m.get('classes') == classes), '')
 
-def network_of(run:Finished)->dict: # parameters of its training; {} where they are not known
-    "Find how the network of a run was trained: in its own folder or in that of its weights."
-    if run.kind == 'train': return run.params
-    weights = Path(run.params.get('weights') or '')
+def trained_run(run:Finished)->Finished: # or None, where it is not known
+    "Find the run that trained a run's network: itself or that of its weights."
+    if run.kind == 'train': return run
     with suppress(ValueError, FileNotFoundError):
-        if run.params.get('weights'): return read_finished(weights).params
-    return {}
+        if run.params.get('weights'): return read_finished(run.params['weights'])
+
+def network_of(run:Finished)->dict: # parameters of its training; {} where they are not known
+    "Find how the network of a run was trained."
+    return t.params if (t := trained_run(run)) else {}
 
 def arch_of(run:Finished)->str:
     "Say which network a run measured."
@@ -333,7 +337,10 @@ def probe_rows(run:Finished)->list: # of Row
             more = dict(kNN=knn[net]) if with_knn and i == 0 else {}
             rows.append(Row(table, run, net.replace('_', ', '), layers | more, words))
     place = 'knn' if table == 'imagenet' else ''
-    return rows + [Row(place, run, net.replace('_', ', '), dict(kNN=v), 'kNN, T = 0.1')
+    voters = run.params.get('neighbors', 200)
+    how = ('kNN, T = 0.1' + (f', {voters} neighbors' if voters != 200 else '')
+           + (' among at most 50,000 training images' if run.kind == 'train' else ''))
+    return rows + [Row(place, run, net.replace('_', ', '), dict(kNN=v), how)
                    for net,v in knn.items() if not with_knn]
 
 def without_classes(run:Finished)->bool:
@@ -424,21 +431,23 @@ def differences(row:Row)->list: # of words, such as 'epochs 20 (source: 90)'
     if not row.table: return []
     run, out = row.run, []
     for name,want in TABLES[row.table].protocol.items():
-        if run.kind == 'train' and name not in ('n_images', 'size'): continue
-        have = arch_of(run) if name == 'arch' else run.metrics.get(name, run.params.get(name))
-        if have is None or have == want: continue
+        if run.kind == 'train' and name not in ('n_images', 'n_test', 'size'): continue
+        have = arch_of(run) if name == 'arch' else run.params.get(name)
+        if name != 'crops': have = run.metrics.get(name, have)      # there it is the crops of the test
+        if have is None or have == want or name in ('n_images', 'n_test') and not have: continue
         show = lambda v: f'{v:,}' if type(v) is int else str(v)
         out.append(f'{name} {show(have)} (source: {show(want)})')
     return out
 
 def about(run:Finished)->str:
     "Say in a few words what network a run measured."
-    p = network_of(run)
-    words = [arch_of(run)]
-    if p:
-        words += ['Sobel' if p['sobel'] else 'RGB', f"k = {p['k']:,}",
-                  f"{p['epochs']:,} reassignments"]
-    return ', '.join([*words, f"seed {run.params['seed']}"])
+    words, seed = [arch_of(run)], run.params['seed']
+    if t := trained_run(run):
+        p, done = t.params, len(t.log)
+        some = f"{done:,} of " if 0 < done < p['epochs'] else ''
+        words += ['Sobel' if p['sobel'] else 'RGB', f"k = {p['k']:,}", f"{some}{p['epochs']:,} reassignments"]
+        if p['seed'] != seed: words.append(f"trained with seed {p['seed']}")
+    return ', '.join([*words, f"seed {seed}"])
 
 # %% ../nbs/35_report.ipynb #6659735b
 FIRST = dict(alexnet='imagenet_alexnet', vgg16='imagenet_vgg16', resnet50='imagenet_resnet50',

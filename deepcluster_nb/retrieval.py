@@ -8,7 +8,7 @@ __all__ = ['PARIS_BROKEN', 'BROKEN', 'PLACES', 'rmac_regions', 'rmac', 'scaled',
            'retrieval_map']
 
 # %% ../nbs/12_retrieval.ipynb #20f7412d
-import csv, math
+import csv, math, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
@@ -176,6 +176,10 @@ def read_oxford(root,     # holds jpg/ and lab/
         good, ok, junk = (names(lab/f'{name}_{kind}.txt') for kind in ('good', 'ok', 'junk'))
         queries.append(known(Query(name, image.removeprefix('oxc1_'), tuple(map(float, box)), good | ok,
                                    junk), images))
+    missing = set().union(*(q.positive for q in queries)) - images.keys() - set(BROKEN)
+    if missing:
+        warnings.warn(f"queries: {len(missing)} of the images to be found are not in {str(jpg)!r}, "
+                      f"such as {min(missing)!r}; they count as not found")
     return images, queries
 
 # %% ../nbs/12_retrieval.ipynb #ff4ad5c8
@@ -204,7 +208,9 @@ def read_queries(folder,  # of images, as deep as you like
             if box is not None and len(box) != 4:
                 raise ValueError(f"queries: expected four numbers or nothing as the box of {row['query']!r}, "
                                  f"got {row['box']!r}")
-            queries.append(known(Query(row['query'], row['query'], box, positive,
+            again = sum(q.image == row['query'] for q in queries)         # another box of the same photograph
+            name = f"{row['query']} ({again + 1})" if again else row['query']
+            queries.append(known(Query(name, row['query'], box, positive,
                                        junk | ({row['query']} - positive)), images))
     if not queries: raise ValueError(f"queries: expected at least one in {str(file)!r}, got none")
     return images, queries
@@ -270,5 +276,5 @@ def search(net, images:dict, queries:list, pca:PCA, # {name: path}; [Query]
 
 def retrieval_map(rankings:list, queries:list)->tuple: # (mAP, AP of each query by name), in per cent
     "Compute mean average precision over the queries."
-    aps = {q.name: 100 * ranked_ap(r, q.positive, q.junk) for r,q in zip(rankings, queries)}
-    return float(np.mean(list(aps.values()))), aps
+    aps = [100 * ranked_ap(r, q.positive, q.junk) for r,q in zip(rankings, queries)]
+    return float(np.mean(aps)), dict(zip((q.name for q in queries), aps))

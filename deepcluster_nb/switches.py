@@ -21,7 +21,7 @@ from .training import Config, sgd, trunk_parameters
 # %% ../nbs/08_switches.ipynb #08a19002
 @dataclass
 class Switches:
-    "What can be done otherwise in the algorithm; the defaults are the paper's, or the released code's."
+    "What can be done otherwise; defaults are the paper's, the released code's, or (center_box) exact."
     # what Sobel sees around the image: zeros, or 'replicate' for its last pixels
     border:str = 'zeros'
     # of the crops that are clustered: 'exact', or 'torchvision' with its rounding

@@ -86,7 +86,7 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config:Config, epo
             x = random_resized_crop(images.batch(b), config.size, g, (config.min_scale, 1.))
             y = assign[b].to(device)
             losses = F.cross_entropy(net(normalize(x).to(device)), y, reduction='none')
-            loss = (losses if weights is None else losses * weights[y]).mean()
+            loss = (losses if weights is None else losses * weights[assign[b]].to(device)).mean()
             for o in opts: o.zero_grad()
             loss.backward()
             for o in opts: o.step()

@@ -169,7 +169,7 @@ def svm(cost:float, seed:int=0
 
 def unit_rows(x:Tensor)->np.ndarray: # (N, D) float64
     "Scale each row to length 1, for scikit-learn."
-    return l2_normalize(x.float()).double().numpy()
+    return l2_normalize(x.cpu().float()).double().numpy()
 
 def span(x:np.ndarray)->np.ndarray: # (D, min(N, D)), orthonormal
     "Return an orthonormal basis of the rows, in which an SVM on few rows loses nothing and is fast."
@@ -249,8 +249,8 @@ def low_shot(train_x:Tensor, train_y:Tensor, test_x:Tensor, test_y:Tensor, # fea
         if np.isnan(outside).all():
             raise ValueError(f"shots: {k} leaves no positive image outside the sample to choose the cost by")
         j = int(outside.mean(0).argmax())
-        out[k] = dict(mean=tested[:, j].mean(), std=tested[:, j].std(), best=tested.mean(0).max(),
-                      cost=costs[j])
+        out[k] = dict(mean=tested[:, j].mean(), std=tested[:, j].std(ddof=1) if samples > 1 else 0.,
+                      best=tested.mean(0).max(), cost=costs[j])
     return out
 
 # %% ../nbs/11_voc.ipynb #325a8cc4

@@ -82,11 +82,12 @@ FLOWS = {
                'neighbors': (2, 1, 'nearest\nneighbors')},
         edges='images > trunk > features > neighbors; trunk > layers > probe', here=['probe', 'neighbors']),
     'pictures': dict(
-        title='Where the pictures come from: the clusters of k-means, and the training',
-        nodes={'images': (0, 0), 'features': (1, 0), 'k-means': (1, 1), 'training': (2, 1),
-               'maps': (1, 2, 'montages, maps'), 'filters': (2, 2, 'filters, channels,\ncurves')},
-        edges='images > features > k-means > training > features; k-means > maps; training > filters',
-        here=['maps', 'filters'], epoch=(1.5, .5)),
+        title='Where the pictures come from: the features, the clusters of k-means, and the training',
+        nodes={'images': (0, 0), 'features': (1, 0, 'features: maps,\nneighbors'), 'k-means': (1, 1),
+               'training': (2, 1), 'montages': (1, 2, 'montages, film'),
+               'filters': (2, 2, 'filters, channels,\ncurves')},
+        edges='images > features > k-means > training > features; k-means > montages; training > filters',
+        here=['features', 'montages', 'filters'], epoch=(1.5, .5)),
     'packing': dict(
         title='Files are packed once: central crops for the clustering, one mapped file for the training',
         nodes={'pack': (0, 0, 'pack the JPEG\nfiles once'), 'file': (2, 0, 'one mapped file'),

@@ -164,6 +164,12 @@ def test_a_run_of_two_ranks_is_one_run(whole, tmp_path):
     (shared, *_), _ = in_ranks(2, tasks.run, replace(SMALL, sync_bn=True))
     assert [r['loss'] for r in alone.log] == pytest.approx(shared, rel=1e-3)
 
+def test_a_checkpoint_of_every_second_epoch(tmp_path): # after the first the ranks agree that none is due
+    config = replace(SMALL, epochs=3, checkpoint_minutes=100.)
+    each, second = (in_ranks(2, tasks.run, replace(config, checkpoint_epochs=n, run_dir=str(tmp_path/str(n))))
+                    for n in (1, 2))
+    assert each == second and len(each[0][0]) == 3
+
 def goes_on(config, whole): # in the same bits; what was logged before, rank 0 knows
     a, b = in_ranks(2, tasks.run, config)
     assert a == whole[1][0] and b[1:] == a[1:]
@@ -288,7 +294,8 @@ def test_the_estimate_of_ranks():
     c = resolve(replace(SMALL, k=50, pca=16))
     samples = dict(features=[1e-3], pca=[1e-4], axes=[.5], kmeans=[1e-3], training=[1e-2], books=[1e-5],
                    packing=[0.], saving=[0.])
-    e = Estimate(c, samples, dict(n=10_000, dim=64, classes=0, network=3*4e6, checkpoint=2*4e6))
+    e = Estimate(c, samples, dict(n=10_000, dim=64, classes=0, network=3*4e6, gradients=4e6,
+                                  checkpoint=2*4e6))
     for world in (1, 4):
         found = on_ranks(e, world, float('inf'))
         assert {p: w for p,(_,w) in found.items()} == dict.fromkeys(found, 0.)

@@ -7,12 +7,14 @@ from deepcluster_nb.data import generator
 from deepcluster_nb.estimate import Estimate, estimate, kept_bytes, long, material, sample, sample_clustering
 from deepcluster_nb.experiments import main
 from deepcluster_nb.runs import amount
+from deepcluster_nb.sources import load_images
 from deepcluster_nb.fit import Config, resolve
 
 KINDS = dict(features=[2., 3., 4.], pca=[.1, .1], axes=[5.], kmeans=[1.], training=[6., 8.], books=[.01],
              packing=[1e-3], saving=[2e-3], probe=[.5], pair=[.002])
 FACTS = dict(n=1000, n_test=100, classes=10, real=True, decoded=False, listing=0., loading=7.,
-             image_bytes=3072., probes=[9600, 9216], dim=4096, activations=100., network=1200, checkpoint=800)
+             image_bytes=3072., probes=[9600, 9216], dim=4096, activations=100., network=1200,
+             gradients=400, checkpoint=800)
 PHASES = ['loading', 'features', 'pca', 'kmeans', 'training', 'bookkeeping', 'probes']
 TINY = Config(dataset='shapes', n_images=200, k=5, pca=8, epochs=2, passes=1, batch_size=16, device='cpu',
               precision='float32')
@@ -161,6 +163,13 @@ def test_material(tmp_path, monkeypatch):
     assert ((facts['n'], facts['n_test'], facts['classes'], facts['real'], facts['decoded'], len(images))
             == (9, 3, 2, True, True, 9))
     assert facts['image_bytes'] == pytest.approx(sum(3*30*(40 + i) for i in range(9))/9)
+
+def test_packed_images_without_a_test_file(tmp_path, monkeypatch): # a run holds a fifth out
+    load_images('shapes', n_images=40).save(tmp_path/'train.safetensors')
+    monkeypatch.setenv('DEEPCLUSTER_DATA', str(tmp_path))
+    for root in (str(tmp_path), ''):
+        facts = material(Config(dataset='packed', root=root))[1]
+        assert facts['real'] and (facts['n'], facts['n_test']) == (40, 8)
 
 @pytest.mark.parametrize('change, n_images, seconds, message', [
     (dict(k=1), None, 1, 'k: expected at least 2'),

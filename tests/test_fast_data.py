@@ -1,5 +1,6 @@
 ("Images and PackedImages: the same images, batches and subsets, bit for bit, since both hold the bytes. "
  "Every function that needs the packed form takes the plain one.")
+import errno, os
 import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
@@ -121,3 +122,13 @@ def test_outlines_have_the_moments_of_their_figures():
     measured = np.array([moment(im) for im in shapes('train', 50, 128)]).reshape(10, 5)
     # a pixel is 1/26 of the smallest radius, and an error at the edge a small part of it
     assert abs(measured / [by_hand[name] for name in OUTLINES] - 1).max() < .02
+
+def test_a_packed_file_that_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):
+    images = PackedImages.of(made([(1, 4, 4)]*3, 0, True))
+    def full(fd): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError): images.save(tmp_path/'x.safetensors')
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    images.save(tmp_path/'x.safetensors')
+    same(PackedImages.load(tmp_path/'x.safetensors'), images)

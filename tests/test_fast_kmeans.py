@@ -80,6 +80,13 @@ def test_edges(k):
     assert p.n_empty == f.n_empty == 0
     assert torch.equal(p.assign, f.assign) and p.objective == pytest.approx(f.objective, rel=1e-5, abs=1e-5)
 
+@pytest.mark.parametrize('n, k', [(1, 1), (2, 1), (50, 4)])
+def test_points_that_are_all_zero(n, k): # of a network that has collapsed
+    c = fast.kmeans(torch.zeros(n, 8), k, 3)
+    assert c.centroids.isfinite().all() and c.objective[-1] == pytest.approx(0, abs=1e-30)
+    for n in (1, 1000, 1_281_167):    # a GPU multiplies by the inverse
+        assert (1/torch.tensor(fast.whole_unit(0., n), dtype=torch.float32)).isfinite()
+
 @pytest.mark.parametrize('x, k', [(torch.ones(20, 3), 5), (noise(10, 4).repeat(8, 1), 16)])
 def test_more_clusters_than_different_points(x, k): # halves of a centroid are equally near: ids may differ
     different = len(x.unique(dim=0))
@@ -211,3 +218,4 @@ def test_on_a_gpu():
         p, f, there = plain.kmeans(x.cuda(), k), fast.kmeans(x.cuda(), k), fast.kmeans(x, k)
         compare(p.cpu(), f.cpu(), same=.99, tolerance=1e-5)
         assert torch.equal(f.assign.cpu(), there.assign)
+    assert fast.kmeans(torch.zeros(4000, 8, device='cuda'), 3).centroids.isfinite().all()

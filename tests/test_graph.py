@@ -627,6 +627,15 @@ def test_probes_there():
 
 @pytest.mark.cuda
 @NO_GPU
+def test_the_core_with_weights_there():
+    c = Config(dataset='digits', n_images=60, k=6, pca=8, epochs=1, passes=1, batch_size=20,
+               precision='float32')
+    losses = [fit(replace(c, parts=parts, sampler='weighted', device='cuda'), echo=None).log[0]['loss']
+              for parts in ('plain', 'fast')]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+@pytest.mark.cuda
+@NO_GPU
 def test_a_replayed_epoch_launches_little():
     from gpu import profiled
     c = on_gpu(batch_size=8)

@@ -99,6 +99,16 @@ def test_calibration_moves_statistics_only(arch, sobel):
     statistics = {k for k in before if k.endswith(('running_mean', 'running_var', 'num_batches_tracked'))}
     assert changed == statistics
 
+@pytest.mark.parametrize('arch', LIGHT)
+def test_a_last_image_alone_joins_the_batch_before(arch): # it has no variance
+    images = load_images('shapes', n_images=25)
+    many, one = (convnet(arch, 7) for _ in range(2))
+    calibrate_bn(many, images, 32, batch_size=12)
+    calibrate_bn(one, images, 32, batch_size=25)
+    assert all(v.isfinite().all() for v in many.state_dict().values())
+    name = next(n for n in many.state_dict() if n.endswith('num_batches_tracked'))
+    assert (int(many.state_dict()[name]), int(one.state_dict()[name])) == (2, 1)
+
 def test_batch_norm_of_a_resnet_by_hand():
     net, images = convnet('resnet18', 7), load_images('shapes', n_images=8)
     from deepcluster_nb.fast.crops import center_crop, normalize

@@ -1,6 +1,6 @@
 ("Packing: whatever happens to the process, the disk or the files, the result is whole and the same, "
  "or there is one clear error.")
-import errno, json, os, random, runpy, subprocess, sys, time
+import errno, json, os, random, runpy, subprocess, sys, time, warnings
 from pathlib import Path
 from unittest.mock import patch
 import numpy as np, pytest, torch
@@ -11,7 +11,7 @@ from deepcluster_nb.augment import crop_boxes
 from deepcluster_nb.fast.images import PackedImages, center_path
 from deepcluster_nb.data import generator
 from deepcluster_nb.sources import image_files, load_images
-from deepcluster_nb.fast.packing import Journal, PackedWriter, pack_folder, verify_packed
+from deepcluster_nb.fast.packing import Journal, PackedWriter, pack_folder, read_like, verify_packed
 
 SCRIPTS = Path(__file__).parent.parent/'data_scripts'
 FEW = dict(workers=0, echo=None)
@@ -162,7 +162,7 @@ def test_the_estimate_is_near(tree, tmp_path):
         assert abs(packing.estimate(image_files(tree)[0], packing.Recipe(**kwargs)) - size) < 8192*2 + 100*12
 
 BROKEN = {'half.jpg': 'truncated', 'half.png': 'truncated', 'empty.jpg': 'cannot identify',
-          'text.jpg': 'cannot identify', 'deep.png': 'do not fit into 8 bits', 'huge.png': 'exceeds limit',
+          'text.jpg': 'cannot identify', 'deep.png': 'do not fit into 8 bits', 'huge.png': 'limit of',
           'gone.jpg': 'No such file', 'folder.jpg': 'Is a directory'}
 WHOLE = ['0000 whole.jpg', 'alpha.png', 'cmyk.jpg', 'grey.jpg', 'moving.webp', 'palette.png', 'turned.jpg']
 
@@ -203,6 +203,44 @@ def test_broken_files_are_listed_and_stop_or_are_left_out(odd, tmp_path):
     again = pack_folder(odd, tmp_path/'y', skip_broken=True, upright=True, grey=False, **FEW)
     sizes = {p: tuple(s) for p,s in zip(again.paths, again.shapes.tolist())}
     assert sizes.pop('turned.jpg') == (3, 64, 48) and set(sizes.values()) == {(3, 48, 64)}
+
+def test_a_file_that_was_repaired(tmp_path):
+    tree, out = make_tree(tmp_path/'tree', 4), tmp_path/'x'
+    path = sorted(tree.rglob('*.jpg'))[1]
+    whole = path.read_bytes()
+    path.write_bytes(b'?'*len(whole))
+    with pytest.raises(ValueError, match='1 of 4 images can.t be read'): pack_folder(tree, out, **FEW)
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match='1 files that could not be read can be now.*start anew'):
+        pack_folder(tree, out, **FEW)
+    assert len(pack_folder(tree, out, skip_broken=True, **FEW)) == 3
+    with pytest.raises(ValueError, match='lacks 1 images that could not be read'):
+        pack_folder(tree, out, **FEW)
+    assert len(pack_folder(tree, out, skip_broken=True, **FEW)) == 3
+    for p in tmp_path.glob('x*'): p.unlink()
+    assert len(pack_folder(tree, out, **FEW)) == 4
+
+def test_enormous_images_are_refused_by_every_thread(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 400)
+    for i in range(200): Image.new('L', (21, 20) if i % 2 else (20, 20)).save(tmp_path/f'{i:03d}.png')
+    files, before = sorted(tmp_path.glob('*.png')), list(warnings.filters)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+        images = read_like(files, dict(grey=True, upright=True), skip_broken=True)
+    assert len(images) == 100 and warnings.filters == before
+
+def test_an_interrupt_between_write_and_note_writes_nothing_twice(tmp_path):
+    journal = Journal(tmp_path/'j', {})
+    journal.add(dict(n=64))
+    class Interrupted:
+        def __init__(self, file): self.file = file
+        def write(self, text): self.file.write(text); raise KeyboardInterrupt
+        def __getattr__(self, name): return getattr(self.file, name)
+    file, journal.file = journal.file, Interrupted(journal.file)
+    with pytest.raises(KeyboardInterrupt): journal.sync()
+    journal.file = file
+    journal.sync()
+    assert (tmp_path/'j').read_text().splitlines() == ['{}', '{"n": 64}']
 
 def test_nothing_but_broken_files(tmp_path):
     (tmp_path/'a').mkdir(); (tmp_path/'a'/'b.jpg').touch()

@@ -1,6 +1,6 @@
 ("The paper's probes against a second implementation, the other measures against scikit-learn, "
  "and the experiment.")
-import json, math, subprocess
+import json, math, shutil, subprocess
 from dataclasses import asdict, replace
 import numpy as np, pytest, torch, yaml
 from PIL import Image
@@ -22,7 +22,7 @@ from deepcluster_nb.probes import (Heads, ProbeConfig, cluster_measures, conv_ac
                                    supervised, train_probes)
 from deepcluster_nb.runs import load_checkpoint
 from deepcluster_nb.sobel import normalize
-from deepcluster_nb.fit import Config
+from deepcluster_nb.fit import Config, fit
 import made_runs
 from made_runs import same_format, shape
 
@@ -206,6 +206,17 @@ def test_resnets_five_places_and_their_average():
         torch.testing.assert_close(acts['avgpool'], net.embed(x))
         assert list(conv_activations(net, x)) == [f'conv{i}' for i in range(1, 6)]
 
+def test_a_layer_that_is_not_there_is_named(data):
+    net, train, test = data
+    with pytest.raises(ValueError, match='layers: expected some of conv1, .*got .conv9'):
+        measure(net, train, test, replace(QUICK, protocol='cached', layers='conv9'))
+
+def test_features_that_are_not_finite_are_an_error():
+    x = torch.randn(40, 6, generator=generator(0, 'x'))
+    x[3, 2] = float('inf')
+    with pytest.raises(FloatingPointError, match='in 1 of 6 columns'):
+        linear_probe(x, torch.arange(40) % 2, torch.randn(8, 6), torch.arange(8) % 2)
+
 def test_a_loss_that_is_not_finite_is_an_error(data):
     net, train, test = data
     with pytest.raises(FloatingPointError, match='smaller lr'):
@@ -275,7 +286,6 @@ def pairs(**more): return [x for k,v in (TINY | more).items() for x in ('-p', f'
 
 @pytest.fixture(scope='module')
 def run_of_train(tmp_path_factory):
-    from deepcluster_nb.fit import fit
     where = tmp_path_factory.mktemp('train')/'r'
     fit(Config(n_images=40, k=4, pca=8, epochs=1, passes=1, batch_size=16, device='cpu', precision='float32',
                threads=1, run_dir=str(where)),
@@ -323,6 +333,23 @@ def test_a_folder_from_before_a_parameter_goes_on(run_of_train, tmp_path, capsys
     capsys.readouterr()
     assert main(['run', 'probe', '--out', str(where), *small, '-p', 'neighbors=10']) == 2
     assert 'neighbors' in capsys.readouterr().err
+
+def test_other_weights_in_the_same_place_are_refused(tmp_path, capsys, in_process):
+    def trained(seed):
+        fit(Config(n_images=40, k=4, pca=8, epochs=1, passes=1, batch_size=16, device='cpu',
+                   precision='float32', threads=1, seed=seed, relu=True,
+                   run_dir=str(tmp_path/'run')), echo=None)
+    small = ['run', 'probe', '--out', str(tmp_path/'probe'),
+             *pairs(weights=tmp_path/'run', protocol='cached', supervised=0, layers='conv5')]
+    trained(0)
+    for _ in range(2): assert main(small) == 0
+    text = (tmp_path/'probe'/'metrics.json').read_text()
+    shutil.rmtree(tmp_path/'run')
+    trained(1)
+    capsys.readouterr()
+    assert main(small) != 0
+    assert 'weights: expected those that the run' in capsys.readouterr().err
+    assert (tmp_path/'probe'/'metrics.json').read_text() == text
 
 def test_a_released_file_on_a_folder_with_train_and_val(tmp_path, in_process):
     from test_released import authors_state, write

@@ -7,8 +7,9 @@ import pytest, yaml
 from deepcluster_nb.experiments import (check_parameters, experiments_folder, find_runs, gather, main,
                                         parse_pairs)
 from deepcluster_nb.fit import Config
-from deepcluster_nb.report import (KINDS, LAYERS, PUBLISHED, SURE, TABLES, commands, data_of, differences,
-                                   measured, published, published_table, read_finished, report_page)
+from deepcluster_nb.report import (KINDS, LAYERS, PUBLISHED, SURE, TABLES, about, commands, data_of,
+                                   differences, measured, published, published_table, read_finished,
+                                   report_page)
 from made_runs import NETS, epochs, levels, made, probe, retrieval, train, tuned, voc
 
 def rows_of(*paths, table, net='deepcluster'):
@@ -95,6 +96,29 @@ def test_a_share_of_the_labels(tmp_path):
     assert empty == ['10 %'] and 'finetune_imagenet_10percent' in lines[-1]
     (cifar, _) = rows_of(tuned(tmp_path/'h', dataset='cifar10'), table='')
     assert cifar.values == learned.values
+
+def test_every_setting_of_a_probe_is_held_against_the_source(tmp_path):
+    other = dict(momentum=.5, weight_decay=1e-3, nesterov=True, head_norm=True, crops='resized',
+                 count_padding=False)
+    row = rows_of(probe(tmp_path/'p', metrics=dict(n_test=10_000)), table='imagenet')[0]
+    assert differences(row) == ['n_test 10,000 (source: 50,000)']
+    params = yaml.safe_load((tmp_path/'p'/'params.yaml').read_text()) | other
+    (tmp_path/'p'/'params.yaml').write_text(yaml.safe_dump(params))
+    named = [d.split()[0] for d in differences(rows_of(tmp_path/'p', table='imagenet')[0])]
+    assert sorted(named) == sorted([*other, 'n_test'])
+
+def test_neighbors_of_a_part_are_called_that(tmp_path):
+    (row,) = rows_of(train(tmp_path/'t'), table='knn')
+    assert row.how == 'kNN, T = 0.1 among at most 50,000 training images'
+    (row,) = rows_of(probe(tmp_path/'p', neighbors=10), table='knn')
+    assert row.how == 'kNN, T = 0.1, 10 neighbors'
+
+def test_a_network_is_described_by_its_own_training(tmp_path):
+    train(tmp_path/'t', seed=3)
+    run = read_finished(probe(tmp_path/'p', weights=str(tmp_path/'t')))
+    assert about(run) == 'alexnet, Sobel, k = 10,000, 2 of 500 reassignments, trained with seed 3, seed 0'
+    whole = read_finished(train(tmp_path/'whole', epochs=2))
+    assert about(whole) == 'alexnet, Sobel, k = 10,000, 2 reassignments, seed 0'
 
 def test_what_differs_is_named(tmp_path):
     path = probe(tmp_path/'p', crops='center', metrics=dict(n_images=50_000, classes=1000), epochs=20,

@@ -10,8 +10,8 @@ from deepcluster_nb.experiments import main
 from deepcluster_nb.fast.features import PCA
 from deepcluster_nb.model import convnet
 from deepcluster_nb.retrieval import (BROKEN, aggregate, descriptors, learn_whitening, made_city, ranked_ap,
-                                      read_oxford, read_queries, region_vectors, rmac, rmac_regions, scaled,
-                                      search)
+                                      read_oxford, read_queries, region_vectors, retrieval_map, rmac,
+                                      rmac_regions, scaled, search)
 import made_runs
 from made_runs import same_format
 
@@ -177,7 +177,8 @@ def test_official_layout(tmp_path): # the publisher's files, written by hand
                            good='all_souls_000013\nall_souls_000026\n', ok='all_souls_000099\n',
                            junk='oxford_000317\n').items():
         (tmp_path/'lab'/f'all_souls_1_{kind}.txt').write_text(text)
-    images, (q,) = read_oxford(tmp_path)
+    with pytest.warns(match="1 of the images to be found are not in .*'all_souls_000099'"):
+        images, (q,) = read_oxford(tmp_path)
     assert sorted(images) == ['all_souls_000013', 'all_souls_000026', 'oxford_000317']
     assert (q.name, q.image, q.box, q.junk) == ('all_souls_1', 'all_souls_000013',
                                                 (136.5, 34.1, 648.5, 955.7), {'oxford_000317'})
@@ -189,6 +190,15 @@ def test_official_layout(tmp_path): # the publisher's files, written by hand
         read_oxford(tmp_path)
     (tmp_path/'lab'/'all_souls_1_query.txt').write_text('oxc1_all_souls_000013 1 2 3\n')
     with pytest.raises(ValueError, match='queries: expected an image and four numbers'): read_oxford(tmp_path)
+
+def test_two_boxes_of_one_photograph_are_two_queries(tmp_path):
+    _, queries = own(tmp_path, 'query,box,positive\na/1.png,1 2 30 40,a/2.png\na/1.png,5 6 50 60,b/1.png\n')
+    assert [(q.name, q.image) for q in queries] == [('a/1.png', 'a/1.png'), ('a/1.png (2)', 'a/1.png')]
+    ranking = ['a/1.png', 'a/2.png', 'b 2.png', 'b/1.png']
+    score, aps = retrieval_map([ranking]*2, queries)
+    first, second = (100*ranked_ap(ranking, q.positive, q.junk) for q in queries)
+    assert aps == {'a/1.png': first, 'a/1.png (2)': second} and first > second
+    assert score == pytest.approx((first + second)/2)
 
 def test_broken_images_of_paris(tmp_path):
     assert len(BROKEN) == 20 and 'paris_louvre_000136' in BROKEN

@@ -7,9 +7,9 @@ from PIL import Image
 from deepcluster_nb.fast.images import PackedImages
 from deepcluster_nb.clustering import Clustering
 from deepcluster_nb.sources import load_images
-from deepcluster_nb.runs import load_checkpoint
+from deepcluster_nb.runs import drop_damaged, load_checkpoint, save_checkpoint
 from survive import sha256
-from deepcluster_nb.fit import Config, as_npy, fit, load_assignments, load_run, predict, resolve
+from deepcluster_nb.fit import Config, Hooks, as_npy, fit, load_assignments, load_run, predict, resolve
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,16 +77,50 @@ def test_killed_and_continued_ends_in_the_same_sha256(finished, tmp_path, wait_f
     fit(config, echo=None)
     assert sha256(tmp_path/'k') == sha256(finished[0])
 
+def damage(folder, epoch): # flip a bit in the middle
+    newest = next(folder.glob(f'{epoch:05d}-*.safetensors'))
+    data = bytearray(newest.read_bytes()); data[len(data)//2] ^= 1; newest.write_bytes(data)
+
 def test_damaged_checkpoint_is_passed_over(finished, tmp_path):
     config = replace(TINY, run_dir=str(tmp_path/'d'))
     class Stop(Exception): pass
     def stop(line):
         if line.startswith('epoch 2'): raise Stop
     with pytest.raises(Stop): fit(config, echo=stop)
-    newest = next((tmp_path/'d'/'checkpoint').glob('00002-*.safetensors'))
-    data = bytearray(newest.read_bytes()); data[len(data)//2] ^= 1; newest.write_bytes(data)
+    damage(tmp_path/'d'/'checkpoint', 2)
     with pytest.warns(UserWarning, match='00002'): fit(config, echo=None)
     assert sha256(tmp_path/'d') == sha256(finished[0])
+
+def test_a_damaged_checkpoint_does_not_displace_a_whole_one(tmp_path):
+    for epoch in (1, 2): save_checkpoint(tmp_path, epoch, dict(t=torch.ones(9)), {})
+    damage(tmp_path, 2)
+    with pytest.warns(UserWarning, match='00002'): assert load_checkpoint(tmp_path)[0] == 1
+    drop_damaged(tmp_path, 1)
+    save_checkpoint(tmp_path, 3, dict(t=torch.ones(9)), {})
+    damage(tmp_path, 3)
+    with pytest.warns(UserWarning, match='00003'): assert load_checkpoint(tmp_path)[0] == 1
+
+def test_stopped_before_the_first_checkpoint(finished, tmp_path, monkeypatch): # its epoch is logged once
+    config = replace(TINY, run_dir=str(tmp_path/'r'))
+    def fails(*args, **kwargs): raise ZeroDivisionError
+    monkeypatch.setattr(Hooks, 'save', fails)
+    with pytest.raises(ZeroDivisionError): fit(config, echo=None)
+    monkeypatch.undo()
+    assert [r['epoch'] for r in fit(config, echo=None).log] == [0, 1, 2]
+    assert sha256(tmp_path/'r') == sha256(finished[0])
+
+def test_epochs_are_ordered_by_their_numbers(tmp_path):
+    (tmp_path/'assignments').mkdir()
+    for epoch in (0, 999, 1000): np.save(tmp_path/'assignments'/f'epoch_{epoch:03d}.npy', np.full(3, epoch))
+    assert load_assignments(tmp_path).tolist() == [1000]*3
+
+def test_labels_start_at_0(tmp_path):
+    images = load_images('digits', n_images=200)
+    images.labels = images.labels.clone()
+    images.labels[7] = -1
+    with pytest.raises(ValueError, match='labels: expected class ids from 0.*got -1'):
+        fit(replace(TINY, run_dir=str(tmp_path/'r')), images, echo=None)
+    assert not (tmp_path/'r').exists()
 
 def test_predict_gives_the_training_images_their_clusters(finished):
     where, run = finished

@@ -114,7 +114,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, whole, name):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write(path, data, sync)
     monkeypatch.setattr(runs, 'write_atomic', fails)
-    with pytest.raises(KeyboardInterrupt, match='the disk is full: the state is saved'):
+    with pytest.raises(KeyboardInterrupt, match='the disk is full: the (state is saved|last checkpoint) '):
         fit(config, echo=None)
     assert load_checkpoint(tmp_path/'r'/'checkpoint')[:2] >= ((2, 0) if name == 'clusters.csv' else (0, 2))
     monkeypatch.undo()
@@ -190,6 +190,16 @@ def test_checkpoints_of_every_third_epoch(tmp_path, monkeypatch):
     assert saved == [3, 5, 5] and sha256(tmp_path/'s') == sha256(tmp_path/'whole')
     saved.clear(); fit(replace(config, epochs=6, run_dir=str(tmp_path/'r')), echo=None)
     assert saved == [6, 6] and log_epochs(tmp_path/'r') == [0, 1, 2, 3, 4, 5]
+
+def test_a_stop_in_a_clustering_says_what_is_kept(tmp_path, monkeypatch): # between two checkpoints
+    config = replace(SELDOM, epochs=4, checkpoint_epochs=3, run_dir=str(tmp_path/'r'))
+    clustering = Hooks.clustering
+    def asked(self, done, n):
+        if self.state.epoch == 2: os.kill(os.getpid(), signal.SIGTERM)
+        clustering(self, done, n)
+    monkeypatch.setattr(Hooks, 'clustering', asked)
+    with pytest.raises(KeyboardInterrupt, match='SIGTERM came: the last checkpoint is in'):
+        fit(config, echo=None)
 
 def test_no_room_from_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(runs.shutil, 'disk_usage', lambda path: type('U', (), dict(free=10**7)))

@@ -22,6 +22,14 @@ def top(tmp_path_factory): return made_voc(tmp_path_factory.mktemp('voc'), 20)
 @pytest.fixture(scope='module')
 def train(top): return read_voc(top, 'train')
 
+class Away(torch.Tensor): # stands for a tensor on a GPU
+    def numpy(self, *args, **kwargs): raise TypeError('on a GPU')
+    def cpu(self): return self.as_subclass(torch.Tensor)
+
+def test_features_come_from_wherever_they_are(points):
+    x = torch.randn(60, 8, generator=torch.Generator().manual_seed(0)).half()
+    assert (unit_rows(x.as_subclass(Away)) == unit_rows(x)).all()
+
 # --- the files
 
 def test_lists_and_annotations_say_the_same(top):

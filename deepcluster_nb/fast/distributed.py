@@ -613,7 +613,7 @@ class RankGuard(Guard):
     def __call__(self, save=None, due:bool=False):
         mine = super().why() if self.folder else self.asked and f'{self.asked[0]} came'
         mine = mine and f'{mine} to rank {self.ranks.rank}'
-        if save and not due: # in a step: what was asked for in the one before
+        if save: # in a step, or after an epoch: what was asked for in the one before
             by = self.ranks.agreed(bool(mine))
             self.reason = '' if by < 0 else mine or f'rank {by} was asked to stop'
         else: self.reason = mine

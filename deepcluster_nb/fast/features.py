@@ -204,7 +204,8 @@ class PCA(plain.PCA):
         "Find mean and directions of all that was added."
         if self.count < 2: raise ValueError(f"x: PCA needs at least 2 points, got {self.count}")
         if self.bad:
-            raise ValueError(f"x: expected finite features, got {int(self.bad):,} NaN or infinite values")
+            raise ValueError(f"x: expected finite features, got {int(self.bad):,} NaN or infinite values "
+                             "(at half precision beyond ±65,504)")
         off = self.sum / self.count
         self.mean = self.shift + off
         return self.choose(*(gram_directions(torch.cat(self.held) - off, self.dim) if self.held else

@@ -140,11 +140,15 @@ def write_packed(images:PackedImages, # at least one; only their own pixels are 
         at += size
     text = json.dumps(header).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
-    with open(f'{path}.tmp', 'wb') as f:
-        f.write(len(text).to_bytes(8, 'little') + text)
-        for b in tables.values(): f.write(b)
-        for im in images: f.write(im.contiguous().cpu().numpy())
-    os.replace(f'{path}.tmp', path)
+    tmp = Path(f'{path}.tmp')
+    try:
+        with open(tmp, 'wb') as f:
+            f.write(len(text).to_bytes(8, 'little') + text)
+            for b in tables.values(): f.write(b)
+            for im in images: f.write(im.contiguous().cpu().numpy())
+            f.flush(); os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except OSError: tmp.unlink(missing_ok=True); raise
 
 def read_packed(path, # of a file that write_packed made
                 cls,  # PackedImages or a class made from it

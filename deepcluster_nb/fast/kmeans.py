@@ -167,7 +167,8 @@ def settled(x:Tensor, centroids:Tensor, losses=None # as for nearest
 def whole_unit(largest:float, n:int)->float: # a power of two
     "Return the unit in which n numbers no larger than this are whole and add up exactly."
     size = lambda n: math.ceil(math.log2(max(n, 1e-30)))
-    return 2.**(size(largest) + size(n) - 52)
+    # at least float32's smallest normal number, for a GPU multiplies by the inverse
+    return 2.**max(-126, size(largest) + size(n) - 52)
 
 class Sums:
     "The sum of each cluster's points, bit for bit the same in any order."
@@ -209,7 +210,7 @@ def torch_kmeans(x:Tensor,             # (N, D) float32
                  repair=repair_empty,  # (centroids, sizes) → both changed in place
                 )->Clustering:
     ("Lloyd's algorithm in PyTorch; a repair after each update that leaves clusters empty. "
-     "The same bits for any number of threads and any order of the points.")
+     "The same labels and centroids for any number of threads and any order of the points.")
     centroids, sums, losses, objective = (init.clone(), Sums(x, len(init)),
                                           rounding_losses(x, rough_type(x)), [])
     squares = sum(b.double().pow(2).sum() for b in x.split(8192))
