@@ -32,7 +32,7 @@ from .fit import (Config, agreement, check, disk_space, id_type, most_clusters, 
                                 resolve)
 from .training import sgd, trunk_parameters
 from .fast.graph import prepared_on, train_epoch
-from .fast.training import Training
+from .fast.training import TAKE_K, Training
 from .fast.distributed import in_ranks, measure_sum, ring_bytes
 from .probes import MOST_PROBED, conv_activations, knn_accuracy, linear_probes, pool_activation
 
@@ -360,7 +360,8 @@ def estimate(config:Config,     # of the run
     check(seconds > 0, 'seconds', seconds, 'a time above 0')
     if c.device == 'cpu': keep_memory()                                 # as fit does
     images, facts = material(c, n_images or 0)
-    check(c.k <= facts['n'], 'k', c.k, f"at most {facts['n']:,}, the number of images")
+    check(c.k <= facts['n'] or c.clusterer not in TAKE_K, 'k', c.k,
+          f"at most {facts['n']:,}, the number of images")
     return Estimate(c, measure(c, images, facts, seconds, echo), facts)
 
 # %% ../nbs/29_estimate.ipynb #600e5ad6

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import deepcluster_nb.fast.graph as graph
 from . import training
 from .data import generator
-from .sources import DATASETS, check_sizes, load_images
+from .sources import DATASETS, check_color, check_sizes, load_images
 from .fast.images import PackedImages
 from .fast.feeding import PhaseTimer, resident, same_bits
 from .fast.small_maps import with_small_maps
@@ -276,6 +276,9 @@ def resume(folder, net, config:Training,
     if state['device'] != config.device:
         warnings.warn(f"this run began on {state['device']} and goes on on {config.device}: "
                       "the last digits will differ")
+    if (before := state.get('precision', config.precision)) != config.precision:
+        warnings.warn(f"this run began in {before} and goes on in {config.precision}, which 'auto' is here: "
+                      f"pass precision={before!r} for the same numbers")
     if ranks != were:
         warnings.warn(f"this run was saved by {were} and goes on with {ranks} ranks: "
                       "the last digits will differ")
@@ -385,7 +388,7 @@ class Hooks:
     def save(self, epoch, step=0, wait=False, **more): # the state as it is now
         self.folder.save(epoch, snapshot(self.state) | more,
                          dict(n=len(self.images), threads=torch.get_num_threads(),
-                              device=self.config.device, record=self.state.record if step else None,
+                              device=self.config.device, precision=self.config.precision, record=self.state.record if step else None,
                               **({'ranks': ranks_here()} if ranks_here() > 1 else {})), step, wait)
 
     def clustering(self, done:int, n:int): # while features are computed
@@ -490,6 +493,7 @@ def prepare(config:Config, images=None,
     check(c.k <= len(images) or c.clusterer not in TAKE_K, 'k', c.k,
           f"at most {len(images):,}, the number of images")
     check_sizes(images)
+    check_color(images, c.sobel)
     if images.labels is not None:
         least = int(torch.as_tensor(images.labels).min())
         check(least >= 0, 'labels', least, 'class ids from 0, or labels=None where there are none')

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from .fast.images import PackedImages
 from .data import generator, pick
-from .sources import load_images
+from .sources import has_split, load_images
 from .fast.feeding import fetch_ahead, fits, resident, to_device
 from .fast.crops import center_crop, resample, ten_crop
 from .augment import central_square, crop_boxes, image_sizes
@@ -298,6 +298,7 @@ class ProbeConfig(PlainTypes):
     root:str = ''              # folder of the data; $DEEPCLUSTER_DATA where empty
     n_images:int = 0           # training images, a random subset; 0 for all
     n_test:int = 0             # test images; 0 for all
+    skip_broken:bool = False   # leave out image files that can't be read, else that is an error
     size:int = 0               # pixels of the crops; 0: those that the weights were trained on
     arch:str = 'alexnet_small' # where no weights are given
     sobel:bool = True          # likewise
@@ -526,10 +527,11 @@ def measure(net,                # any DeepClusterNet
     if c.device == 'cpu': keep_memory()
     if c.protocol == 'paper': probes = train_probes(net, train, test, c, folder, after)
     else:
+        known = probe_features(net, train.subset(torch.arange(1)), c.size, avgpool=True, **how)
+        names = c.layers.replace(',', ' ').split() or list(known)
+        check(set(names) <= set(known), 'layers', c.layers, 'some of ' + ', '.join(known))
         a, b = (probe_features(net, im, c.size, count_padding=c.count_padding, avgpool=True, pool=c.pool,
                                **how) for im in (train, test))
-        names = c.layers.replace(',', ' ').split() or list(a)
-        check(set(names) <= set(a), 'layers', c.layers, 'some of ' + ', '.join(a))
         a, b = ({n: f[n] for n in names} for f in (a, b))
         probes = {n: dict(center=found) for n,found in linear_probes(
             a, train.labels, b, test.labels, seed=c.seed, device=c.device).items()}
@@ -561,7 +563,7 @@ MOST_PROBED = 50_000   # training images of the probes
 def shared_classes(train:PackedImages, test:PackedImages
                   )->tuple: # (train, test) with the classes that both have, and a sentence on the others
     "Match the classes of training and test images by name."
-    if train.classes == test.classes: return train, test, ''
+    if train.classes == test.classes and len(train.classes) != 1: return train, test, ''
     there = [{im.classes[c] for c in im.labels.unique().tolist()} for im in (train, test)]
     both, either = sorted(there[0] & there[1]), there[0] | there[1]
     if len(both) < 2:
@@ -587,10 +589,16 @@ def with_note(config:Config|ProbeConfig, train:PackedImages, most:int
                             skip_broken=getattr(config, 'skip_broken', False))
     except ValueError as e: raise ValueError(str(e).replace('n_images', 'n_test')) from None
     except FileNotFoundError:
-        if config.dataset not in ('folder', 'packed'): raise
+        if config.dataset not in ('folder', 'packed') or has_split(config.dataset, config.root, 'test'): raise
+        if len(train.labels.unique()) < 2: raise ValueError("classes: expected at least two, got one") from None
         order = torch.randperm(len(train), generator=generator(config.seed, 'held out'))
-        n = max(1, len(train) // 5)
-        return train.subset(order[n:].sort().values), train.subset(order[:n].sort().values), ''
+        n = max(1, min(config.n_test or len(train), len(train) // 5))
+        return (train.subset(order[n:].sort().values), train.subset(order[:n].sort().values),
+                f"no test split, so {n:,} of {len(train):,} training images are held out from the probes")
+    grey = [(im.recipe or {}).get('grey') for im in (train, test)]
+    if config.dataset == 'packed' and None not in grey and grey[0] != grey[1]:
+        raise ValueError("root: expected training and test images that are packed alike, "
+                         "got one in grey and the other in color")
     if test.labels is None:
         raise ValueError("labels: the test images have none (they lie in no class folders), "
                          "so there is nothing to hold the probes against")

@@ -402,7 +402,7 @@ def log_rows(run:Finished)->list: # of Row
     if not log: return []
     labels, how = ends(log, 'nmi_labels'), f"after {len(log):,} of {p['epochs']:,} reassignments"
     probes = (m.get('probes') or {}).get('deepcluster', {})
-    k = (p['k'], labels[1], probes.get('conv3'), probes.get('conv5'),
+    k = (m.get('k', p['k']), labels[1], probes.get('conv3'), probes.get('conv5'),
          (m.get('knn') or {}).get('deepcluster'))
     found = dict(nmi=(*labels, ends(log, 'nmi_prev')[1]), clusters=k, cost=spent(log))
     return [Row(table, run, 'deepcluster', dict(zip(TABLES[table].columns, v)), how)
@@ -417,7 +417,7 @@ def measured(runs)->list: # of Row; runs: of Finished
     rows = [row for run in runs for read in READERS[run.kind] for row in read(run)]
     ks = {}                                        # settings without k → the numbers of clusters tried
     for run in runs:
-        if run.kind == 'train': ks.setdefault(apart_from_k(run), set()).add(run.params['k'])
+        if run.kind == 'train': ks.setdefault(apart_from_k(run), set()).add(run.metrics.get('k', run.params['k']))
     return [r for r in rows if r.table != 'clusters' or len(ks[apart_from_k(r.run)]) > 1]
 
 def apart_from_k(run:Finished)->str:
@@ -445,7 +445,7 @@ def about(run:Finished)->str:
     if t := trained_run(run):
         p, done = t.params, len(t.log)
         some = f"{done:,} of " if 0 < done < p['epochs'] else ''
-        words += ['Sobel' if p['sobel'] else 'RGB', f"k = {p['k']:,}", f"{some}{p['epochs']:,} reassignments"]
+        words += ['Sobel' if p['sobel'] else 'RGB', f"k = {t.metrics.get('k', p['k']):,}", f"{some}{p['epochs']:,} reassignments"]
         if p['seed'] != seed: words.append(f"trained with seed {p['seed']}")
     return ', '.join([*words, f"seed {seed}"])
 

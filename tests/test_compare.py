@@ -2,7 +2,9 @@
 import json, re, shutil, statistics
 from dataclasses import asdict
 from pathlib import Path
-import pytest, yaml
+import pytest, torch, yaml
+from PIL import Image
+from deepcluster_nb.data import generator
 from deepcluster_nb.experiments import find_runs, main, run_params
 from deepcluster_nb.runs import RunFolder
 from deepcluster_nb.fit import Config, fit
@@ -69,6 +71,27 @@ def test_runs_side_by_side(runs, tmp_path, capsys):
     html = (tmp_path/'out'/'report.html').read_text()
     assert (html.count('<img') == 10 and '<title>Runs side by side</title>' in html
             and 'def curves' not in html)
+
+def test_other_images_are_no_other_seeds_and_a_copy_is_no_second_run(runs, tmp_path):
+    for name in 'ab': (tmp_path/name).mkdir()
+    for i in range(60):
+        for name in 'ab':
+            im = torch.randint(256, (36, 36), dtype=torch.uint8, generator=generator(i, name)).numpy()
+            Image.fromarray(im).save(tmp_path/name/f'{i:02d}.png')
+    for name,root,seed in (('one', 'a', 0), ('two', 'a', 1), ('three', 'b', 1)):
+        given = SMALL | dict(dataset='folder', root=str(tmp_path/root), n_images=0, seed=seed)
+        fit(Config(**given, size=32, run_dir=str(tmp_path/'runs'/name)), echo=None)
+        measured(tmp_path/'runs'/name, 60.)
+    shutil.copytree(tmp_path/'runs'/'one', tmp_path/'runs'/'copy')
+    where = tmp_path/'c'
+    args = ['-p', f"runs={tmp_path/'runs'}/*", '-p', 'most=0', '-p', 'n_images=1']
+    assert main(['run', 'compare', '--out', str(where), *args]) == 0
+    text, _ = everything(where)
+    assert 'The runs have different images.' in text and 'the two count as one' in text
+    found = json.loads((where/'metrics.json').read_text())
+    counts = sorted(v['conv1']['n'] for rows in found['means'].values() for name,v in rows.items()
+                    if not name.startswith('random'))
+    assert counts == [1, 2]
 
 def test_luck_and_losses_are_called_that(runs, tmp_path):
     for name,seed,level in (('a', 0, 60.), ('b', 1, 63.)):

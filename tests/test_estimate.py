@@ -164,6 +164,9 @@ def test_material(tmp_path, monkeypatch):
             == (9, 3, 2, True, True, 9))
     assert facts['image_bytes'] == pytest.approx(sum(3*30*(40 + i) for i in range(9))/9)
 
+def test_pic_needs_no_k(): # which a run does not ask for either
+    assert estimate(replace(TINY, k=300, clusterer='pic'), seconds=.1).seconds > 0
+
 def test_packed_images_without_a_test_file(tmp_path, monkeypatch): # a run holds a fifth out
     load_images('shapes', n_images=40).save(tmp_path/'train.safetensors')
     monkeypatch.setenv('DEEPCLUSTER_DATA', str(tmp_path))

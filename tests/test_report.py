@@ -120,6 +120,11 @@ def test_a_network_is_described_by_its_own_training(tmp_path):
     whole = read_finished(train(tmp_path/'whole', epochs=2))
     assert about(whole) == 'alexnet, Sobel, k = 10,000, 2 reassignments, seed 0'
 
+def test_clusters_that_were_found_are_counted(tmp_path): # PIC is given no k
+    for k in (5, 10): train(tmp_path/f'k{k}', dict(k=11), k=k, clusterer='pic')
+    assert rows_of(tmp_path/'k5', tmp_path/'k10', table='clusters') == []
+    assert 'k = 11' in about(read_finished(tmp_path/'k5'))
+
 def test_what_differs_is_named(tmp_path):
     path = probe(tmp_path/'p', crops='center', metrics=dict(n_images=50_000, classes=1000), epochs=20,
                  ten_crops=False)

@@ -114,6 +114,18 @@ def test_epochs_are_ordered_by_their_numbers(tmp_path):
     for epoch in (0, 999, 1000): np.save(tmp_path/'assignments'/f'epoch_{epoch:03d}.npy', np.full(3, epoch))
     assert load_assignments(tmp_path).tolist() == [1000]*3
 
+def test_another_precision_is_said(tmp_path, monkeypatch):
+    config = replace(TINY, precision='auto', run_dir=str(tmp_path/'r'))
+    class Stop(Exception): pass
+    def stop(line): raise Stop
+    for here in (True, False):
+        monkeypatch.setattr('deepcluster_nb.fit.has_bfloat16', lambda device: here)
+        if here:
+            with pytest.raises(Stop): fit(config, echo=stop)
+        else:
+            with pytest.warns(UserWarning, match='began in bfloat16 and goes on in float32'):
+                fit(config, echo=None)
+
 def test_labels_start_at_0(tmp_path):
     images = load_images('digits', n_images=200)
     images.labels = images.labels.clone()

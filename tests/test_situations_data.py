@@ -1,11 +1,13 @@
 "Folders as people have them: a row each, with what reading must make of it."
-import json, os, runpy, subprocess, sys, warnings
+import json, os, re, runpy, subprocess, sys, warnings
 from pathlib import Path
 from unittest.mock import patch
 import numpy as np, pytest, torch
 from PIL import Image, ImageOps
-from deepcluster_nb.sources import (EXTENSIONS, check_sizes, decode, find_folder, image_files, list_broken,
-                                    load_images, read_images)
+from deepcluster_nb.data import Images
+from deepcluster_nb.fit import Config, fit
+from deepcluster_nb.sources import (EXTENSIONS, check_color, check_sizes, decode, find_folder, has_split,
+                                    image_files, list_broken, load_images, read_images)
 from deepcluster_nb.fast.images import PackedImages
 from deepcluster_nb.fast.packing import pack_folder, packing_of, read_like, verify_packed
 
@@ -36,6 +38,31 @@ def read(root, **kwargs): # images, and the lines that were said
 
 # ---------------------------------------------------------------- which files and classes, and what is said
 
+def test_an_image_beside_the_classes_costs_the_labels_and_is_named(tmp_path):
+    images, lines = read(make(tmp_path/'photos', PHOTOS + ' stray.jpg'))
+    assert images.labels is None and len(images) == 4
+    assert len(lines) == 1 and re.search("no labels: 1 of 4 images .* such as 'stray.jpg'", lines[0])
+
+@pytest.mark.parametrize('test', ['val', 'valid', 'validation', 'Test'])
+def test_names_of_the_test_split(tmp_path, test):
+    make(tmp_path/'photos', f'Train/a/1.jpg Train/b/2.jpg {test}/a/3.jpg')
+    assert load_images('folder', tmp_path/'photos', 'test').paths == ['a/3.jpg']
+    assert has_split('folder', tmp_path/'photos', 'test') and not has_split('folder', tmp_path, 'test')
+
+def test_grey_packs_are_no_color(tmp_path):
+    images = load_images('folder', make(tmp_path/'photos', PHOTOS))
+    for grey in (True, False):
+        pack_folder(tmp_path/'photos', tmp_path/f'{grey}.safetensors', grey=grey, workers=0, echo=None)
+        packed = PackedImages.load(tmp_path/f'{grey}.safetensors')
+        check_color(packed, sobel=True)
+        if grey:
+            with pytest.raises(ValueError, match='root: expected images in color.*--rgb'):
+                check_color(packed, False)
+            with pytest.raises(ValueError, match='root: expected images in color'):
+                fit(Config(sobel=False, k=2, pca=2, device='cpu'), packed, echo=None)
+        else: check_color(packed, False)
+    check_color(images, False); check_color(Images(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)), False)
+
 PHOTOS = 'a/1.jpg a/2.jpg b/3.jpg'
 SPLIT = 'train/a/1.jpg train/b/2.jpg test/a/3.jpg'
 # what there is, links in it → paths read, classes, and a part of each line that is said
@@ -55,6 +82,10 @@ FOLDERS = {
     'splits beside a run': (SPLIT + ' runs/r/params.yaml runs/r/log.jsonl runs/r/figures/1.png', (),
                             'a/1.jpg b/2.jpg', 'a b', []),
     'splits beside a link to one': (SPLIT, [('newest', 'train')], 'a/1.jpg b/2.jpg', 'a b', []),
+    'splits with other names': ('Training/a/1.jpg Training/b/2.jpg Validation/a/3.jpg', (),
+                                'a/1.jpg b/2.jpg', 'a b', []),
+    'a class valid': ('invalid/1.jpg valid/2.jpg', (), 'invalid/1.jpg valid/2.jpg', 'invalid valid',
+                      ['as classes, valid among them']),
     'train alone': ('train/a/1.jpg', (), 'a/1.jpg', 'a', []),
     'a class train in train': ('train/car/1.jpg train/train/2.jpg test/car/3.jpg', (),
                                'car/1.jpg train/2.jpg', 'car train', []),

@@ -340,7 +340,13 @@ def flat(root):
      'no probes: classes: expected at least two that training and test images share'),
     ('broken', lambda root: (root/'test'/'cat'/'0.jpg').write_bytes(b'no'), None,
      "no probes: .*can't be read"),
-    ('no test', lambda root: shutil.rmtree(root/'test'), (12, 3), '^$')])
+    ('no test', lambda root: shutil.rmtree(root/'test'), (12, 3),
+     '^no test split, so 3 of 15 training images are held out from the probes$'),
+    ('empty test', lambda root: [p.unlink() for p in (root/'test').rglob('*.jpg')], None,
+     'no probes: root: no images in'),
+    ('one class',
+     lambda root: [shutil.rmtree(root/s/c) for s in ('train', 'test') for c in ('dog', 'hen')], None,
+     'no probes: classes: expected at least two')])
 def test_what_can_be_measured(tmp_path, name, change, probed, says):
     photographs(tmp_path/'train', ['cat', 'dog', 'hen'], 5)
     photographs(tmp_path/'test', ['cat', 'dog', 'hen'], 3, seed=1)
@@ -357,6 +363,13 @@ def test_what_can_be_measured(tmp_path, name, change, probed, says):
     # a bit-identical start for data sets that were measured before
     if name == 'both':
         assert torch.equal(splits[0].labels, train.labels) and splits[0].classes == train.classes
+
+def test_fewer_can_be_held_out(tmp_path):
+    photographs(tmp_path, ['cat', 'dog'], 5)
+    for n_test, held in ((1, 1), (0, 2), (9, 2)):
+        config = replace(TRAIN, root=str(tmp_path), n_test=n_test)
+        splits, note = measurable(config, load_images('folder', config.root))
+        assert tuple(map(len, splits)) == (10 - held, held) and f'{held} of 10' in note
 
 def test_too_many_test_images_are_still_an_error():
     with pytest.raises(ValueError, match='^n_test: '):
