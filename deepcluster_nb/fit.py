@@ -388,7 +388,8 @@ class Hooks:
     def save(self, epoch, step=0, wait=False, **more): # the state as it is now
         self.folder.save(epoch, snapshot(self.state) | more,
                          dict(n=len(self.images), threads=torch.get_num_threads(),
-                              device=self.config.device, precision=self.config.precision, record=self.state.record if step else None,
+                              device=self.config.device, precision=self.config.precision,
+                              record=self.state.record if step else None,
                               **({'ranks': ranks_here()} if ranks_here() > 1 else {})), step, wait)
 
     def clustering(self, done:int, n:int): # while features are computed

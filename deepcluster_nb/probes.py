@@ -590,7 +590,8 @@ def with_note(config:Config|ProbeConfig, train:PackedImages, most:int
     except ValueError as e: raise ValueError(str(e).replace('n_images', 'n_test')) from None
     except FileNotFoundError:
         if config.dataset not in ('folder', 'packed') or has_split(config.dataset, config.root, 'test'): raise
-        if len(train.labels.unique()) < 2: raise ValueError("classes: expected at least two, got one") from None
+        if len(train.labels.unique()) < 2:
+            raise ValueError('classes: expected at least two, got one') from None
         order = torch.randperm(len(train), generator=generator(config.seed, 'held out'))
         n = max(1, min(config.n_test or len(train), len(train) // 5))
         return (train.subset(order[n:].sort().values), train.subset(order[:n].sort().values),

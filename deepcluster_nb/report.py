@@ -7,7 +7,7 @@ __all__ = ['SURE', 'LAYERS', 'SHOTS', 'TASKS', 'VOC', 'THIRD', 'QUOTED', 'PAPER'
            'PROBE', 'IMAGENET', 'VOC2007', 'POOLED', 'WITH_KNN', 'STEPS', 'RUN', 'MISSING', 'TABLES', 'KINDS', 'SETS',
            'PLACE', 'READERS', 'FIRST', 'NAMES', 'CSS', 'Published', 'and_row', 'published', 'published_cells', 'shown',
            'numbered', 'published_table', 'Table', 'voc_command', 'Finished', 'read_finished', 'data_of', 'trained_run',
-           'network_of', 'arch_of', 'Row', 'views', 'probe_table', 'probe_rows', 'without_classes', 'svm_rows',
+           'network_of', 'k_of', 'arch_of', 'Row', 'views', 'probe_table', 'probe_rows', 'without_classes', 'svm_rows',
            'voc_rows', 'retrieval_rows', 'finetune_rows', 'ends', 'spent', 'log_rows', 'measured', 'apart_from_k',
            'differences', 'about', 'commands', 'fits_first', 'cell', 'html_table', 'our_line', 'section', 'nmi_curves',
            'nmi_figure', 'others', 'sections', 'report_page', 'write_page']
@@ -291,6 +291,10 @@ def network_of(run:Finished)->dict: # parameters of its training; {} where they 
     "Find how the network of a run was trained."
     return t.params if (t := trained_run(run)) else {}
 
+def k_of(run:Finished)->int: # of a run of train
+    "Say how many clusters there were: PIC finds a number of its own."
+    return run.metrics.get('k', run.params['k'])
+
 def arch_of(run:Finished)->str:
     "Say which network a run measured."
     return run.metrics.get('arch') or network_of(run).get('arch') or run.params['arch']
@@ -402,7 +406,7 @@ def log_rows(run:Finished)->list: # of Row
     if not log: return []
     labels, how = ends(log, 'nmi_labels'), f"after {len(log):,} of {p['epochs']:,} reassignments"
     probes = (m.get('probes') or {}).get('deepcluster', {})
-    k = (m.get('k', p['k']), labels[1], probes.get('conv3'), probes.get('conv5'),
+    k = (k_of(run), labels[1], probes.get('conv3'), probes.get('conv5'),
          (m.get('knn') or {}).get('deepcluster'))
     found = dict(nmi=(*labels, ends(log, 'nmi_prev')[1]), clusters=k, cost=spent(log))
     return [Row(table, run, 'deepcluster', dict(zip(TABLES[table].columns, v)), how)
@@ -417,7 +421,7 @@ def measured(runs)->list: # of Row; runs: of Finished
     rows = [row for run in runs for read in READERS[run.kind] for row in read(run)]
     ks = {}                                        # settings without k → the numbers of clusters tried
     for run in runs:
-        if run.kind == 'train': ks.setdefault(apart_from_k(run), set()).add(run.metrics.get('k', run.params['k']))
+        if run.kind == 'train': ks.setdefault(apart_from_k(run), set()).add(k_of(run))
     return [r for r in rows if r.table != 'clusters' or len(ks[apart_from_k(r.run)]) > 1]
 
 def apart_from_k(run:Finished)->str:
@@ -445,7 +449,8 @@ def about(run:Finished)->str:
     if t := trained_run(run):
         p, done = t.params, len(t.log)
         some = f"{done:,} of " if 0 < done < p['epochs'] else ''
-        words += ['Sobel' if p['sobel'] else 'RGB', f"k = {t.metrics.get('k', p['k']):,}", f"{some}{p['epochs']:,} reassignments"]
+        words += ['Sobel' if p['sobel'] else 'RGB', f"k = {k_of(t):,}",
+                  f"{some}{p['epochs']:,} reassignments"]
         if p['seed'] != seed: words.append(f"trained with seed {p['seed']}")
     return ', '.join([*words, f"seed {seed}"])
 

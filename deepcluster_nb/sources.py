@@ -245,7 +245,8 @@ def beside_splits(root)->list: # folder names; empty where train and test are sp
         dirs = {e.name: e for e in os.scandir(root)
                 if is_folder(e) and not is_junk(e.name) and not leads_back(e, root)}
         if any(n.lower() in TRAIN + TEST for n in dirs):
-            return [n for n in sorted(dirs) if n.lower() not in SPLITS and not holds_run(os.listdir(dirs[n].path))
+            return [n for n in sorted(dirs)
+                    if n.lower() not in SPLITS and not holds_run(os.listdir(dirs[n].path))
                     and any(any(map(is_image, names)) for _,names in walk(dirs[n].path, {}))]
     return []
 
@@ -342,8 +343,8 @@ def load_images(name:str,            # one of DATASETS
         notes = (read_as(root) if name == 'folder' else []) + passed_over(folder, other)
         loose = [p for p in paths if p.parent == folder]
         if 0 < len(loose) < len(paths):
-            notes.append(f"no labels: {len(loose):,} of {len(paths):,} images in {str(folder)!r} lie outside of "
-                         f"its folders, such as {printable(loose[0].name)!r}")
+            notes.append(f"no labels: {len(loose):,} of {len(paths):,} images in {str(folder)!r} lie outside "
+                         f"of its folders, such as {printable(loose[0].name)!r}")
         if not paths:
             raise FileNotFoundError('; '.join([f"root: no images in {str(folder)!r} "
                                                f"(looked for {' '.join(sorted(EXTENSIONS))})", *notes, how]))
