@@ -138,12 +138,13 @@ def sample_clustering(c:Training, n:int, dim:int, seconds:float)->dict: # kind o
     pca.mean, pca.axes = torch.zeros(dim, device=c.device), torch.randn(dim, d, generator=g).to(c.device)
     project = median(sample(lambda m: l2_normalize(pca.transform(x[:m])), len(x), seconds/8)[0])
     m = min(n, max(2*c.k, 8192))
+    k = min(c.k, m)                                          # PIC is given none
     x = l2_normalize(torch.randn(m, d, generator=g)).to(c.device if c.backend == 'torch' else 'cpu')
-    niter, times = 2, sample(lambda _: kmeans(x, c.k, 2, backend=c.backend), 1, seconds/4)[0]
+    niter, times = 2, sample(lambda _: kmeans(x, k, 2, backend=c.backend), 1, seconds/4)[0]
     if 100*median(times) < seconds:
-        niter, times = 20, sample(lambda _: kmeans(x, c.k, 20, backend=c.backend), 1, seconds/2)[0]
-    prev = torch.randint(0, c.k, (m,), generator=g)
-    found = Clustering(torch.randint(0, c.k, (m,), generator=g), torch.empty(c.k, d), [])
+        niter, times = 20, sample(lambda _: kmeans(x, k, 20, backend=c.backend), 1, seconds/2)[0]
+    prev = torch.randint(0, k, (m,), generator=g)
+    found = Clustering(torch.randint(0, k, (m,), generator=g), torch.empty(k, d), [])
     def books(_): agreement(found, prev, prev); SAMPLERS[c.sampler](prev, c.passes*m, 0, 0)
     return dict(pca=[r*less*dim/D**2 + project for r in row], axes=axes,
                 kmeans=[t*21/(niter + 1)/m for t in times],

@@ -581,6 +581,7 @@ def shared_classes(train:PackedImages, test:PackedImages
                   f"{', …' if left[10:] else ''} {'has' if len(left) == 1 else 'have'} images in one of "
                   "training and test only") if left else ''
 
+# %% ../nbs/09_probes.ipynb #3c1b235b
 def with_note(config:Config|ProbeConfig, train:PackedImages, most:int
              )->tuple: # (train, test, what to say about them)
     "Find the images of the probes."
