@@ -223,11 +223,11 @@ def test_a_file_that_was_repaired(tmp_path):
 def test_enormous_images_are_refused_by_every_thread(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 400)
     for i in range(200): Image.new('L', (21, 20) if i % 2 else (20, 20)).save(tmp_path/f'{i:03d}.png')
-    files, before = sorted(tmp_path.glob('*.png')), list(warnings.filters)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', Image.DecompressionBombWarning)
-        images = read_like(files, dict(grey=True, upright=True), skip_broken=True)
-    assert len(images) == 100 and warnings.filters == before
+        before = list(warnings.filters)
+        images = read_like(sorted(tmp_path.glob('*.png')), dict(grey=True, upright=True), skip_broken=True)
+        assert len(images) == 100 and warnings.filters == before
 
 def test_an_interrupt_between_write_and_note_writes_nothing_twice(tmp_path):
     journal = Journal(tmp_path/'j', {})
