@@ -134,6 +134,7 @@ def check_ranges(c:Config):
                           checkpoint_epochs=1, recluster=0, reset_every=0, knn_every=0,
                           threads=-1).items():
         check(getattr(c, name) >= low, name, getattr(c, name), f"at least {low}")
+    check(c.seed < 2**32, 'seed', c.seed, "below 4,294,967,296, for scikit-learn's draws take 32 bits")
     check(c.lr > 0 and math.isfinite(c.lr), 'lr', c.lr, 'a finite number above 0')
     for name in ('momentum', 'head_momentum'):
         check(0 <= getattr(c, name) < 1, name, getattr(c, name), 'at least 0 and below 1')

@@ -10,10 +10,10 @@ __all__ = ['SURE', 'LAYERS', 'SHOTS', 'TASKS', 'VOC', 'THIRD', 'QUOTED', 'PAPER'
            'network_of', 'k_of', 'arch_of', 'Row', 'views', 'probe_table', 'probe_rows', 'without_classes', 'svm_rows',
            'voc_rows', 'retrieval_rows', 'finetune_rows', 'ends', 'spent', 'log_rows', 'measured', 'apart_from_k',
            'differences', 'about', 'commands', 'fits_first', 'cell', 'html_table', 'our_line', 'section', 'nmi_curves',
-           'nmi_figure', 'others', 'sections', 'report_page', 'write_page']
+           'nmi_figure', 'others', 'sections', 'report_page', 'read_several', 'write_page']
 
 # %% ../nbs/35_report.ipynb #fbc22d07
-import base64, io, json, math, shlex
+import base64, io, json, math, shlex, warnings
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -595,6 +595,21 @@ def report_page(runs)->str: # HTML; runs: of Finished
             'A number in brackets is that of a note below the table.</p>\n')
     return head + '\n'.join(sections(runs)) + '\n</body></html>\n'
 
+def read_several(paths)->list: # of Finished
+    ("Read run folders. Of several, one that is there but holds no run for the report, such as a pattern of "
+     "the shell finds, is passed over with a warning.")
+    found, left = [], {}
+    for p in paths:
+        try: found.append(read_finished(p))
+        except (ValueError, FileNotFoundError) as e:
+            if not Path(p).is_dir(): raise
+            left[p] = e
+    if left and not found: raise next(iter(left.values()))
+    if left:
+        warnings.warn(f"passed over, for they hold no run of {', '.join(KINDS)}: {', '.join(map(str, left))}",
+                      stacklevel=2)
+    return found
+
 def write_page(paths,            # run folders
                out='report.html',
                force:bool=False, # replace out where it exists
@@ -606,6 +621,6 @@ def write_page(paths,            # run folders
     if out.exists() and not force:
         raise ValueError(f"out: {str(out)!r} exists already; "
                          "choose another name, or replace it (--force)")
-    runs = [read_finished(p) for p in paths]
+    runs = read_several(paths)
     write_atomic(out, report_page(runs).encode(errors='replace'))
     return out

@@ -102,7 +102,8 @@ def test_how_many_vote_and_what_is_pooled(data):
     a, b = (probe_features(net, im, 32, pool='maximum')['conv1'] for im in (train, test))
     assert theirs['probes']['conv1']['center'] == linear_probe(a, train.labels, b, test.labels)
     assert ours['probes'] != theirs['probes']
-    for wrong in (dict(neighbors=0), dict(pool='max')):
+    for wrong in (dict(neighbors=0), dict(pool='max'), dict(lr=.1, protocol='cached'),
+                  dict(test_every=2, protocol='cached')):
         with pytest.raises(ValueError, match=next(iter(wrong))): resolve_probe(ProbeConfig(**wrong))
 
 def test_heads_start_as_pytorchs_linear_layers():
@@ -282,7 +283,9 @@ def test_the_papers_values():
 
 TINY = dict(epochs=2, batch_size=16, lr=.1, supervised=1, min_scale=.5, dropout=0., n_images=40, n_test=20,
             layers='conv1 conv5')
-def pairs(**more): return [x for k,v in (TINY | more).items() for x in ('-p', f'{k}={v}')]
+def pairs(**more): # cached probes have their own epochs and rate
+    values = {k: v for k,v in TINY.items() if more.get('protocol') != 'cached' or k not in ('epochs', 'lr')}
+    return [x for k,v in (values | more).items() for x in ('-p', f'{k}={v}')]
 
 @pytest.fixture(scope='module')
 def run_of_train(tmp_path_factory):
@@ -386,3 +389,10 @@ def test_wrong_input_is_found_before_a_kernel_starts(tmp_path, capsys, monkeypat
                  *(['-p', 'dataset=folder'] if 'root' in pair else [])]) == 2
     err = capsys.readouterr().err.strip()
     assert re.search(message, err) and len(err.splitlines()) == 1 and not (tmp_path/'run').exists()
+
+@pytest.mark.parametrize('protocol', ['paper', 'cached'])
+def test_a_wrong_layer_leaves_no_folder(tmp_path, capsys, in_process, protocol):
+    assert main(['run', 'probe', '--out', str(tmp_path/'run'),
+                 *pairs(protocol=protocol, layers='conv5 conv9')]) != 0
+    assert 'layers: expected some of conv1, conv2' in capsys.readouterr().err
+    assert not (tmp_path/'run'/'params.yaml').exists()

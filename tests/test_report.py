@@ -284,6 +284,17 @@ def test_finding_runs_of_all_kinds(tmp_path):
     assert [p.name for p in find_runs(f'{tmp_path}/*', read_finished)] == ['p', 't', 'v']
     assert [p.name for p in find_runs(f'{tmp_path}/*')] == ['t']
 
+def test_a_pattern_of_the_shell_finds_other_folders_too(tmp_path, capsys):
+    other, mine = made(tmp_path/'runs'/'c', 'compare'), probe(tmp_path/'runs'/'p')
+    (tmp_path/'runs'/'empty').mkdir()
+    everything, out = sorted(map(str, (tmp_path/'runs').iterdir())), tmp_path/'page.html'
+    with pytest.warns(UserWarning, match='passed over.*/c.*/empty'):
+        assert main(['report', *everything, '--out', str(out)]) == 0
+    assert out.read_text() == report_page([read_finished(mine)])
+    assert main(['report', *everything, str(tmp_path/'nothing'), '--out', str(out), '--force']) == 2
+    assert main(['report', str(other), '--out', str(out), '--force']) == 2
+    assert 'of another experiment' in capsys.readouterr().err
+
 @pytest.fixture
 def small(tmp_path): # runs of every kind on digits and made images
     return [f(tmp_path/'runs'/n, **more) for n,f,more in (

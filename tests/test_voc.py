@@ -298,3 +298,11 @@ def test_missing_tree_is_one_line_and_leaves_nothing(tmp_path, capsys):
                  '--out', str(tmp_path/'run')]) != 0
     err = capsys.readouterr().err.strip()
     assert 'get_data.py voc2007' in err and len(err.splitlines()) == 1 and not (tmp_path/'run').exists()
+
+@pytest.mark.parametrize('pair', ['costs=[0, 1]', 'costs=.1', "costs=['a']", 'shots=[1.5]', 'layers=[conv9]',
+                                  'samples=0', 'seed=4294967296'])
+def test_wrong_numbers_are_found_before_any_work(tmp_path, capsys, monkeypatch, pair):
+    monkeypatch.setattr('deepcluster_nb.fit.fit', None)
+    assert main(['run', 'voc', '--preset', 'voc_small', '-p', pair, '--out', str(tmp_path/'run')]) != 0
+    assert f"{pair.split('=')[0]}: expected" in capsys.readouterr().err
+    assert not (tmp_path/'run'/'params.yaml').exists()
