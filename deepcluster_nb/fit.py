@@ -155,6 +155,8 @@ def check_together(c:Training):
     "Raise a ValueError for values that exclude each other."
     check(c.head != 'kept' or c.clusterer in TAKE_K, 'head', c.head,
           f"'fresh' or 'centroids', for {c.clusterer} finds another number of clusters each time")
+    check(c.clusterer == 'kmeans' or c.backend == 'torch', 'backend', c.backend,
+          f"'torch', for {c.clusterer} is not computed by another")
     for name,v in ONLY_FAST.items() if c.parts == 'plain' else ():
         check(getattr(c, name) == v, name, getattr(c, name), f"{v!r} with parts='plain'")
     check(c.parts == 'fast' or c.precision != 'bfloat16', 'precision', c.precision,

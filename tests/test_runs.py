@@ -166,6 +166,7 @@ def test_another_run_in_the_folder(finished):
     (dict(dropout=1.), 'dropout'),
     (dict(momentum=1.), 'momentum'),
     (dict(seed=-1), 'seed'), (dict(seed=2**32), 'seed'),
+    (dict(clusterer='lloyd', backend='faiss'), 'backend'),
 ])
 def test_impossible_values_are_errors_before_anything_is_written(tmp_path, change, message):
     with pytest.raises(ValueError, match=message): fit(replace(TINY, run_dir=str(tmp_path/'r'), **change))
