@@ -43,9 +43,10 @@ def check_images(images, size):
     "Raise a ValueError for images or a size that no crop can work with."
     listed = isinstance(images, list)
     if size < 1: raise ValueError(f"size: expected at least 1 pixel, got {size}")
-    if any(im.ndim != 3 for im in images) if listed else images.ndim != 4:
+    wrong = [im for im in images if im.ndim != 3] if listed else [images] if images.ndim != 4 else []
+    if wrong:
         raise ValueError("images: expected (B, C, H, W) or a list of (C, H, W), "
-                         f"got {tuple(images[0].shape) if listed else tuple(images.shape)}")
+                         f"got {tuple(wrong[0].shape)}")
 
 def check_boxes(boxes, flip, sizes): # sizes: as image_sizes returns them
     "Raise a ValueError for boxes or flips that don't fit images of these sizes."
@@ -114,8 +115,7 @@ def crop_boxes(sizes:Tensor,      # (B, 2) height and width of each image, pixel
     first = fits.int().argmax(1)
     wh = wh[:, row, first].T
     boxes = torch.cat([(u[2:, row, first].T * (full - wh + 1)).floor(), wh], 1)
-    return (boxes if (found := fits.any(1)).all() else
-            torch.where(found[:, None], boxes, central_boxes(full, ratio)))
+    return torch.where(fits.any(1)[:, None], boxes, central_boxes(full, ratio))
 
 # %% ../nbs/01_augment.ipynb #3de80da0
 def random_resized_crop(images,            # (B, C, H, W), or a list of (C, H, W)

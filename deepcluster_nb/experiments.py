@@ -16,27 +16,26 @@ import argparse, base64, io, json, logging, math, os, re, shutil, signal, socket
 import tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from glob import glob
 from itertools import islice
 from pathlib import Path
 import numpy as np, torch, yaml
 from PIL import Image, ImageFile
 from tqdm import tqdm
-from .sources import decoded, image_files, load_images
+from .sources import Unreadable, image_files, load_images
 from .fast.feeding import free_memory
 from .fast.features import pieces
 from .pictures import training_curves
 from .fast.packing import read_like
-from .probes import ProbeConfig, resolve_probe
-from .released import open_run
+from .probes import ProbeConfig, resolve_probe, usual_size
 from .few_labels import check_choices
 from .report import read_finished, write_page
 from .runs import (MEASURING, RunFolder, Stopped, amount, duration, held_by,
-                                 progress_line, signals_to, write_atomic)
+                                 progress_line, read_log, signals_to, write_atomic)
 from .fast.distributed import started_as_rank
-from .fit import (MAY_DIFFER, Config, check, clusters_csv, describe, fit, newer, predict,
-                                 resolve)
+from .fit import (MAY_DIFFER, Config, check, check_ranks, clusters_csv, describe, fit, load_run,
+                                 newer, predict, resolve)
 
 # %% ../nbs/15_experiments.ipynb #f10743b4
 def experiments_folder()->Path: # nbs/experiments of the clone
@@ -177,6 +176,8 @@ def check_parameters(notebook:Path, given:dict, run_dir:Path):
     # a default of another type: the experiment's own parameter, such as the parts of a network for voc
     config = kind(**{f.name: values[f.name] for f in fields(kind)
                      if f.name in values and type(own.get(f.name, f.default)) is type(f.default)})
+    if notebook.stem in ('voc', 'retrieval') and (values['weights'] or not config.size):
+        config = replace(config, size=usual_size(config.arch))          # that of the weights is found later
     checked(config)
     if notebook.stem == 'finetune': check_choices(*(values[n] for n in ('shares', 'lrs', 'steps', 'n_val')))
     if notebook.stem == 'compare': find_runs(values['runs'])                                       # likewise
@@ -189,20 +190,16 @@ def check_parameters(notebook:Path, given:dict, run_dir:Path):
     # which rows, of how many seeds: the numbers that are there count in any case
     more = ('row', 'seeds', 'other') if notebook.stem == 'findings' else ()
     if (run_dir/'params.yaml').exists():
-        RunFolder(run_dir, values, (*MAY_DIFFER, *newer(run_dir, values, kind), *more))
+        RunFolder(run_dir, values, (*MAY_DIFFER, *newer(run_dir, values, own), *more))
 
 # %% ../nbs/15_experiments.ipynb #5af89d8d
 def parse_pair(text:str,
-               defaults={},  # name → default value: what is known is read by its type
-              )->tuple:      # 'k=200' → ('k', 200)
-    "Split key=value and read the value: a parameter's by its type, another as YAML, with 1e-5 as a number."
+               defaults:dict, # name → default value, of the parameter's type
+              )->tuple:       # 'k=200' → ('k', 200)
+    "Split key=value and read the value by its parameter's type."
     key, eq, value = text.partition('=')
     if not eq: raise ValueError(f"-p: expected key=value, got {text!r}")
-    if key in defaults: return key, typed(key, value, defaults[key])
-    with suppress(ValueError):
-        if 'e' in value.lower() and not value.isdigit(): return key, float(value)
-    try: return key, yaml.safe_load(value)
-    except yaml.YAMLError: return key, value                # such as a pattern, *
+    return key, typed(key, value, defaults.get(key, ''))
 
 def parse_pairs(name:str, pairs)->dict: # of an experiment: name → value
     "Read the `-p key=value` of a command."
@@ -226,10 +223,9 @@ class Watcher(threading.Thread):
         self.run_dir, self.done, self.printed, self.start_time = run_dir, threading.Event(), 0, time.time()
 
     def look(self):
-        log = self.run_dir/'log.jsonl'
-        lines = log.read_text(encoding='utf-8').splitlines() if log.exists() else []
+        lines = read_log(self.run_dir/'log.jsonl')
         epochs = run_epochs(self.run_dir) if lines else 0
-        for r in map(json.loads, lines[self.printed:]):
+        for r in lines[self.printed:]:
             print(('\r\033[K' if sys.stderr.isatty() else '') + (r.get('line') or describe(r, epochs)),
                   flush=True)
         self.printed = len(lines)
@@ -364,10 +360,11 @@ def run_experiment(name:str,            # a notebook in nbs/experiments, such as
             except PapermillExecutionError as e:
                 if made and not (run_dir/'params.yaml').exists():
                     page.unlink(missing_ok=True)
-                    run_dir.rmdir()
+                    with suppress(OSError): run_dir.rmdir()                 # unless something lies there
                 # what was refused takes nothing from the run that is there
                 elif before and e.ename in ('ValueError', 'FileNotFoundError'): write_atomic(page, before)
-                raise (Stopped(e.evalue) if e.ename == 'Stopped' else
+                same = dict(Stopped=Stopped, ValueError=ValueError, FileNotFoundError=FileNotFoundError)
+                raise (same[e.ename](e.evalue) if e.ename in same else
                        RuntimeError(f"{e.ename}: {e.evalue}")) from None
     except KeyboardInterrupt as e:
         if not str(e): e.args = kept(run_dir),
@@ -594,8 +591,9 @@ def kept_recipe(run_dir)->dict: # {}: none was kept, so images are taken as they
 def read_some(files, recipe:dict, folder)->tuple: # (PackedImages or None, [path: why] of what can't be read)
     "Read images as a run's were read, those that can be."
     try: images = read_like(files, recipe, root=folder, skip_broken=True)
-    except ValueError: return None, [f"{p.relative_to(folder)}: {decoded(p)}" for p in files]
-    return images, [line.removeprefix(f'{folder}/') for line in images.left_out]
+    except Unreadable as e: images, left_out = None, e.broken
+    else: left_out = images.left_out
+    return images, [line.removeprefix(f'{folder}/') for line in left_out]
 
 def room_for(files, nbytes)->int: # bytes of images that may be decoded at once
     "Raise a ValueError for an image that the free memory can't hold while it is decoded."
@@ -623,7 +621,7 @@ def predict_folder(run_dir,                 # of a run of train
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, "
                          "which hides broken files; expected it off")
-    run, recipe = open_run(run_dir), kept_recipe(run_dir)
+    run, recipe = load_run(run_dir), kept_recipe(run_dir)
     if not (Path(run_dir)/'clusters.csv').exists():
         print("this run is not finished: its network has trained on since its clusters were made",
               file=sys.stderr)
@@ -654,7 +652,7 @@ def listing(name:str='')->str: # of one experiment, or of all
     lines = []
     for nb in [one_of('experiment', name, folder, '.ipynb')] if name else sorted(folder.glob('*.ipynb')):
         lines += [f"experiment {nb.stem}", "  parameters:"]
-        lines += [f"    {n + ' = ' + value:26} {about}" for n,(value,about) in explained(nb).items()]
+        lines += [f"    {n + ' = ' + value:26} {' '.join(about.split())}" for n,(value,about) in explained(nb).items()]
     lines.append("presets:")
     for y in sorted((folder/'presets').glob('*.yaml')):
         about = y.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')
@@ -673,8 +671,11 @@ def forecast(preset:str=None,    # a file in nbs/experiments/presets
     "Estimate what a run takes, for `deepcluster-nb estimate`."
     from deepcluster_nb.estimate import estimate, measured_bandwidth, rank_table
     check(nproc >= 1, '--nproc', nproc, 'at least 1 rank')
-    found = estimate(Config(**gather('train', preset, params)[1]), n_images, seconds,
-                     lambda line: print(line, file=sys.stderr, flush=True))
+    check(0 <= bandwidth < math.inf, '--bandwidth', bandwidth, 'GB/s, at least 0')
+    check(nproc > 1 or not bandwidth, '--bandwidth', bandwidth, 'none with one rank')
+    config = resolve(Config(**gather('train', preset, params)[1]))
+    if nproc > 1: check_ranks(config, nproc)
+    found = estimate(config, n_images, seconds, lambda line: print(line, file=sys.stderr, flush=True))
     if nproc == 1: return found
     sent = bandwidth*1e9 or measured_bandwidth()
     check(sent == sent, '--bandwidth', None, 'GB/s between ranks, for one GPU alone can not measure it')
@@ -699,7 +700,6 @@ def add_report(commands # argparse's sub-commands
 def run_rank(name:str, params:dict=None, run_dir=None, preset:str=None):
     "Do the part of a rank other than 0: no notebook and no folder, the same call of `fit`."
     notebook, given = gather(name, preset, params)
-    if name != 'train': raise ValueError(f"experiment: expected train with several ranks, got {name!r}")
     values = parameters(notebook) | given | dict(run_dir=str(run_dir or ''))
     fit(Config(**{f.name: values[f.name] for f in fields(Config)}), echo=None)
 
@@ -815,6 +815,8 @@ def main(argv=None
                     if broken else []), sep='\n')
             return 0
         pairs = parse_pairs(args.name, args.p)
+        if args.nproc != 1 or started_as_rank():
+            check(args.name == 'train', 'experiment', args.name, 'train with several ranks')
         if args.nproc != 1:
             options = [x for p in args.p for x in ('-p', p)]
             for name in ('preset', 'out'):

@@ -8,8 +8,8 @@ __all__ = ['PARTS', 'ONLY_FAST', 'MAY_DIFFER', 'MOST_VOTERS', 'WITH_RANKS', 'Pla
            'check_ranges', 'check_together', 'found_device', 'resolve', 'State', 'optimizers', 'momenta',
            'state_tensors', 'load_state', 'snapshot', 'restore', 'saved_clusters', 'newer', 'may_differ', 'resume',
            'most_clusters', 'id_type', 'as_npy', 'load_assignments', 'clusters_csv', 'disk_space', 'agreement',
-           'neighbors_vote', 'look', 'describe', 'Hooks', 'run_loop', 'Run', 'prepare', 'rank_parts', 'first_state',
-           'fit', 'Averaged', 'predict', 'load_run']
+           'neighbors_vote', 'look', 'describe', 'Hooks', 'run_loop', 'Run', 'prepare', 'check_ranks', 'rank_parts',
+           'first_state', 'fit', 'Averaged', 'predict', 'as_here', 'load_run']
 
 # %% ../nbs/18_fit.ipynb #ab39d7d2
 import csv, importlib, io, math, os, time, warnings
@@ -38,7 +38,8 @@ from .switches import (CENTER_BOXES, SCHEDULES, Algorithm, new_head, resize_head
                                      with_switches)
 from .training import sgd, trunk_parameters
 from .fast.training import CLUSTERERS, TAKE_K, Training
-from .runs import Guard, Progress, RunFolder, drop_damaged, load_checkpoint, same_data, say
+from .runs import (Guard, Progress, RunFolder, drop_damaged, load_checkpoint, read_log, same_data,
+                                 say)
 import deepcluster_nb.fast.distributed as distributed
 from .fast.distributed import RankGuard, joined, ranks_here, same_images, shared_tensors
 
@@ -249,11 +250,14 @@ def saved_clusters(tensors:dict,
 # may differ when a run is continued: they change no result
 MAY_DIFFER = 'run_dir', 'root', 'checkpoint_minutes', 'checkpoint_epochs', 'threads', 'knn_every'
 
-def newer(run_dir, params:dict, kind=Config)->list: # names; kind: the dataclass that has their defaults
+def newer(run_dir, params:dict,
+          defaults:dict=None, # name → default value; Config's where not given
+         )->list:             # names
     "Name parameters that are newer than the run in this folder and have their default."
     file = Path(run_dir)/'params.yaml'
     there = yaml.safe_load(file.read_text(encoding='utf-8')) if file.is_file() else params
-    return [f.name for f in fields(kind) if f.name not in there and params.get(f.name) == f.default]
+    return [name for name,v in (defaults or asdict(Config())).items()
+            if name not in there and params.get(name) == v]
 
 def may_differ(run_dir, params:dict)->tuple: # names
     "Name what may differ when a run continues: MAY_DIFFER, and newer parameters that have their default."
@@ -477,7 +481,7 @@ def run_loop(state:State, images, config:Training, parts:Parts, hooks:Hooks):
 class Run:
     "The result of `fit`."
     net:DeepClusterNet
-    images:PackedImages
+    images:PackedImages    # as given, where parts are plain; None where the run comes from its folder
     clustering:Clustering  # of the final network
     pca:PCA                # that the clustering was made with
     log:list               # a dict an epoch
@@ -509,12 +513,16 @@ def prepare(config:Config, images=None,
 # what several ranks do not have otherwise
 WITH_RANKS = dict(parts='fast', backend='torch', clusterer='kmeans', compile=False)
 
-def rank_parts(c:Training, images, ranks)->Parts:
-    "Return the parts of a run of several ranks; raise a ValueError for what they can't do."
+def check_ranks(c:Training, world:int):
+    "Raise a ValueError for what so many ranks can't do."
     for name,v in WITH_RANKS.items():
         check(getattr(c, name) == v, name, getattr(c, name), f"{v!r} with several ranks")
-    check(c.batch_size >= 2*ranks.world, 'batch_size', c.batch_size,
-          f"at least {2*ranks.world}, two images for each of {ranks.world} ranks")
+    check(c.batch_size >= 2*world, 'batch_size', c.batch_size,
+          f"at least {2*world}, two images for each of {world} ranks")
+
+def rank_parts(c:Training, images, ranks)->Parts:
+    "Return the parts of a run of several ranks."
+    check_ranks(c, ranks.world)
     same_images(images, ranks)
     return Parts(partial(distributed.cluster, ranks=ranks), partial(distributed.train_epoch, ranks=ranks),
                  resident)
@@ -584,19 +592,30 @@ class Averaged(Parts):
 # %% ../nbs/18_fit.ipynb #a3688431
 def predict(run:Run, images)->Tensor: # (N,) cluster of each of the Images
     "Assign new images to clusters with the run's network, PCA and centroids."
+    check_color(images, run.config.sobel); check_sizes(images, name='images')
     batches = feature_batches(run.net, images, run.config.size, 512, run.config.device, run.config.precision)
     return torch.cat([nearest(l2_normalize(run.pca.transform(f)).cpu(), run.clustering.centroids)
                       for f in batches])
 
 # %% ../nbs/18_fit.ipynb #40c7948c
-def load_run(run_dir)->Run:
-    "Load a run from its folder, for `predict` and for a look inside."
+def as_here(c:Config)->Config:
+    "Return what a run was asked for; a device or a precision that is missing here gives way to one that is there."
+    if c.device.startswith('cuda') and not torch.cuda.is_available(): c = replace(c, device='auto')
+    half = has_bfloat16(found_device(c.device))
+    return resolve(c if half or c.precision != 'bfloat16' else replace(c, precision='auto'))
+
+def load_run(run_dir)->Run: # without images
+    "Load a run from its folder, for `predict` and for a look inside; nothing is written there."
     params = Path(run_dir)/'params.yaml'
     if not params.exists(): raise FileNotFoundError(f"run_dir: no run in {str(run_dir)!r} (no params.yaml)")
     asked = yaml.safe_load(params.read_text(encoding='utf-8'))
-    c, saved = resolve(Config(**asked)), load_checkpoint(Path(run_dir)/'checkpoint')
+    try: asked = Config(**asked)
+    except TypeError as e:
+        raise ValueError(f"run_dir: {str(run_dir)!r} is the folder of another "
+                         f"experiment than train ({e})") from None
+    c, saved = as_here(asked), load_checkpoint(Path(run_dir)/'checkpoint')
     if saved is None:
         raise FileNotFoundError(f"run_dir: the run in {str(run_dir)!r} has no whole checkpoint yet")
     net, t = network(c), saved[2]
     restore(net, c, t)
-    return Run(net, None, *saved_clusters(t, c.pca), RunFolder(run_dir, asked).log, c)
+    return Run(net, None, *saved_clusters(t, c.pca), read_log(Path(run_dir)/'log.jsonl'), c)

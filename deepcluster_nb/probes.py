@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PAPER_POOLS', 'PAPER_MAPS', 'POOLS', 'ONLY_PAPER', 'MOST_PROBED', 'conv_activations', 'pool_activation',
-           'probe_features', 'check_labels', 'Probe', 'start_momentum', 'cosine_rates', 'fit_probes', 'linear_probes',
-           'linear_probe', 'knn_accuracy', 'cluster_accuracy', 'cluster_measures', 'probe_boxes', 'probe_crop',
-           'probe_lr', 'ProbeConfig', 'resolve_probe', 'usual_size', 'Heads', 'pooled', 'probe_accuracies',
-           'last_and_best', 'train_probes', 'train_on_labels', 'supervised', 'measure', 'evaluate', 'shared_classes',
-           'with_note', 'held_out', 'measurable']
+           'probe_features', 'check_labels', 'Probe', 'start_momentum', 'cosine_rates', 'fit_probes', 'probe_epochs',
+           'linear_probes', 'linear_probe', 'knn_accuracy', 'cluster_accuracy', 'cluster_measures', 'probe_boxes',
+           'probe_crop', 'probe_lr', 'ProbeConfig', 'resolve_probe', 'usual_size', 'Heads', 'pooled',
+           'probe_accuracies', 'last_and_best', 'train_probes', 'train_on_labels', 'supervised', 'measure', 'evaluate',
+           'shared_classes', 'with_note', 'held_out', 'measurable']
 
 # %% ../nbs/09_probes.ipynb #b43b5df7
 import math, time
@@ -183,10 +183,15 @@ def fit_probes(probes:dict, train_y, test_y, epochs, batch_size, rates, seed, de
     return {m: dict(last=a[-1], best=max(a)) for m,a in seen.items()}
 
 # %% ../nbs/09_probes.ipynb #09p10002
+def probe_epochs(n:int,              # images
+                 batch_size:int=128,
+                )->int:              # 15, and up to 100 for few images, to make 1,000 steps
+    "Choose how many passes linear_probes makes."
+    return min(100, max(15, -(-1000 // -(-n // batch_size))))
+
 def linear_probes(train:dict, train_y:Tensor, # name → (N, D) frozen features, and their (N,) labels
                   test:dict, test_y:Tensor,   # the same of other images
-                  # passes over them; 0 means 15, and up to 100 for few images, to make 1,000 steps
-                  epochs:int=0,
+                  epochs:int=0,               # passes over them; 0 means probe_epochs
                   batch_size:int=128, lr:float=5., weight_decay:float=1e-5, seed:int=0,
                   device='cpu',               # where they are trained; the features may lie elsewhere
                   capture=None,               # how a step is recorded; as for train_epoch of chapter 27
@@ -196,7 +201,7 @@ def linear_probes(train:dict, train_y:Tensor, # name → (N, D) frozen features,
     n, classes = len(train_y), int(train_y.max()) + 1
     train_y, test_y = train_y.to(device), test_y.to(device)
     steps = -(-n // batch_size)                                        # in an epoch
-    epochs = epochs or min(100, max(15, -(-1000 // steps)))
+    epochs = epochs or probe_epochs(n, batch_size)
     how = epochs, batch_size, cosine_rates(lr, epochs*steps), seed, device
     away = sum(f.nbytes for f in [*train.values(), *test.values()] if f.device.type != train_y.device.type)
     # recording pays where a step is repeated
@@ -342,7 +347,8 @@ def resolve_probe(config:ProbeConfig)->ProbeConfig: # a checked copy, with 'auto
     check(config.arch in ARCHS, 'arch', config.arch, 'one of ' + ', '.join(ARCHS))
     shared = {f.name: getattr(config, f.name) for f in fields(Config) if hasattr(config, f.name)}
     # which knows what is possible
-    c = resolve(Config(**shared | dict(size=config.size or usual_size(config.arch))))
+    size = 0 if config.weights else config.size         # theirs may be another network
+    c = resolve(Config(**shared | dict(size=size or usual_size(config.arch))))
     for name, known in dict(protocol=('paper', 'cached'), schedule=('released', 'steps'),
                             crops=('window', 'resized'), pool=('average', 'maximum')).items():
         check(getattr(config, name) in known, name, getattr(config, name), 'one of ' + ', '.join(known))

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['file_sha256', 'check_sha256', 'read_tensors', 'check_storage', 'check_numbers', 'released_state', 'tensors_sha256',
-           'same_weights', 'save_converted', 'read_converted', 'load_released', 'open_run', 'load_weights',
-           'random_twin']
+           'same_weights', 'save_converted', 'read_converted', 'load_released', 'load_weights', 'random_twin']
 
 # %% ../nbs/13_released.ipynb #412a8e81
 import copy, hashlib, json, os, re, warnings
@@ -214,15 +213,6 @@ def load_released(path,         # the authors' file, or one that this function c
     return net.eval()
 
 # %% ../nbs/13_released.ipynb #934d2ca5
-def open_run(path
-            ): # → Run
-    "Open a run of `train` from its folder; another experiment's folder is an error."
-    try:
-        return load_run(path)
-    except TypeError as e:
-        raise ValueError(f"run_dir: {str(path)!r} is the folder of another "
-                         f"experiment than train ({e})") from None
-
 def load_weights(path,         # a run folder, or a file for load_released
                  sha256=None,  # of the authors' file
                 )->tuple:      # (network in evaluation mode, pixels that it was trained on, arch)
@@ -233,7 +223,7 @@ def load_weights(path,         # a run folder, or a file for load_released
     if sha256:
         raise ValueError(f"sha256: it is for the authors' files, but {str(path)!r} is a run folder, "
                          "whose checkpoints have checksums of their own")
-    run = open_run(path)
+    run = load_run(path)
     return run.net.eval(), run.config.size, run.config.arch
 
 # %% ../nbs/13_released.ipynb #9550bf0f

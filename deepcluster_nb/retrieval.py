@@ -149,10 +149,16 @@ PLACES = ("put the images into ROOT/jpg and the ground truth's *_query.txt, *_go
           "whose terms say how to get the images")
 
 def known(query:Query, images:dict)->Query: # the same
-    "Raise a ValueError for a query whose image is not there, or with nothing to be found."
+    "Raise a ValueError for a query whose image is not there, with a box outside it, or nothing to be found."
     if query.image not in images:
         raise ValueError(f"queries: expected the image of {query.name!r} among the {len(images):,} images, "
                          f"got {query.image!r}")
+    if query.box is not None:
+        with Image.open(images[query.image]) as im: W, H = im.size
+        l, t, r, b = query.box
+        if not (max(0, l) < min(r, W) and max(0, t) < min(b, H)):             # NaN is no number of pixels
+            raise ValueError(f"queries: expected a box of {query.name!r} with left < right and top < bottom "
+                             f"inside {W} × {H} pixels, got {query.box}")
     if not query.positive:
         raise ValueError(f"queries: expected something to be found for {query.name!r}, got nothing")
     return query
@@ -195,7 +201,7 @@ def read_queries(folder,  # of images, as deep as you like
                                 f"positive, junk, or *_query.txt files in {str(folder/'lab')!r}")
     images, queries = {p.relative_to(folder).as_posix(): p for p in image_files(folder)[0]}, []
     split = lambda text: {n.strip() for n in (text or '').split(';') if n.strip()}
-    with open(file, newline='', encoding='utf-8') as f:
+    with open(file, newline='', encoding='utf-8-sig') as f: # with a byte order mark or without
         for row in csv.DictReader(f):
             if not {'query', 'positive'} <= row.keys():
                 raise ValueError("queries: expected the columns query, box, "

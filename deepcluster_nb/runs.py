@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FULL', 'SEEN', 'MEASURING', 'write_atomic', 'checksum', 'pack_checkpoint', 'write_checkpoint', 'drop_damaged',
-           'save_checkpoint', 'load_checkpoint', 'Behind', 'as_yaml', 'same_parameters', 'RunFolder', 'fingerprint',
-           'FileBytes', 'difference', 'other_images', 'same_data', 'Stopped', 'signals_to', 'signals_noted',
-           'in_notebook', 'held_by', 'taken', 'this_process', 'cell_runs', 'Hold', 'amount', 'check_room', 'take_room',
-           'Guard', 'duration', 'progress_line', 'say', 'Progress', 'log_curves']
+           'save_checkpoint', 'load_checkpoint', 'Behind', 'as_yaml', 'same_parameters', 'read_log', 'RunFolder',
+           'fingerprint', 'FileBytes', 'difference', 'other_images', 'same_data', 'Stopped', 'signals_to',
+           'signals_noted', 'in_notebook', 'held_by', 'taken', 'this_process', 'cell_runs', 'Hold', 'amount',
+           'check_room', 'take_room', 'Guard', 'duration', 'progress_line', 'say', 'Progress', 'log_curves']
 
 # %% ../nbs/17_runs.ipynb #72590e62
 import errno, hashlib, json, math, os, shutil, signal, socket, sys, threading, time, warnings, zlib
@@ -148,6 +148,12 @@ def same_parameters(path, file:Path, text:str, may_differ): # names that may dif
                          f"({'; '.join(differ)}); choose another folder")
 
 # %% ../nbs/17_runs.ipynb #5b1d20e3
+def read_log(file)->list: # of dicts, one an epoch; none where there is no file
+    "Read the log of a run."
+    file = Path(file)
+    text = file.read_text(encoding='utf-8') if file.exists() else ''
+    return [json.loads(l) for l in text.splitlines()]
+
 class RunFolder:
     "Parameters and log of one run, and places for its checkpoints, assignments and figures."
     def __init__(self,
@@ -197,9 +203,7 @@ class RunFolder:
 
     @property
     def log(self)->list: # of dicts, one an epoch
-        file = self.path/'log.jsonl'
-        text = file.read_text(encoding='utf-8') if file.exists() else ''
-        return [json.loads(l) for l in text.splitlines()]
+        return read_log(self.path/'log.jsonl')
 
     def keep_epochs(self, n:int, *more): # forget what was logged after the checkpoint of n epochs
         rows = [r for r in self.log if r['epoch'] < n] + list(more)

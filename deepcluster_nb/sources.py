@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['EXTENSIONS', 'JUNK', 'RUN', 'LINK', 'HIDDEN', 'PREVIEWS', 'CLOSED', 'TURNS', 'TRAIN', 'TEST', 'SPLITS', 'DATASETS',
-           'is_image', 'is_junk', 'holds_run', 'is_folder', 'printable', 'walk', 'find_images', 'passed_over',
-           'image_files', 'put_upright', 'decode', 'decoded', 'list_broken', 'read_images', 'check_sizes',
-           'sample_sizes', 'check_memory', 'sub_folder', 'leads_back', 'beside_splits', 'find_folder', 'read_as',
-           'torchvision_images', 'packed_file', 'has_split', 'check_color', 'load_images']
+           'CLASSES', 'is_image', 'is_junk', 'holds_run', 'is_folder', 'printable', 'walk', 'find_images',
+           'passed_over', 'image_files', 'put_upright', 'decode', 'decoded', 'list_broken', 'Unreadable', 'read_images',
+           'check_sizes', 'sample_sizes', 'check_memory', 'sub_folder', 'leads_back', 'beside_splits', 'find_folder',
+           'beside_split', 'read_as', 'torchvision_images', 'packed_file', 'has_split', 'check_color', 'load_images']
 
 # %% ../nbs/16_sources.ipynb #f65ec137
 import os, tempfile, warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
@@ -148,7 +148,7 @@ def list_broken(broken,         # 'path: why' of each
                 hint:str='',    # what the reader can do
                 report=None,    # a file that lists them all; made where there are more than 20
                )->str:
-    "Format the error for files that can't be read: 20 are named, and a file holds the rest."
+    "Format the error for files that can't be read: 20 are named, and where there are more, a file lists all."
     if len(broken) > 20 and report is None:
         with tempfile.NamedTemporaryFile('w', prefix='deepcluster-broken-', suffix='.txt', delete=False,
                                          encoding='utf-8', errors='surrogateescape') as f:
@@ -159,6 +159,15 @@ def list_broken(broken,         # 'path: why' of each
                         *([f"{more}all are listed in {printable(report)}"] if report else [])])
 
 # %% ../nbs/16_sources.ipynb #be91cca0
+class Unreadable(ValueError):
+    "Image files that can't be read; `broken` has 'path: why' of each."
+    def __init__(self, broken, n:int, hint:str=''):
+        super().__init__(broken, n, hint)
+        self.broken = broken
+    @cached_property
+    def message(self)->str: return list_broken(*self.args)           # a long list makes a file, once
+    def __str__(self)->str: return self.message
+
 def read_images(paths,                   # image files, in the order wanted
                 labels=None,             # (N,) class ids
                 classes=(),              # class names
@@ -179,7 +188,7 @@ def read_images(paths,                   # image files, in the order wanted
     broken = [f"{path}: {im}" for path,im in zip(paths, ims) if isinstance(im, str)]
     if len(broken) > (len(ims) - 1 if skip_broken else 0):
         hint = '' if skip_broken or len(broken) == len(ims) else '; skip_broken leaves them out'
-        raise ValueError(list_broken(broken, len(paths), hint))
+        raise Unreadable(broken, len(paths), hint)
     rows = [i for i,im in enumerate(ims) if not isinstance(im, str)]
     kept = [ims[i] for i in rows]
     shapes = [im.shape for im in kept]
@@ -258,6 +267,12 @@ def find_folder(name:str, root, split:str)->Path: # the folder of split's images
         if found := sub_folder(top, subs): return found
     if name == 'folder' and not is_test(split) and not sub_folder(root, TEST): return root
 
+def beside_split(root, folder)->list: # of one line, or none
+    "Say how many images lie beside the folder of a split, and are not read."
+    loose = [n for n in os.listdir(root) if is_image(n)] if Path(folder).parent == Path(root) else []
+    return [f"not read: {len(loose):,} images in {str(root)!r} beside {Path(folder).name}, "
+            f"such as {printable(min(loose))!r}"] if loose else []
+
 def read_as(root)->list: # of one line, or none
     "Say that a folder with the name of a split is taken for a class, and how to get the split instead."
     if not (beside := beside_splits(root)): return []
@@ -306,6 +321,7 @@ def check_color(images, sobel:bool): # sobel: of the network
 
 # %% ../nbs/16_sources.ipynb #83bd9cbd
 DATASETS = ['digits', 'shapes', 'cifar10', 'cifar100', 'stl10', 'folder', 'packed']
+CLASSES  = dict(cifar10=10, cifar100=100, stl10=10)         # of what may lie in folders, too
 
 # %% ../nbs/16_sources.ipynb #d64c7ed8
 def load_images(name:str,            # one of DATASETS
@@ -340,7 +356,10 @@ def load_images(name:str,            # one of DATASETS
     folder = find_folder(name, root, split)
     if folder:
         paths, labels, classes, other = find_images(folder)
-        notes = (read_as(root) if name == 'folder' else []) + passed_over(folder, other)
+        if len(classes) != (there := CLASSES.get(name, len(classes))):
+            raise ValueError(f"root: expected the {there} classes of {name} as folders in {str(folder)!r}, "
+                             f"got {len(classes)}; where these are other images, use dataset folder")
+        notes = (read_as(root) if name == 'folder' else []) + beside_split(root, folder) + passed_over(folder, other)
         loose = [p for p in paths if p.parent == folder]
         if 0 < len(loose) < len(paths):
             notes.append(f"no labels: {len(loose):,} of {len(paths):,} images in {str(folder)!r} lie outside "

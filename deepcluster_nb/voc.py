@@ -10,6 +10,7 @@ __all__ = ['OBJECT', 'RULES', 'COSTS', 'RECIPES', 'STEPS', 'SCALE', 'made_voc', 
 # %% ../nbs/11_voc.ipynb #346caa21
 import copy, math, warnings
 import xml.etree.ElementTree as ET
+from functools import partial
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor, nn
@@ -223,11 +224,13 @@ def low_shot(train_x:Tensor, train_y:Tensor, test_x:Tensor, test_y:Tensor, # fea
     "Train linear SVMs on k positive images a class."
     from sklearn.exceptions import ConvergenceWarning
     x, z, n = unit_rows(train_x), unit_rows(test_x), train_y.shape[1]
-    fewest = int((train_y == 1).sum(0).min())
+    fewest, most = (int(v) for v in (train_y == 1).sum(0).aminmax())
     for k in shots:
         if not 1 <= k <= fewest:
             raise ValueError(f"shots: expected 1 to {fewest}, "
                              f"the positive images of the rarest class, got {k}")
+        if k == most:
+            raise ValueError(f"shots: {k} leaves no positive image outside the sample to choose the cost by")
     out = {}
     for i,k in enumerate(shots):
         outside, tested = np.zeros((2, samples, len(costs)))
@@ -246,8 +249,6 @@ def low_shot(train_x:Tensor, train_y:Tensor, test_x:Tensor, test_y:Tensor, # fea
                 outside[s, j], tested[s, j] = (mean_ap(torch.tensor(f @ w[j].T + b[j]), t, rule)[0]
                                                for f,t in ((x, rest), (z, test_y)))
             if progress: progress(i*samples + s + 1, len(shots)*samples)
-        if np.isnan(outside).all():
-            raise ValueError(f"shots: {k} leaves no positive image outside the sample to choose the cost by")
         j = int(outside.mean(0).argmax())
         out[k] = dict(mean=tested[:, j].mean(), std=tested[:, j].std(ddof=1) if samples > 1 else 0.,
                       best=tested.mean(0).max(), cost=costs[j])
@@ -309,6 +310,14 @@ def finetune(net, images:PackedImages, # from transfer_net; labels (N, C) of −
     opt = torch.optim.SGD(learning, 1., .9, weight_decay=weight_decay)
     if start[1]: load_state(net, (opt,), start[1])
     per, parts = len(batches(torch.arange(len(images)), batch_size)), None
+    total = torch.zeros((), device=device)              # of the losses: one that is bad makes it bad for good
+    def check_finite(step):
+        if not (total.isfinite() and all(p.isfinite().all() for p in learning)):
+            raise FloatingPointError(f"loss or weights are not finite by step {step}; "
+                                     "try precision='float32'")
+    def state(step):
+        check_finite(step)
+        return state_tensors(net, (opt,))
     net.train(); net.features.eval()                                    # dropout on, batch norm off
     with torch.random.fork_rng():
         for step in range(start[0], n):
@@ -321,13 +330,14 @@ def finetune(net, images:PackedImages, # from transfer_net; labels (N, C) of −
             x = normalize(random_resized_crop(to_device(images.batch(idx), device), size, g, SCALE, (1., 1.)))
             with autocast(precision, device): logits = net(x.contiguous(memory_format=torch.channels_last))
             loss = voc_loss(logits.float(), to_device(images.labels[idx], device))
-            if step % 50 == 0 and not loss.isfinite():
-                raise FloatingPointError(f"loss is not finite in step {step}; try precision='float32'")
+            total = total + loss.detach()
+            if step % 50 == 0: check_finite(step)
             opt.param_groups[0]['lr'] = learning_rate(what, step, n)
             opt.zero_grad(); loss.backward()
             nn.utils.clip_grad_norm_(learning, clip)
             opt.step()
-            if after: after(step + 1, n, lambda: state_tensors(net, (opt,)))
+            if after: after(step + 1, n, partial(state, step))
+    check_finite(n - 1)
     return net.eval()
 
 # %% ../nbs/11_voc.ipynb #86db36f1

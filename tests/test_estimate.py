@@ -1,6 +1,6 @@
 "The estimate: what it multiplies, what it refuses, what it prints. Times are never compared with a clock."
 from dataclasses import replace
-import re
+import re, shutil
 import pytest, torch
 from deepcluster_nb import estimate as module
 from deepcluster_nb.data import generator
@@ -167,6 +167,36 @@ def test_material(tmp_path, monkeypatch):
 def test_pic_needs_no_k(): # which a run does not ask for either
     assert estimate(replace(TINY, k=300, clusterer='pic'), seconds=.1).seconds > 0
 
+@pytest.mark.parametrize('power', [1., 1.7])
+def test_a_clusterer_that_is_not_k_means_is_timed_itself(monkeypatch, power):
+    asked = []
+    def clusters(x, config, epoch): asked.append(len(x))
+    def timed(f, n, seconds, **_): # a clock that shows what theory says
+        f(n)
+        return [1e-6*asked[-1]**power], 1
+    monkeypatch.setattr(module, 'clusterer', lambda name: clusters)
+    monkeypatch.setattr(module, 'sample', timed)
+    x, c = torch.zeros(8192, 4), replace(TINY, clusterer='pic')
+    for n in (8192, 81920):
+        assert module.sample_clusters(x, c, n, 1.)[0]*n == pytest.approx(1e-6*n**power)
+    assert set(asked) == {4096, 8192}
+
+def test_a_look_at_the_neighbors_takes_time():
+    seldom, never = fake(epochs=4, knn_every=2), fake(epochs=4)
+    assert seldom.seconds - never.seconds == pytest.approx(2*(1000*3 + 800*200*.002))
+    assert 'knn' in str(seldom) and 'knn' not in str(never)
+
+def test_an_rgb_network_is_estimated_on_three_planes(monkeypatch):
+    monkeypatch.delenv('DEEPCLUSTER_DATA', raising=False)
+    grey, color = (material(Config(dataset='packed', sobel=sobel))[1]['image_bytes'] for sobel in (True, False))
+    assert color == 3*grey == 3*375*500
+
+def test_free_space_is_that_of_the_runs_disk(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module.shutil, 'disk_usage', lambda p: asked.append(p) or shutil._ntuple_diskusage(9, 1, 8))
+    estimate(replace(TINY, run_dir=str(tmp_path/'not'/'yet')), seconds=.1)
+    assert asked == [tmp_path]
+
 def test_packed_images_without_a_test_file(tmp_path, monkeypatch): # a run holds a fifth out
     load_images('shapes', n_images=40).save(tmp_path/'train.safetensors')
     monkeypatch.setenv('DEEPCLUSTER_DATA', str(tmp_path))
@@ -214,3 +244,14 @@ def test_command(capsys):
             and re.search('k: expected at least 2, got 1', capsys.readouterr().err))
     assert (main(['estimate', '--preset', 'imagenet']) == 2
             and 'preset: expected one of' in capsys.readouterr().err)
+
+@pytest.mark.parametrize('args, message', [
+    (['--nproc', '512'], 'batch_size: expected at least 1024'),
+    (['--nproc', '2', '-p', 'clusterer=pic'], "clusterer: expected 'kmeans' with several ranks"),
+    (['--nproc', '2', '--bandwidth=-1'], '--bandwidth: expected GB/s, at least 0'),
+    (['--nproc', '2', '--bandwidth=nan'], '--bandwidth: expected GB/s, at least 0'),
+    (['--bandwidth', '5'], '--bandwidth: expected none with one rank')])
+def test_what_ranks_can_not_do_is_said_before_anything_is_measured(args, message, capsys, monkeypatch):
+    monkeypatch.setattr(module, 'estimate', None)
+    assert main(['estimate', '--preset', 'digits', *args]) == 2
+    assert message in capsys.readouterr().err

@@ -150,6 +150,7 @@ def test_list_of_one_experiment(capsys):
             and 'checkpoint_minutes' not in out)
     assert (main(['list', 'train']) == 0 and 'imagenet_alexnet' in (out := capsys.readouterr().out)
             and 'voc_small' not in out)
+    assert all(line[0] == ' ' for line in out.splitlines()[1:] if line != 'presets:')
     assert main(['list', 'trane']) == 2 and "got 'trane'" in capsys.readouterr().err
 
 @pytest.mark.parametrize('notebook', sorted(experiments_folder().glob('*.ipynb')), ids=lambda p: p.stem)
@@ -206,7 +207,7 @@ def test_another_run_in_the_folder_is_left_as_it_was(undisturbed, capsys):
     ('sobel=false', False),
     ('root=/a=b', '/a=b'),
     ('arch=alexnet', 'alexnet')])
-def test_pairs(text, value): assert parse_pair(text)[1] == value
+def test_pairs(text, value): assert parse_pair(text, asdict(Config()))[1] == value
 
 def test_stopped_and_called_again(tmp_path, undisturbed): # three times, one run
     where, saved = tmp_path/'r', lambda: {p.name for p in where.glob('checkpoint/*.json')}
@@ -276,3 +277,30 @@ def test_how_threads_wait_changes_no_bit(tmp_path):
     told, bits = zip(*[fitted(tmp_path/str(spins), spins) for spins in (None, SPINS)])
     assert told[1] == {SPINS} and SPINS not in told[0]
     assert len(set(bits)) == 1
+
+@pytest.mark.parametrize('args, message', [
+    (['train', '-p', 'n_images=99999'], 'n_images: expected'),
+    (['voc', '-p', 'data=voc2007', '-p', 'root=/no/such'], 'root: '),
+    (['voc', '-p', 'root=/no/such'], 'root: expected nothing where the photographs are made'),
+    (['retrieval', '-p', 'sides=[]'], 'sides: expected'),
+    (['retrieval', '-p', 'data=oxford5k', '-p', 'root=/no/such'], 'root: ')])
+def test_wrong_input_that_the_notebook_finds_is_wrong_input(args, message, tmp_path, capsys, in_process):
+    assert main(['run', *args, '--out', str(tmp_path/'r')]) == 2
+    assert capsys.readouterr().err.startswith(f'deepcluster-nb: {message}') and not (tmp_path/'r').exists()
+
+def test_ranks_are_for_train_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('deepcluster_nb.experiments.launch', None)
+    assert main(['run', 'voc', '--nproc', '2', '--out', str(tmp_path/'r')]) == 2
+    assert "expected train with several ranks, got 'voc'" in capsys.readouterr().err
+    assert not (tmp_path/'r').exists()
+
+def test_a_data_root_may_move_and_newer_parameters_have_their_defaults(tmp_path):
+    from deepcluster_nb.experiments import check_parameters, parameters
+    notebook = experiments_folder()/'voc.ipynb'
+    known = parameters(notebook) | dict(data='voc2007', root='/then', run_dir=str(tmp_path/'r'))
+    RunFolder(tmp_path/'r', {k: v for k,v in known.items() if k != 'train_bn'})
+    moved = dict(data='voc2007', root=str(tmp_path), run_dir=str(tmp_path/'r'))
+    check_parameters(notebook, moved, tmp_path/'r')
+    for name,v in dict(train_bn=True, steps=7).items():
+        with pytest.raises(ValueError, match=f'{name}: '):
+            check_parameters(notebook, moved | {name: v}, tmp_path/'r')

@@ -411,3 +411,10 @@ def test_a_linear_probe_asks_only_when_it_looks(gpu, monkeypatch, room):
     moved = 2 + 2*2 if room else 2 + 2*(1 + 10 + 1)
     # once for features that are not finite, and in each epoch for the accuracy; the labels are copied, too
     assert found.keys() == {'last', 'best'} and gpu.numbers == 1 + 2 and gpu.copies == 2 + moved
+
+def test_what_a_container_uses_is_not_free(tmp_path):
+    for name,text in dict(max='8000\n', current='7000\n', stat='anon 4000\nactive_file 500\ninactive_file 2000\n',
+                          ).items(): (tmp_path/f'memory.{name}').write_text(text)
+    assert feeding.container_room(tmp_path) == 8000 - 7000 + 2500
+    (tmp_path/'memory.max').write_text('max\n')
+    with pytest.raises(ValueError): feeding.container_room(tmp_path)       # no limit

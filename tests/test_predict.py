@@ -1,7 +1,9 @@
 "deepcluster-nb predict, as people call it."
-import csv, subprocess, sys
-import numpy as np, pytest
+import csv, shutil, subprocess, sys, tempfile
+from unittest.mock import patch
+import numpy as np, pytest, torch
 from PIL import Image
+from deepcluster_nb.fast.images import PackedImages
 from deepcluster_nb.sources import load_images
 from deepcluster_nb.experiments import predict_folder
 from deepcluster_nb.fit import Config, fit, load_run, predict
@@ -106,3 +108,40 @@ def test_a_run_under_way_is_said_to_be(room, tmp_path, capsys):
     try: predict_folder(room/'run', room/'tree', tmp_path/'c.csv')
     finally: (tmp_path/'kept.csv').rename(room/'run'/'clusters.csv')
     assert 'not finished' in capsys.readouterr().err
+
+def test_color_is_missing_in_a_grey_pack(tmp_path):
+    images, how = load_images('shapes', n_images=24), dict(k=3, pca=4, epochs=1, passes=1, batch_size=8,
+                                                           device='cpu', precision='float32')
+    run = fit(Config(sobel=False, **how), images, echo=None)
+    assert len(predict(run, images)) == 24
+    images.recipe = dict(grey=True)
+    with pytest.raises(ValueError, match='expected images in color'): predict(run, images)
+    small = PackedImages(torch.zeros(2, 3, 6, 40, dtype=torch.uint8))
+    with pytest.raises(ValueError, match='images: 2 of 2 images are too small'): predict(run, small)
+
+def test_a_run_opens_where_its_device_is_missing(room, tmp_path):
+    copy = shutil.copytree(room/'run', tmp_path/'copy')
+    text = (copy/'params.yaml').read_text()
+    assert 'device: cpu\n' in text
+    (copy/'params.yaml').write_text(text.replace('device: cpu\n', 'device: cuda\n'))
+    shutil.rmtree(copy/'figures')
+    images, here = load_images('folder', room/'photos'), load_run(copy)
+    assert torch.equal(predict(here, images), predict(load_run(room/'run'), images))
+    assert not (copy/'figures').exists()                              # to open is not to write
+    with patch('deepcluster_nb.fit.has_bfloat16', lambda device: False):
+        (copy/'params.yaml').write_text(text.replace('precision: float32', 'precision: bfloat16'))
+        assert load_run(copy).config.precision == 'float32'
+
+def test_another_experiments_folder_is_no_run(tmp_path):
+    (tmp_path/'params.yaml').write_text('shots: [1]\n')
+    with pytest.raises(ValueError, match='folder of another experiment than train'): load_run(tmp_path)
+
+def test_a_chunk_of_broken_files(room, tmp_path, monkeypatch):
+    photos, made = tmp_path/'photos', []
+    photos.mkdir()
+    for i in range(40): (photos/f'{i:02d}.png').write_bytes(b'no image')
+    Image.new('RGB', (30, 30)).save(photos/'x.png')
+    monkeypatch.setattr(tempfile, 'NamedTemporaryFile', lambda *a, **how: made.append(a))
+    found, broken = predict_folder(room/'run', photos, tmp_path/'c.csv', skip_broken=True, chunk=32)
+    assert len(found) == 1 and len(broken) == 40 and not made
+    assert all(line.startswith(f'{i:02d}.png: cannot identify') for i,line in enumerate(broken))

@@ -172,7 +172,7 @@ def test_ap_is_the_official_sum():
 def test_official_layout(tmp_path): # the publisher's files, written by hand
     (tmp_path/'lab').mkdir(); (tmp_path/'jpg'/'general').mkdir(parents=True)
     for n in ('all_souls_000013', 'all_souls_000026', 'general/oxford_000317'):
-        Image.new('RGB', (8, 8)).save(tmp_path/'jpg'/f'{n}.jpg')
+        Image.new('RGB', (768, 1024)).save(tmp_path/'jpg'/f'{n}.jpg')
     for kind, text in dict(query='oxc1_all_souls_000013 136.5 34.1 648.5 955.7\n',
                            good='all_souls_000013\nall_souls_000026\n', ok='all_souls_000099\n',
                            junk='oxford_000317\n').items():
@@ -240,9 +240,15 @@ def test_list_of_queries(tmp_path):
     ('query,positive\nc.png,a/1.png\n', "queries: expected the image of 'c.png'"),
     ('query,positive\na/1.png,\n', 'queries: expected something to be found'),
     ('query,box,positive\na/1.png,1 2 3,a/2.png\n', 'queries: expected four numbers'),
-    ('query,box,positive\na/1.png,left,a/2.png\n', 'queries: expected four numbers')])
+    ('query,box,positive\na/1.png,left,a/2.png\n', 'queries: expected four numbers'),
+    ('query,box,positive\na/1.png,nan 1 2 3,a/2.png\n', "box of 'a/1.png' .* inside 90 × 70 pixels"),
+    ('query,box,positive\na/1.png,30 1 20 40,a/2.png\n', 'left < right'),
+    ('query,box,positive\na/1.png,91 1 99 40,a/2.png\n', 'left < right')])
 def test_wrong_lists(tmp_path, text, message):
     with pytest.raises(ValueError, match=message): own(tmp_path, text)
+
+def test_a_list_as_excel_writes_it(tmp_path): # with a byte order mark
+    assert len(own(tmp_path, '\ufeffquery,positive\na/1.png,a/2.png\n')[1]) == 1
 
 # --- the experiment
 

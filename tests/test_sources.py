@@ -2,6 +2,7 @@
 import hashlib, pickle
 from unittest.mock import patch
 import numpy as np, pytest
+from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 from deepcluster_nb.fast.images import PackedImages
 from deepcluster_nb.sources import DATASETS, load_images
@@ -62,3 +63,22 @@ def test_stl10(tmp_path):
 def test_what_is_made_here_is_packed_too(name):
     images = load_images(name, n_images=20, seed=3)
     assert type(images) is PackedImages and len(images) == 20 and name in DATASETS
+
+def tree(root, *names):
+    for n in names:
+        (root/n).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (30, 30)).save(root/n)
+
+@pytest.mark.parametrize('name, n', [('cifar10', 10), ('cifar100', 100), ('stl10', 10)])
+def test_other_images_are_not_taken_for_a_known_set(tmp_path, name, n):
+    tree(tmp_path, 'train/cats/1.png', 'train/dogs/2.png')
+    with pytest.raises(ValueError, match=f'root: expected the {n} classes of {name} .* got 2; .* dataset folder'):
+        load_images(name, tmp_path)
+    tree(tmp_path/name, *(f'train/{i:03d}/1.png' for i in range(n)))
+    assert len(load_images(name, tmp_path)) == n
+
+def test_images_beside_a_split_are_counted(tmp_path):
+    tree(tmp_path, 'train/cat/1.png', 'test/cat/2.png', '3.png', '4.png')
+    with pytest.warns(UserWarning, match="not read: 2 images in .* beside train, such as '3.png'"):
+        images = load_images('folder', tmp_path)
+    assert [str(p) for p in images.paths] == ['cat/1.png']

@@ -183,6 +183,10 @@ def test_low_shot_learns_and_does_not_peek(points):
     # other test labels, the same costs
     assert [v['cost'] for v in wrong.values()] == [v['cost'] for v in r.values()]
     with pytest.raises(ValueError, match='shots: expected 1 to'): low_shot(x, y, z, t, shots=(40,))
+    few, done = torch.where(torch.eye(5).repeat(4, 1) > 0, 1, -1), []        # four positives each
+    with pytest.raises(ValueError, match='shots: 4 leaves no positive image outside'):
+        low_shot(torch.randn(20, 6), few, z, t, shots=(1, 4), samples=1, costs=(1.,), progress=done.append)
+    assert not done
 
 # --- fine-tuning
 
@@ -258,6 +262,16 @@ def test_a_loss_that_is_not_finite_is_an_error(small, train):
     net = transfer_net(small, 5)
     net.top_layer.bias.data.fill_(math.nan)
     with pytest.raises(FloatingPointError, match='step 0'): finetune(net, train, n=2, size=32)
+
+def test_bad_weights_are_neither_saved_nor_returned(small, train):
+    def spoiled(at): # after so many steps
+        net = transfer_net(small, 5)
+        def after(done, n, state):
+            if done == at: net.top_layer.bias.data.fill_(math.inf)
+            if done > at: state()
+        finetune(net, train, n=4, size=32, after=after)
+    with pytest.raises(FloatingPointError, match='by step 2'): spoiled(2)
+    with pytest.raises(FloatingPointError, match='by step 3'): spoiled(4)
 
 def test_ten_crops_are_a_sum(small): # of an image of one color every crop is the same
     net = transfer_net(small, 5)
