@@ -176,7 +176,7 @@ def sample_training(net, images, c:Training, seconds:float
                      least=min(4, B))
 
 # %% ../nbs/29_estimate.ipynb #7eaf0630
-def sample_probes(net, facts:dict, device:str, seconds:float)->dict: # kind of work → samples
+def sample_probes(facts:dict, device:str, seconds:float)->dict: # kind of work → samples
     ("Time a linear probe's pass over an image, and a pair of images in the nearest-neighbor test; on a GPU "
      "so many passes of all probes that their step is recorded, as in a run.")
     g, width = generator(0, 'estimate'), max(1, sum(facts['probes'])//len(facts['probes']))
@@ -200,7 +200,6 @@ def measure(c:Training, images, facts:dict, seconds:float, echo=None
     "Take all samples; the other measurements go into `facts`."
     say = echo or (lambda line: None)
     net = network(c)
-    check(c.pca <= net.dim, 'pca', c.pca, f"at most {net.dim}, the features' dimension")
     x = normalize(center_crop(images.batch(torch.arange(4) % len(images)), c.size)).to(c.device)
     with torch.inference_mode():
         facts['probes'] = [pool_activation(name, a.float()).shape[1]
@@ -232,7 +231,7 @@ def measure(c:Training, images, facts:dict, seconds:float, echo=None
     with tempfile.TemporaryDirectory() as tmp:
         out['saving'] = [t/2**23
                          for t in sample(lambda _: save_checkpoint(tmp, 0, blob, {}), 1, .02*seconds)[0]]
-    if facts['classes']: out |= sample_probes(net, facts, c.device, .08*seconds)
+    if facts['classes']: out |= sample_probes(facts, c.device, .08*seconds)
     facts['ram'] = (os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf')
                     else None)
     there = Path(c.run_dir).absolute()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from .data import generator
 from .model import reset_top_layer
+from .switches import resize_head
 from .fast.images import PackedImages
 from .fast.feeding import fetch_ahead, resident
 from .fast.features import autocast, center_input
@@ -42,8 +43,7 @@ def with_new_head(net,          # a DeepClusterNet
     "Give a copy an untrained head with an output for each class; everything in it can learn."
     net = with_small_maps(copy.deepcopy(net)).requires_grad_(True)
     if net.sobel is not None: net.sobel.requires_grad_(False)
-    old = net.top_layer
-    net.top_layer = nn.Linear(old.in_features, classes, device='meta').to_empty(device=old.weight.device)
+    resize_head(net, classes)
     reset_top_layer(net, generator(seed, 'new head'))
     for m in net.modules():
         if isinstance(m, nn.Dropout): m.p = dropout

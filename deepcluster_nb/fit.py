@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['PARTS', 'ONLY_FAST', 'MAY_DIFFER', 'MOST_VOTERS', 'WITH_RANKS', 'PlainTypes', 'Data', 'Config', 'network',
            'plain_cluster', 'plain_epoch', 'Parts', 'check', 'type_wanted', 'known_names', 'check_types',
-           'check_ranges', 'check_together', 'found_device', 'resolve', 'State', 'optimizers', 'momenta',
-           'state_tensors', 'load_state', 'snapshot', 'restore', 'saved_clusters', 'newer', 'may_differ', 'resume',
-           'most_clusters', 'id_type', 'as_npy', 'load_assignments', 'clusters_csv', 'disk_space', 'agreement',
-           'neighbors_vote', 'look', 'describe', 'Hooks', 'run_loop', 'Run', 'prepare', 'check_ranks', 'rank_parts',
-           'first_state', 'fit', 'Averaged', 'predict', 'as_here', 'load_run']
+           'check_ranges', 'dim_of', 'check_together', 'found_device', 'resolve', 'State', 'optimizers', 'momenta',
+           'state_tensors', 'load_state', 'snapshot', 'restore', 'saved_clusters', 'newer', 'may_differ', 'same_run',
+           'resume', 'most_clusters', 'id_type', 'as_npy', 'load_assignments', 'clusters_csv', 'disk_space',
+           'agreement', 'neighbors_vote', 'look', 'describe', 'Hooks', 'run_loop', 'Run', 'prepare', 'check_ranks',
+           'rank_parts', 'first_state', 'fit', 'Averaged', 'predict', 'as_here', 'load_run']
 
 # %% ../nbs/18_fit.ipynb #ab39d7d2
 import csv, importlib, io, math, os, time, warnings
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import numpy as np, torch, yaml
@@ -38,8 +38,8 @@ from .switches import (CENTER_BOXES, SCHEDULES, Algorithm, new_head, resize_head
                                      with_switches)
 from .training import sgd, trunk_parameters
 from .fast.training import CLUSTERERS, TAKE_K, Training
-from .runs import (Guard, Progress, RunFolder, drop_damaged, load_checkpoint, read_log, same_data,
-                                 say)
+from .runs import (Guard, Progress, RunFolder, as_yaml, drop_damaged, load_checkpoint, read_log,
+                                 same_data, same_parameters, say)
 import deepcluster_nb.fast.distributed as distributed
 from .fast.distributed import RankGuard, joined, ranks_here, same_images, shared_tensors
 
@@ -100,6 +100,8 @@ class Parts:
     # (net, images, idx, assign, opts, config, epoch, weights, after, first, total) → loss
     train_epoch:callable
     place:callable        # (images, device) → images, where the parts want them
+    def judged(self, net): # the network whose features are clustered and measured
+        return net
 
 PARTS = dict(fast=Parts(graph.cluster, graph.train_epoch, resident),
              plain=Parts(plain_cluster, plain_epoch, lambda images, device: images))
@@ -152,8 +154,15 @@ def check_ranges(c:Config):
 ONLY_FAST = dict(clusterer='kmeans', backend='torch', lr_schedule='constant', compile=False,
                  center_box='exact', jitter=0., gray=0.)
 
+@cache
+def dim_of(arch:str, build)->int: # build: what ARCHS has under that name
+    "Return the dimension of an architecture's features, without its weights."
+    with torch.device('meta'): return convnet(arch, 2).dim
+
 def check_together(c:Training):
     "Raise a ValueError for values that exclude each other."
+    dim = dim_of(c.arch, ARCHS[c.arch])
+    check(c.pca <= dim, 'pca', c.pca, f"at most {dim}, the features' dimension")
     check(c.head != 'kept' or c.clusterer in TAKE_K, 'head', c.head,
           f"'fresh' or 'centroids', for {c.clusterer} finds another number of clusters each time")
     check(c.clusterer == 'kmeans' or c.backend == 'torch', 'backend', c.backend,
@@ -263,6 +272,12 @@ def may_differ(run_dir, params:dict)->tuple: # names
     "Name what may differ when a run continues: MAY_DIFFER, and newer parameters that have their default."
     return *MAY_DIFFER, *newer(run_dir, params)
 
+def same_run(run_dir, params:dict):
+    "Raise a ValueError where a folder holds a run with other parameters."
+    file = Path(run_dir)/'params.yaml'
+    if run_dir and file.is_file():
+        same_parameters(run_dir, file, as_yaml(params), may_differ(run_dir, params))
+
 def resume(folder, net, config:Training,
            images,  # checked against those that the run began with
           )->State: # or None
@@ -364,12 +379,12 @@ def neighbors_vote(net, images, config:Training)->float: # per cent
     n, y = max(1, len(f)*4//5), torch.as_tensor(some.labels)
     return vote(f[:n], y[:n], f[n:], y[n:], min(200, n))
 
-def look(state:State, images, config:Training)->dict: # the record, with kNN where that is due
+def look(state:State, images, config:Training, net)->dict: # the record, with kNN where that is due
     "Have neighbors vote every so many epochs and after the last one."
     s, every = state, config.knn_every
     if every and images.labels is not None and (s.epoch % every == 0 or s.epoch == config.epochs):
         start = time.time()
-        s.record['knn'] = neighbors_vote(s.net, images, config)
+        s.record['knn'] = neighbors_vote(net, images, config)
         s.record['seconds']['knn'] = round(time.time() - start, 3)
     return s.record
 
@@ -386,8 +401,9 @@ def describe(r:dict, epochs:int)->str:
 # %% ../nbs/18_fit.ipynb #e0003a10
 class Hooks:
     "What happens around the loop: log, progress, checkpoints, signals."
-    def __init__(self, state:State, images, config:Training, folder=None, guard=None, echo=None):
-        self.state, self.images, self.config = state, images, config
+    def __init__(self, state:State, images, config:Training, folder=None, guard=None, echo=None,
+                 judged=lambda net: net): # as of Parts
+        self.state, self.images, self.config, self.judged = state, images, config, judged
         self.folder, self.guard, self.echo = folder, guard, echo
         self.log = folder.log if folder else []
         self.progress = Progress(config.epochs, state.epoch, folder and folder.path) if echo else None
@@ -425,7 +441,7 @@ class Hooks:
 
     def after_epoch(self, loss:float):
         s, s.record['loss'] = self.state, loss
-        self.log.append(look(s, self.images, self.config))
+        self.log.append(look(s, self.images, self.config, self.judged(s.net)))
         if self.folder: self.folder.append(s.record)
         if self.guard:                         # of every rank: they agree on whether to stop
             last, every = s.epoch == self.config.epochs, self.config.checkpoint_epochs
@@ -549,11 +565,11 @@ def fit(config:Config,  # what to do
         check(not parts or not (ranks or config.run_dir), 'parts', type(parts).__name__,
               "None with a run_dir or several ranks, for no checkpoint has what parts of your own keep")
         first = ranks is None or ranks.rank == 0           # the others keep no folder and say nothing
+        if first: same_run(resolve(config).run_dir, asdict(config))
         if not first: echo = None
         c, images = prepare(config, images, echo)
         if not first: c.knn_every = 0
         net, parts = network(c), parts or (rank_parts(c, images, ranks) if ranks else PARTS[c.parts])
-        check(c.pca <= net.dim, 'pca', c.pca, f"at most {net.dim}, the features' dimension")
         asked, folder, guard = asdict(config), None, None
         if c.run_dir and first: folder = RunFolder(c.run_dir, asked, may_differ(c.run_dir, asked))
         if folder: guard = Guard(folder, c.checkpoint_minutes)
@@ -565,10 +581,10 @@ def fit(config:Config,  # what to do
                 state = State(net, optimizers(net, c))
                 if c.calibrate: calibrate_bn(net, images, c.size)
             if ranks: state = first_state(state, c, ranks)
-            hooks = Hooks(state, images, c, folder, guard, echo)
+            hooks = Hooks(state, images, c, folder, guard, echo, parts.judged)
             for r in hooks.log if echo else []: echo(describe(r, c.epochs)) # what was done before the stop
             run_loop(state, on_device, c, parts, hooks)
-    return Run(net, images, state.clustering, state.pca, hooks.log, c)
+    return Run(parts.judged(net), images, state.clustering, state.pca, hooks.log, c)
 
 # %% ../nbs/18_fit.ipynb #18ema002
 class Averaged(Parts):
@@ -577,17 +593,18 @@ class Averaged(Parts):
                  decay:float=.99,        # of the mean: 1/(1 - decay) steps count
                 ):
         super().__init__(self.mean_cluster, self.averaging_epoch, parts.place)
-        self.parts, self.decay, self.mean = parts, decay, None
+        self.parts, self.decay, self.of, self.mean = parts, decay, None, None
     def averaging_epoch(self, net, *args):
-        if not self.mean: self.mean = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(self.decay),
-                                                    use_buffers=True)
+        if self.of is not net: # another run
+            how = dict(multi_avg_fn=get_ema_multi_avg_fn(self.decay), use_buffers=True)
+            self.of, self.mean = net, AveragedModel(net, **how)
         *given, after, first, total = args
         def average(*args):
             self.mean.update_parameters(net)
             after(*args)
         return self.parts.train_epoch(net, *given, average, first, total)
-    def mean_cluster(self, net, *args):
-        return self.parts.cluster(self.mean.module if self.mean else net, *args)
+    def mean_cluster(self, net, *args): return self.parts.cluster(self.judged(net), *args)
+    def judged(self, net): return self.mean.module if self.of is net else net
 
 # %% ../nbs/18_fit.ipynb #a3688431
 def predict(run:Run, images)->Tensor: # (N,) cluster of each of the Images

@@ -215,14 +215,12 @@ def gaussian_blur(x:Tensor,     # (B, C, H, W)
                   scipys:bool=False, # SciPy's: to four sigma, and the border's own pixels are mirrored too
                  )->Tensor:
     "Blur with a separable Gaussian and mirrored borders."
+    from torchvision.transforms.v2.functional import gaussian_blur as blurred
     if sigma <= 0: return x
     if scipys:
         from scipy.ndimage import gaussian_filter
         return torch.from_numpy(gaussian_filter(x.cpu().numpy(), (0, 0, sigma, sigma))).to(x.device)
-    r, c = max(1, round(3*sigma)), x.shape[1]
-    k = torch.exp(-torch.arange(-r, r + 1., device=x.device)**2 / (2*sigma**2)); k /= k.sum()
-    x = F.conv2d(F.pad(x, (r, r, r, r), 'reflect'), k.view(1, 1, 1, -1).expand(c, 1, 1, -1), groups=c)
-    return F.conv2d(x, k.view(1, 1, -1, 1).expand(c, 1, -1, 1), groups=c)
+    return blurred(x, 2*max(1, round(3*sigma)) + 1, sigma)
 
 # %% ../nbs/10_pictures.ipynb #cfb343c4
 ASCENT = dict(conv1=dict(steps=64, jitter=1/16, blur=.5),
@@ -406,31 +404,25 @@ def nearest_images(feats:Tensor,        # (N, D)
                    rows,                # image numbers to start from
                    n:int=8,             # neighbors of each
                    size:int=0,          # pixels of a picture, see crops
-                   queries=None,        # (features, images) that rows are of, where those are not the same
                    inches:float=.7,     # of a picture
                   ):                    # → matplotlib figure
     "Draw an image a row, then its neighbors by cosine; framed by label where there are labels."
     import matplotlib.pyplot as plt
-    qf, qi = queries or (feats, images)
-    images, qi = as_packed(images), as_packed(qi)
-    rows = torch.as_tensor(rows).flatten()
-    for name,f,im in (('feats', feats, images), ('queries', qf, qi)):
-        check(f.ndim == 2 and len(f) == len(im), name, tuple(f.shape),
-              f"a row for each of the {len(im):,} images")
+    images, rows = as_packed(images), torch.as_tensor(rows).flatten()
+    check(feats.ndim == 2 and len(feats) == len(images), 'feats', tuple(feats.shape),
+          f"a row for each of the {len(images):,} images")
     check(1 <= n < len(feats), 'n', n, f"1 to {len(feats) - 1:,} neighbors")
-    check(len(rows) and 0 <= rows.min() and rows.max() < len(qi), 'rows', rows.tolist(),
-          f"some of 0 to {len(qi) - 1:,}")
-    ids, size = (nearest_rows(feats, qf[rows], n, None if queries else rows),
-                 size or (0 if images.size == qi.size else 96))
-    first = crops(qi, rows, size)
+    check(len(rows) and 0 <= rows.min() and rows.max() < len(images), 'rows', rows.tolist(),
+          f"some of 0 to {len(images) - 1:,}")
+    ids, first = nearest_rows(feats, feats[rows], n, rows), crops(images, rows, size)
     side, pad = first.shape[-1], first.shape[-1] // 8
     fig = show_tiles([t for q,r in zip(first, ids) for t in (q, None, *crops(images, r, size))], n + 2,
                      inches, pad=pad)
-    if images.labels is None or qi.labels is None: return fig
+    if images.labels is None: return fig
     colors = plt.rcParams['axes.prop_cycle'].by_key()['color']
     for i,row in enumerate(ids.tolist()):
         for j,r in enumerate(row, 2):
-            same, at = (bool(images.labels[r] == qi.labels[rows[i]]),
+            same, at = (bool(images.labels[r] == images.labels[rows[i]]),
                         (j*(side + pad) - 1.5, i*(first.shape[-2] + pad) - 1.5))
             fig.axes[0].add_patch(plt.Rectangle(at, side + 2, first.shape[-2] + 2, fill=False, lw=2,
                                                 color=colors[not same], ls='-' if same else (0, (2, 1)),

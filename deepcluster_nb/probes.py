@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PAPER_POOLS', 'PAPER_MAPS', 'POOLS', 'ONLY_PAPER', 'MOST_PROBED', 'conv_activations', 'pool_activation',
-           'probe_features', 'check_labels', 'Probe', 'start_momentum', 'cosine_rates', 'fit_probes', 'probe_epochs',
-           'linear_probes', 'linear_probe', 'knn_accuracy', 'cluster_accuracy', 'cluster_measures', 'probe_boxes',
-           'probe_crop', 'probe_lr', 'ProbeConfig', 'resolve_probe', 'usual_size', 'Heads', 'pooled',
-           'probe_accuracies', 'last_and_best', 'train_probes', 'train_on_labels', 'supervised', 'measure', 'evaluate',
-           'shared_classes', 'with_note', 'held_out', 'measurable']
+           'probe_features', 'check_labels', 'Probe', 'start_momentum', 'fit_probes', 'probe_epochs', 'linear_probes',
+           'linear_probe', 'knn_accuracy', 'cluster_accuracy', 'cluster_measures', 'probe_boxes', 'probe_crop',
+           'probe_lr', 'ProbeConfig', 'resolve_probe', 'usual_size', 'Heads', 'pooled', 'probe_accuracies',
+           'last_and_best', 'train_probes', 'train_on_labels', 'supervised', 'measure', 'evaluate', 'shared_classes',
+           'with_note', 'held_out', 'measurable']
 
 # %% ../nbs/09_probes.ipynb #b43b5df7
 import math, time
@@ -33,6 +33,7 @@ from .clustering import ami, chance_nmi, nmi
 from .fast.kmeans import kmeans
 from .runs import load_checkpoint, save_checkpoint
 from .fit import Config, check, state_tensors, PlainTypes, load_state, resolve, type_wanted
+from .switches import cosine
 from .training import batches
 from .fast.graph import (EXTRACTIONS, Feed, Forward, Parcel, Recorded, capture_on, captured,
                                        prepared_on, train_epoch, unhooked)
@@ -154,16 +155,6 @@ def start_momentum(opt)->list: # of tensors
         if 'momentum_buffer' not in opt.state[p]: opt.state[p]['momentum_buffer'] = torch.zeros_like(p)
     return [s['momentum_buffer'] for s in opt.state.values()]
 
-def cosine_rates(lr:float, steps:int)->list:
-    "List the learning rates of PyTorch's cosine schedule."
-    opt = torch.optim.SGD([torch.zeros(1)], lr)
-    schedule, rates = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps), []
-    for _ in range(steps):
-        rates.append(opt.param_groups[0]['lr'])
-        opt.step()
-        schedule.step()
-    return rates
-
 def fit_probes(probes:dict, train_y, test_y, epochs, batch_size, rates, seed, device, capture)->dict:
     "Fit these probes together, on the same batches."
     steps, where = len(rates) // epochs, next(iter(probes.values())).x.device
@@ -202,7 +193,7 @@ def linear_probes(train:dict, train_y:Tensor, # name → (N, D) frozen features,
     train_y, test_y = train_y.to(device), test_y.to(device)
     steps = -(-n // batch_size)                                        # in an epoch
     epochs = epochs or probe_epochs(n, batch_size)
-    how = epochs, batch_size, cosine_rates(lr, epochs*steps), seed, device
+    how = epochs, batch_size, [lr*cosine(t/(epochs*steps)) for t in range(epochs*steps)], seed, device
     away = sum(f.nbytes for f in [*train.values(), *test.values()] if f.device.type != train_y.device.type)
     # recording pays where a step is repeated
     capture = capture or (captured if epochs*steps >= 100 and fits(away, device) else None)
@@ -259,8 +250,6 @@ def cluster_measures(f:Tensor,      # (N, D) clustered features
                     )->dict:        # k, accuracy and accuracy_chance in per cent, nmi, nmi_chance, ami
     "Run k-means with as many clusters as classes, and compare it with the labels."
     y = check_labels(labels).long()
-    # N points span at most N dimensions: the same points, turned into those
-    if len(f) < f.shape[1]: f = torch.linalg.qr(f.T).R.T
     x = l2_normalize(PCA(pca).fit(f).transform(f))
     a = kmeans(x, len(y.unique()), 20, seed).assign.cpu()
     shuffled = a[torch.randperm(len(a), generator=generator(seed, 'chance'))]
@@ -299,7 +288,7 @@ class ProbeConfig(PlainTypes):
      "presets, the notebook `probe` and the command line use these names. The values are the paper's.")
     weights:str = ''           # a run folder or a released file; empty: the networks to compare with, alone
     sha256:str = ''            # of the released file; empty: that of its first use
-    dataset:str = 'digits'     # one of data.DATASETS
+    dataset:str = 'digits'     # one of sources.DATASETS
     root:str = ''              # folder of the data; $DEEPCLUSTER_DATA where empty
     n_images:int = 0           # training images, a random subset; 0 for all
     n_test:int = 0             # test images; 0 for all
@@ -524,7 +513,7 @@ def supervised(train:PackedImages, # with labels
     check_labels(train.labels)
     classes, n = max(int(train.labels.max()) + 1, len(train.classes)), config.supervised
     net = with_small_maps(convnet(config.arch, classes, config.sobel, config.dropout, config.seed))
-    rates = [lr * (1 + math.cos(math.pi*epoch/n)) / 2 for epoch in range(n)]
+    rates = [lr*cosine(epoch/n) for epoch in range(n)]
     return train_on_labels(net, train, replace(config, batch_size=min(config.batch_size, 128)), rates, folder,
                            after, weight_decay)
 

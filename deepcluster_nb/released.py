@@ -179,7 +179,7 @@ def read_converted(path)->dict: # as released_state, and sha256 of the original
 # %% ../nbs/13_released.ipynb #f6df3e12
 def load_released(path,         # the authors' file, or one that this function converted
                   sha256=None,  # checksum that the authors' file must have; else that of the first use counts
-                  to=None,      # where the converted file goes; beside the original where not given
+                  to=None,      # where the file goes that is converted here; beside the original where not given
                  )->DeepClusterNet: # in evaluation mode, on the CPU
     "Load the released AlexNet or VGG-16: read as tensors only, checked, kept as safetensors."
     path = Path(path)
@@ -188,6 +188,7 @@ def load_released(path,         # the authors' file, or one that this function c
                                 "https://dl.fbaipublicfiles.com/deepcluster/alexnet/checkpoint.pth.tar, "
                                 "and the same with vgg16")
     if path.suffix == '.safetensors':
+        if to: raise ValueError(f"to: expected none, for {str(path)!r} is converted already, got {str(to)!r}")
         found = read_converted(path)
         if sha256 and sha256.lower() != found['sha256']:
             raise ValueError(f"path: {str(path)!r} was made from a file with the sha256 {found['sha256']}, "

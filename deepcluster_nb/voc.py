@@ -26,6 +26,7 @@ from .fast.small_maps import with_small_maps
 from .fast.features import autocast
 from .features import l2_normalize
 from .fit import state_tensors, load_state
+from .switches import resize_head
 from .training import batches
 
 # %% ../nbs/11_voc.ipynb #4583b888
@@ -283,7 +284,7 @@ def transfer_net(net,                    # a DeepClusterNet
     "Give a copy new linear layers N(0, .01) with bias .1; only what `what` names can learn."
     if what not in RECIPES: raise ValueError(f"what: expected one of {', '.join(RECIPES)}, got {what!r}")
     net, g = with_small_maps(copy.deepcopy(net)), generator(seed, 'transfer')
-    net.top_layer = nn.Linear(net.dim, n_classes, device='meta').to_empty(device=net.top_layer.weight.device)
+    resize_head(net, n_classes)
     for m in (*net.classifier.modules(), net.top_layer):
         if isinstance(m, nn.Linear):
             m.weight.data.copy_(torch.empty(m.weight.shape).normal_(0, .01, generator=g))

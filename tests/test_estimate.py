@@ -71,7 +71,7 @@ def test_probes_are_sampled_as_they_are_fitted_there(device, monkeypatch): # the
     def once(work, most, *_, **how): work(most); return [float(most)], most
     monkeypatch.setattr(module, 'sample', once)
     monkeypatch.setattr(torch.Tensor, 'to', lambda t, *a, **k: t if a == ('cuda',) else to(t, *a, **k))
-    found = module.sample_probes(None, FACTS, device, 1.)
+    found = module.sample_probes(FACTS, device, 1.)
     if device == 'cpu': # one layer of mean width, 4 passes; a unit is a pass over an image
         assert seen == [('cpu', [9408], 1024, 4)] and found['probe'] == [1024/4]
     else: # all layers, steps enough for a recording; the unit of the amount is a pass of all

@@ -9,6 +9,7 @@ from deepcluster_nb.experiments import (SPINS, experiments_folder, kernel_enviro
                                         summary)
 from deepcluster_nb.data import generator, pick
 from deepcluster_nb.runs import Guard, RunFolder, held_by
+from deepcluster_nb.fit import Config
 from deepcluster_nb.sources import load_images
 import made_runs, survive
 from made_runs import same_format, shape

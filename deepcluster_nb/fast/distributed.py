@@ -56,21 +56,17 @@ class Ranks:
                  world:int,  # how many there are
                 ):
         self.rank, self.world = rank, world
-        self.moved = 0                                      # bytes given to collectives so far
         self.asked, self.saving, self.writer = None, False, None
 
     def sum(self, x:Tensor)->Tensor: # in place
-        self.moved += x.nbytes
         dist.all_reduce(x)
         return x
 
     def largest(self, x:Tensor)->Tensor: # in place
-        self.moved += x.nbytes
         dist.all_reduce(x, dist.ReduceOp.MAX)
         return x
 
     def from_first(self, x:Tensor)->Tensor: # rank 0's, in place
-        self.moved += x.nbytes
         dist.broadcast(x, 0)
         return x
 
@@ -276,7 +272,7 @@ def norms_shared(net, ranks, counts):
         for m in norms: del m.forward
 
 # %% ../../nbs/fast/28_distributed.ipynb #f5e6aa99
-def replica(net, compress:bool, ranks)->nn.parallel.DistributedDataParallel:
+def replica(net, compress:bool)->nn.parallel.DistributedDataParallel:
     "Wrap the network for training: rank 0's weights everywhere, and the mean of all gradients."
     kind = nn.parallel.DistributedDataParallel
     # PyTorch's newer name first
@@ -297,7 +293,7 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config:Training, e
     device, images = next(net.parameters()).device, PackedImages.of(images)
     if weights is not None: weights = weights.to(device)
     total, bad = torch.as_tensor(total, device=device), torch.zeros((), device=device)
-    steps, ddp = batches(idx, config.batch_size), replica(net, config.compress_gradients, ranks)
+    steps, ddp = batches(idx, config.batch_size), replica(net, config.compress_gradients)
     parts = [own_part(b, ranks) for b in steps]
     def check_finite(): raise_if_bad(bad, epoch, step, steps) # bad on any rank
     def cropped(x, b, part, g, step): # the draws are those of the whole batch

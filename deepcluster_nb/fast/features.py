@@ -19,7 +19,7 @@ from .crops import center_crop
 from .images import PackedImages
 from .feeding import free_memory
 from .feeding import compiled, fetch_ahead, free_there
-from ..features import check_features
+from ..features import check_features, check_finite_rows, check_positive
 from .crops import network_input
 
 # %% ../../nbs/fast/22_features.ipynb #c3e41d02
@@ -134,8 +134,7 @@ def feature_batches(net,                    # with an embed method: (B, 3, H, W)
                     prepare=folded,         # what makes the network ready; chapter 27 has another
                    ):                       # iterator of (B, D), on the device, in the data set's order
     "Yield the features to cluster: central crop, before the last ReLU (paper, 'Implementation details')."
-    for name,n in (('images', len(images)), ('size', size), ('batch_size', batch_size)):
-        if n < 1: raise ValueError(f"{name}: expected at least 1, got {n}")
+    check_positive(images=len(images), size=size, batch_size=batch_size)
     images = PackedImages.of(images)
     device = network_device(net) if device is None else device
     # exact central crops, packed beside the images
@@ -228,8 +227,7 @@ class PCA(plain.PCA):
         check_features(x, len(self.mean))
         z = x.new_empty(len(x), self.axes.shape[1], dtype=torch.float32)
         for b,out in zip(x.split(batch), z.split(batch)): self.project(b, out)
-        if bad := int((~z.isfinite()).any(1).sum()):
-            raise ValueError(f"x: expected finite features, got NaN or infinite values in {bad:,} rows")
+        check_finite_rows(z)
         return z
 
 # %% ../../nbs/fast/22_features.ipynb #0360cd57

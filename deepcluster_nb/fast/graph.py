@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IDLE', 'MANY', 'STEPS', 'EXTRACTIONS', 'Tape', 'taped', 'no_waiting', 'no_collecting', 'captured', 'warn', 'Recorded',
-           'Parcel', 'crops_cut_by', 'Feed', 'learner', 'recipe', 'hooked', 'unhooked', 'Step', 'step_of',
+           'Parcel', 'crops_cut_by', 'Feed', 'learner', 'signature', 'hooked', 'unhooked', 'Step', 'step_of',
            'train_epoch', 'Forward', 'capture_on', 'all_tensors', 'recorded', 'prepared_on', 'cluster']
 
 # %% ../../nbs/fast/27_graph.ipynb #2731f1c5
@@ -223,7 +223,7 @@ def learner(net, opts, config:Machine, kept)->callable: # kept: the Step with th
     return learn
 
 # %% ../../nbs/fast/27_graph.ipynb #276aa9ee
-def recipe(net, opts, weights,
+def signature(net, opts, weights,
            pixels, # of the images, where they are recorded too
            config:Training
           )->tuple:
@@ -267,11 +267,11 @@ class Step:
                 if was is not m: m.zero_() if was is None else m.copy_(was)
                 o.state[p]['momentum_buffer'] = m
 
-STEPS = WeakKeyDictionary()    # network → (recipe, Step); gone with the network
+STEPS = WeakKeyDictionary()    # network → (signature, Step); gone with the network
 
 def step_of(net, opts, weights, pixels, config:Training, capture)->Step:
     "Return the network's step: the one of the last epoch where its recording still holds."
-    now, (was, kept) = recipe(net, opts, weights, pixels, config), STEPS.get(net, (None, None))
+    now, (was, kept) = signature(net, opts, weights, pixels, config), STEPS.get(net, (None, None))
     if now != was:
         kept = STEPS.pop(net, None)    # its memory makes room
         kept = Step(net, opts, weights, config.batch_size, capture)
@@ -327,7 +327,7 @@ class Forward:
     def keep(self, x): self.out = self.f(x)
 
 # %% ../../nbs/fast/27_graph.ipynb #2057929e
-EXTRACTIONS = WeakKeyDictionary()    # network → (recipe, folded copy, Forward)
+EXTRACTIONS = WeakKeyDictionary()    # network → (signature, folded copy, Forward)
 
 def capture_on(device, capture=None)->callable: # or None
     "Choose how work there is recorded: as asked; else as a CUDA graph on a GPU, and not at all on a CPU."

@@ -273,12 +273,11 @@ def kmeans(x:Tensor,          # (N, D) points
            repair:str='faiss',# the rule for empty clusters, or 'paper'
           )->Clustering:
     "Cluster points with k-means; empty clusters are repaired after each iteration (paper, equation 2)."
-    x = as_points(x, k)
+    x = as_points(x, k, niter)
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if repair not in (REPAIRS if backend == 'torch' else ['faiss']):
         raise ValueError(f"repair: expected 'faiss', or 'paper' with backend 'torch', got {repair!r}")
-    if niter < 0: raise ValueError(f"niter: expected 0 or more, got {niter}")
     init = starting_points(x, k, seed, epoch) if init is None else torch.as_tensor(init).to(x)
     if init.shape != (k, x.shape[1]):
         raise ValueError(f"init: expected {(k, x.shape[1])} centroids, got {tuple(init.shape)}")
