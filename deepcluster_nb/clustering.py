@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Clustering', 'as_points', 'starting_points', 'nearest', 'lloyd', 'faiss_draws', 'repair_empty', 'repair_random',
-           'kmeans', 'entropy', 'nmi', 'as_partitions', 'chance_nmi', 'ami']
+           'kmeans', 'entropy', 'nmi', 'as_partitions', 'chance_nmi', 'without_chance', 'ami']
 
 # %% ../nbs/05_clustering.ipynb #9d168276
 import numpy as np, torch
@@ -154,12 +154,15 @@ def chance_nmi(a:Tensor, b:Tensor, seed:int=0)->float:
     return nmi(a, b[torch.randperm(len(b), generator=generator(seed, 'chance'))])
 
 # %% ../nbs/05_clustering.ipynb #3927cc39
+def without_chance(nmi:float, chance:float)->float:
+    "Take out of an NMI what chance gives: 0 for what chance gives, 1 for equal partitions."
+    return (nmi - chance) / (1 - chance) if chance < 1 else 1.
+
 def ami(a:Tensor, b:Tensor)->float: # about 0 for unrelated partitions, 1 for equal ones
     ("NMI with chance taken out, (NMI − chance) / (1 − chance): "
      "exact by scikit-learn, by a shuffle for over a million pairs of clusters.")
     a, b = torch.as_tensor(a).cpu(), torch.as_tensor(b).cpu()
     if (int(a.max()) + 1) * (int(b.max()) + 1) > 1e6:
-        c = chance_nmi(a, b)
-        return (nmi(a, b) - c) / (1 - c) if c < 1 else 1.
+        return without_chance(nmi(a, b), chance_nmi(a, b))
     from sklearn.metrics import adjusted_mutual_info_score
     return float(adjusted_mutual_info_score(a, b, average_method='geometric'))

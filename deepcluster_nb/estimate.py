@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'IMAGENET', 'CLUSTERING', 'sample', 'per_image', 'kept_bytes', 'made_up', 'material', 'sample_clusters',
-           'sample_clustering', 'sample_training', 'sample_probes', 'measure', 'long', 'Estimate', 'advice',
+           'sample_clustering', 'sample_training', 'sample_probes', 'measure', 'existing', 'long', 'Estimate', 'advice',
            'described', 'estimate', 'measured_bandwidth', 'on_ranks', 'rank_table']
 
 # %% ../nbs/29_estimate.ipynb #c7f7952f
@@ -28,14 +28,14 @@ from .clustering import Clustering
 from .fast.kmeans import kmeans
 from .sampling import SAMPLERS
 from .runs import amount, duration, pack_checkpoint, save_checkpoint
-from .fit import (MOST_VOTERS, Config, agreement, check, disk_space, id_type, most_clusters, network,
-                                resolve)
+from .fit import (MOST_VOTERS, Config, agreement, check, disk_space, id_type, most_clusters,
+                                network, resolve)
 from .training import sgd, trunk_parameters
 from .fast.graph import prepared_on, train_epoch
 from .fast.training import TAKE_K, Training, clusterer
 from .fast.distributed import in_ranks, measure_sum, ring_bytes
-from .probes import (MOST_PROBED, conv_activations, knn_accuracy, linear_probes, pool_activation,
-                                   probe_epochs)
+from .probes import (MOST_PROBED, conv_activations, knn_accuracy, linear_probes,
+                                   pool_activation, probe_epochs)
 
 # %% ../nbs/29_estimate.ipynb #c7fa19ba
 def sample(work,           # called with an amount n
@@ -133,14 +133,15 @@ def material(c:Config, n_images:int=0)->tuple: # (images to measure with, facts)
 def sample_clusters(x, c:Training, n:int, seconds:float)->list: # seconds an image, of n
     ("Time the clustering of random points. What is not k-means may take longer than in proportion: "
      "its time is a power of their number, found from two sizes.")
-    m, how = len(x), clusterer(c.clusterer)
+    m = len(x)
     if c.clusterer == 'kmeans':
         niter, times = 2, sample(lambda _: kmeans(x, c.k, 2, backend=c.backend), 1, seconds/2)[0]
         if 50*median(times) < seconds:
             niter, times = 20, sample(lambda _: kmeans(x, c.k, 20, backend=c.backend), 1, seconds)[0]
         return [t*21/(niter + 1)/m for t in times]
     fewer = max(m//2, c.k if c.clusterer in TAKE_K else 2)
-    small, large = (sample(lambda _: how(x[:r], c, 0), 1, seconds/2)[0] for r in (fewer, m))
+    small, large = (sample(lambda _: clusterer(c.clusterer)(x[:r], c, 0), 1, seconds/2)[0]
+                    for r in (fewer, m))
     power = math.log(median(large)/median(small), m/fewer) if fewer < m else 1
     return [t*(n/m)**max(1, power)/n for t in large]
 
@@ -234,9 +235,7 @@ def measure(c:Training, images, facts:dict, seconds:float, echo=None
     if facts['classes']: out |= sample_probes(facts, c.device, .08*seconds)
     facts['ram'] = (os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf')
                     else None)
-    there = Path(c.run_dir).absolute()
-    while not there.exists(): there = there.parent
-    facts['free'] = shutil.disk_usage(there).free
+    facts['free'] = shutil.disk_usage(existing(c.run_dir)).free
     if c.device != 'cpu': facts['peak'] = torch.cuda.max_memory_allocated()
     else:
         with suppress(ImportError):
@@ -246,6 +245,11 @@ def measure(c:Training, images, facts:dict, seconds:float, echo=None
     return out
 
 # %% ../nbs/29_estimate.ipynb #bff3578d
+def existing(path)->Path:
+    "Return the folder that is there, of a path or around it."
+    path = Path(path).absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
+
 def long(seconds:float)->str: # such as '8.2 s', '3 min 20 s', '2.5 days'
     "Format a duration: tenths of a second below ten seconds, days from two days on."
     if seconds < 9.95: return f"{seconds:.1f} s"
@@ -277,7 +281,8 @@ class Estimate:
         t = {name: of(self.samples[name]) for name in ('features', 'probe', 'pair')}
         if every := self.config.knn_every: # neighbors_vote, every so many epochs and after the last one
             some, voters = min(n, MOST_VOTERS*5//4), min(n*4//5, MOST_VOTERS)
-            out['knn'] = -(-self.config.epochs // every)*(some*t['features'] + voters*(some - voters)*t['pair'])
+            out['knn'] = (-(-self.config.epochs // every)
+                          *(some*t['features'] + voters*(some - voters)*t['pair']))
         n = min(n, MOST_PROBED)
         passes = probe_epochs(n)
         return out | dict(probes=3*(2*(n + f['n_test'])*t['features'] + len(f['probes'])*passes*n*t['probe']

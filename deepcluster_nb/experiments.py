@@ -652,7 +652,8 @@ def listing(name:str='')->str: # of one experiment, or of all
     lines = []
     for nb in [one_of('experiment', name, folder, '.ipynb')] if name else sorted(folder.glob('*.ipynb')):
         lines += [f"experiment {nb.stem}", "  parameters:"]
-        lines += [f"    {n + ' = ' + value:26} {' '.join(about.split())}" for n,(value,about) in explained(nb).items()]
+        lines += [f"    {n + ' = ' + value:26} {' '.join(about.split())}"
+                  for n,(value,about) in explained(nb).items()]
     lines.append("presets:")
     for y in sorted((folder/'presets').glob('*.yaml')):
         about = y.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')
@@ -815,8 +816,8 @@ def main(argv=None
                     if broken else []), sep='\n')
             return 0
         pairs = parse_pairs(args.name, args.p)
-        if args.nproc != 1 or started_as_rank():
-            check(args.name == 'train', 'experiment', args.name, 'train with several ranks')
+        alone = args.nproc == 1 and not started_as_rank()
+        check(alone or args.name == 'train', 'experiment', args.name, 'train with several ranks')
         if args.nproc != 1:
             options = [x for p in args.p for x in ('-p', p)]
             for name in ('preset', 'out'):

@@ -32,7 +32,7 @@ from .fast.features import (PCA, compute_features, feature_batches, has_bfloat16
                                           return_memory)
 from .features import l2_normalize
 from .fast.kmeans import BACKENDS, nearest
-from .clustering import Clustering, ami, chance_nmi, entropy, nmi
+from .clustering import Clustering, ami, chance_nmi, entropy, nmi, without_chance
 from .sampling import SAMPLERS, loss_weights
 from .switches import (CENTER_BOXES, SCHEDULES, Algorithm, new_head, resize_head, step_back,
                                      with_switches)
@@ -150,6 +150,7 @@ def check_ranges(c:Config):
     low, high = SIZES[c.arch]
     check(low <= c.size <= high, 'size', c.size, f"{low} to {high} pixels, which {c.arch} takes")
 
+# %% ../nbs/18_fit.ipynb #65c919fc
 # what the core's own functions do not have, and what it must be for them
 ONLY_FAST = dict(clusterer='kmeans', backend='torch', lr_schedule='constant', compile=False,
                  center_box='exact', jitter=0., gray=0.)
@@ -272,6 +273,7 @@ def may_differ(run_dir, params:dict)->tuple: # names
     "Name what may differ when a run continues: MAY_DIFFER, and newer parameters that have their default."
     return *MAY_DIFFER, *newer(run_dir, params)
 
+# %% ../nbs/18_fit.ipynb #0efa718c
 def same_run(run_dir, params:dict):
     "Raise a ValueError where a folder holds a run with other parameters."
     file = Path(run_dir)/'params.yaml'
@@ -353,10 +355,11 @@ def disk_space(net, config:Algorithm, n:int # images
 # %% ../nbs/18_fit.ipynb #f5387962
 def agreement(clustering, prev, labels)->dict:
     "Compare the new clusters with the last ones, and with labels that training never sees."
-    a, out = clustering.assign, {}
-    out['nmi_prev']        = None if prev is None else nmi(a, prev)
-    out['nmi_prev_chance'] = None if prev is None else chance_nmi(a, prev)
-    out['ami_prev']        = None if prev is None else ami(a, prev)
+    a, out = clustering.assign, dict.fromkeys(('nmi_prev', 'nmi_prev_chance', 'ami_prev'))
+    if prev is not None:
+        # exact AMI of so many pairs of clusters would keep a GPU waiting
+        n, chance = nmi(a, prev), chance_nmi(a, prev)
+        out |= dict(nmi_prev=n, nmi_prev_chance=chance, ami_prev=without_chance(n, chance))
     out['nmi_labels'] = None if labels is None else nmi(a, labels)
     out['ami_labels'] = None if labels is None else ami(a, labels)
     s = clustering.sizes.float()
@@ -615,11 +618,11 @@ def predict(run:Run, images)->Tensor: # (N,) cluster of each of the Images
                       for f in batches])
 
 # %% ../nbs/18_fit.ipynb #40c7948c
-def as_here(c:Config)->Config:
-    "Return what a run was asked for; a device or a precision that is missing here gives way to one that is there."
+def as_here(c:Training)->Training:
+    "Replace a device or a precision that is not to be had on this machine."
     if c.device.startswith('cuda') and not torch.cuda.is_available(): c = replace(c, device='auto')
     half = has_bfloat16(found_device(c.device))
-    return resolve(c if half or c.precision != 'bfloat16' else replace(c, precision='auto'))
+    return c if half or c.precision != 'bfloat16' else replace(c, precision='auto')
 
 def load_run(run_dir)->Run: # without images
     "Load a run from its folder, for `predict` and for a look inside; nothing is written there."
@@ -630,7 +633,7 @@ def load_run(run_dir)->Run: # without images
     except TypeError as e:
         raise ValueError(f"run_dir: {str(run_dir)!r} is the folder of another "
                          f"experiment than train ({e})") from None
-    c, saved = as_here(asked), load_checkpoint(Path(run_dir)/'checkpoint')
+    c, saved = resolve(as_here(asked)), load_checkpoint(Path(run_dir)/'checkpoint')
     if saved is None:
         raise FileNotFoundError(f"run_dir: the run in {str(run_dir)!r} has no whole checkpoint yet")
     net, t = network(c), saved[2]

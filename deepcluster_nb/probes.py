@@ -341,9 +341,9 @@ def resolve_probe(config:ProbeConfig)->ProbeConfig: # a checked copy, with 'auto
     for name, known in dict(protocol=('paper', 'cached'), schedule=('released', 'steps'),
                             crops=('window', 'resized'), pool=('average', 'maximum')).items():
         check(getattr(config, name) in known, name, getattr(config, name), 'one of ' + ', '.join(known))
-    for f in fields(config) if config.protocol == 'cached' else ():
-        check(f.name not in ONLY_PAPER or getattr(config, f.name) == f.default, f.name, getattr(config, f.name),
-              f"{f.default!r} with protocol='cached', whose probes are linear_probe's")
+    for name in ONLY_PAPER if config.protocol == 'cached' else ():
+        check(getattr(config, name) == (usual := getattr(ProbeConfig, name)), name, getattr(config, name),
+              f"{usual!r} with protocol='cached', whose probes are linear_probe's")
     least = dict(epochs=1, test_every=1, supervised=0, n_bank=0, neighbors=1)
     for name, low in least.items():
         check(getattr(config, name) >= low, name, getattr(config, name), f"at least {low}")

@@ -179,7 +179,7 @@ def read_converted(path)->dict: # as released_state, and sha256 of the original
 # %% ../nbs/13_released.ipynb #f6df3e12
 def load_released(path,         # the authors' file, or one that this function converted
                   sha256=None,  # checksum that the authors' file must have; else that of the first use counts
-                  to=None,      # where the file goes that is converted here; beside the original where not given
+                  to=None,      # where the file that is made goes; beside the original where not given
                  )->DeepClusterNet: # in evaluation mode, on the CPU
     "Load the released AlexNet or VGG-16: read as tensors only, checked, kept as safetensors."
     path = Path(path)

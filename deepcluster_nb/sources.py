@@ -359,7 +359,8 @@ def load_images(name:str,            # one of DATASETS
         if len(classes) != (there := CLASSES.get(name, len(classes))):
             raise ValueError(f"root: expected the {there} classes of {name} as folders in {str(folder)!r}, "
                              f"got {len(classes)}; where these are other images, use dataset folder")
-        notes = (read_as(root) if name == 'folder' else []) + beside_split(root, folder) + passed_over(folder, other)
+        notes = [*(read_as(root) if name == 'folder' else []), *beside_split(root, folder),
+                 *passed_over(folder, other)]
         loose = [p for p in paths if p.parent == folder]
         if 0 < len(loose) < len(paths):
             notes.append(f"no labels: {len(loose):,} of {len(paths):,} images in {str(folder)!r} lie outside "

@@ -35,7 +35,8 @@ def profiled(work, steps): # of which work does so many
     launches = sum(e.name in ('cudaLaunchKernel', 'cudaLaunchKernelExC', 'cuLaunchKernel', 'cuLaunchKernelEx',
                               'cudaGraphLaunch', 'cudaMemcpyAsync', 'cudaMemsetAsync') for e in events)
     spans = [(e.time_range.start, e.time_range.end) for e in events
-             if e.device_type == torch.autograd.DeviceType.CUDA]
+             if e.device_type == torch.autograd.DeviceType.CUDA
+             and not getattr(e, 'is_user_annotation', False)]          # those only have a name
     return dict(ms=round(1e3*took/steps, 3), launches=round(launches/steps, 1),
                 device_ms=round(covered(spans)/1e3/steps, 3), busy=round(covered(spans)/1e6/took, 3))
 
@@ -104,6 +105,10 @@ def run(name, preset, out, limit, *more):
     code = "from deepcluster_nb.experiments import main; import sys; sys.exit(main(sys.argv[1:]))"
     return command('-c', code, 'run', name, '--preset', preset, '--out', out/name, *more, limit=limit)
 
+def step_alone(name, limit, **more): # in a process of its own: what cuDNN has tried out, it keeps
+    code = "import sys; sys.path.insert(0, 'tests'); import gpu; print(gpu.step(sys.argv[1], **eval(sys.argv[2])))"
+    return command('-c', code, name, repr(more), limit=limit)[-1]
+
 def parts(out): # name → (seconds that it may take, what does it)
     # only files with such tests: the others may import what a bare machine lacks
     tests = [p for p in sorted((ROOT/'tests').glob('test_*.py')) if 'mark.cuda' in p.read_text('utf-8')]
@@ -116,11 +121,21 @@ def parts(out): # name → (seconds that it may take, what does it)
         for on in (False, True):
             found[f"extraction, {name}, {'recorded' if on else 'launched'}"] = \
                 30, lambda s, name=name, on=on: extraction(name, on)
+    tried = dict(benchmark=True), dict(benchmark=True, compile=True)
+    for name in STEPS:
+        for more in tried:
+            found[f"step, {name}, recorded, {' and '.join(more)}"] = \
+                80, lambda s, name=name, more=more: step_alone(name, s, **more)
+    options = [x for n in tried[1] for x in ('-p', f'{n}=True')]
     return found | {
         'epoch': (150, lambda s: run('epoch', 'epoch_gpu', out, s)),
+        'epoch, benchmark and compile': (150, lambda s: run('epoch', 'epoch_gpu', out/'tried', s, *options)),
         'probes, cifar10': (60, lambda s: cifar_probes()),
         'train, cifar10': (150, lambda s: run('train', 'cifar10', out, s, '-p', 'epochs=10')),
-        'speed': (120, lambda s: run('speed', 'gpu', out, s))}
+        # the plain recipe takes minutes at full size; needs faiss
+        'speed': (120, lambda s: run('speed', 'gpu', out, s, *(
+            x for p in ('sizes=[64]', 'n_images=1024', 'epoch_images=4096', 'n_points=50000', 'ks=[1000]',
+                        'rounds=1', 'compile=False') for x in ('-p', p))))}
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

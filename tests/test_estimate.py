@@ -188,12 +188,14 @@ def test_a_look_at_the_neighbors_takes_time():
 
 def test_an_rgb_network_is_estimated_on_three_planes(monkeypatch):
     monkeypatch.delenv('DEEPCLUSTER_DATA', raising=False)
-    grey, color = (material(Config(dataset='packed', sobel=sobel))[1]['image_bytes'] for sobel in (True, False))
+    grey, color = (material(Config(dataset='packed', sobel=sobel))[1]['image_bytes']
+                   for sobel in (True, False))
     assert color == 3*grey == 3*375*500
 
 def test_free_space_is_that_of_the_runs_disk(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(module.shutil, 'disk_usage', lambda p: asked.append(p) or shutil._ntuple_diskusage(9, 1, 8))
+    monkeypatch.setattr(module.shutil, 'disk_usage',
+                        lambda p: asked.append(p) or shutil._ntuple_diskusage(9, 1, 8))
     estimate(replace(TINY, run_dir=str(tmp_path/'not'/'yet')), seconds=.1)
     assert asked == [tmp_path]
 

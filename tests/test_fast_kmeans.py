@@ -112,7 +112,8 @@ SETTINGS = ["", "torch.set_float32_matmul_precision('medium')", "torch.set_float
             "torch.backends.cuda.matmul.allow_tf32 = True",
             "torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False"]
 if hasattr(torch.backends.mkldnn, 'matmul'):                                            # PyTorch ≥ 2.9
-    SETTINGS.append("torch.backends.mkldnn.matmul.fp32_precision = 'bf16'")
+    SETTINGS += ["torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+                 "torch.backends.cuda.matmul.fp32_precision = 'tf32'"]
 
 STATE = """
 def state():
@@ -141,12 +142,14 @@ exact = torch.cdist(x.double(), x[:90].double()).argmin(1)
 before = state()
 print(torch.equal(nearest(x, x[:90], low=torch.float32), exact), state() == before)
 try:
-    with full_precision(): raise KeyError
+    with full_precision():
+        print(not torch.backends.cuda.matmul.allow_tf32)   # as cuBLAS asks: a mixture of names is an error
+        raise KeyError
 except KeyError: pass
 kmeans(x, 9)
 print(state() == before)
 """
-    assert in_python(code) == ['True'] * 3
+    assert in_python(code) == ['True'] * 4
 
 def test_the_core_changes_no_setting():
     code = f"""

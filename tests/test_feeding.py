@@ -413,8 +413,9 @@ def test_a_linear_probe_asks_only_when_it_looks(gpu, monkeypatch, room):
     assert found.keys() == {'last', 'best'} and gpu.numbers == 1 + 2 and gpu.copies == 2 + moved
 
 def test_what_a_container_uses_is_not_free(tmp_path):
-    for name,text in dict(max='8000\n', current='7000\n', stat='anon 4000\nactive_file 500\ninactive_file 2000\n',
-                          ).items(): (tmp_path/f'memory.{name}').write_text(text)
+    for name,text in dict(max='8000\n', current='7000\n',
+                          stat='anon 4000\nactive_file 500\ninactive_file 2000\n').items():
+        (tmp_path/f'memory.{name}').write_text(text)
     assert feeding.container_room(tmp_path) == 8000 - 7000 + 2500
     (tmp_path/'memory.max').write_text('max\n')
     with pytest.raises(ValueError): feeding.container_room(tmp_path)       # no limit

@@ -302,6 +302,8 @@ def test_extractions_are_recorded_anew_where_they_must_be():
     assert extract() == 1
     resize_head(net, 11)                                                  # which features don't see
     assert extract() == 0
+    net.center_box = 'torchvision'
+    assert extract() == 1
 
 def test_an_extraction_that_is_compiled_and_recorded(monkeypatch): # traced, without the compiler behind it
     real, c, compiled = torch.compile, resolve(SMALL), []

@@ -29,6 +29,8 @@ def test_run_folder(finished):
     keys = ('epoch loss ln_k seconds objective nmi_prev nmi_prev_chance ami_prev nmi_labels ami_labels '
             'n_empty cluster_sizes'.split())
     assert [list(r) for r in log] == [keys]*3 and [r['epoch'] for r in log] == [0, 1, 2]
+    for r in log[1:]:
+        assert r['ami_prev'] == (r['nmi_prev'] - r['nmi_prev_chance']) / (1 - r['nmi_prev_chance']) > 0
     files = sorted((where/'assignments').iterdir())
     assert len(files) == 4                                # one before each epoch, one of the finished network
     last = np.load(files[-1])

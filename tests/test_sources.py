@@ -72,7 +72,7 @@ def tree(root, *names):
 @pytest.mark.parametrize('name, n', [('cifar10', 10), ('cifar100', 100), ('stl10', 10)])
 def test_other_images_are_not_taken_for_a_known_set(tmp_path, name, n):
     tree(tmp_path, 'train/cats/1.png', 'train/dogs/2.png')
-    with pytest.raises(ValueError, match=f'root: expected the {n} classes of {name} .* got 2; .* dataset folder'):
+    with pytest.raises(ValueError, match=f'root: expected the {n} classes of {name} .* got 2; .* folder'):
         load_images(name, tmp_path)
     tree(tmp_path/name, *(f'train/{i:03d}/1.png' for i in range(n)))
     assert len(load_images(name, tmp_path)) == n

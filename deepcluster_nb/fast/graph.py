@@ -344,7 +344,7 @@ def recorded(net, precision:str, compile:bool=False,
     "Prepare a network for extraction as `folded` does, with one recording for all extractions."
     new = fold_batchnorm(net)
     new.top_layer = None                 # is not asked
-    now = (str(new), hooked(new), precision, compile,
+    now = (str(new), hooked(new), precision, compile, getattr(net, 'center_box', ''),
            [(t.shape, t.dtype, t.device) for t in all_tensors(new)])
     was, kept, forward = EXTRACTIONS.get(net, (None,)*3)
     if now == was:
