@@ -140,8 +140,8 @@ def sample_clusters(x, c:Training, n:int, seconds:float)->list: # seconds an ima
             niter, times = 20, sample(lambda _: kmeans(x, c.k, 20, backend=c.backend), 1, seconds)[0]
         return [t*21/(niter + 1)/m for t in times]
     fewer = max(m//2, c.k if c.clusterer in TAKE_K else 2)
-    small, large = (sample(lambda _: clusterer(c.clusterer)(x[:r], c, 0), 1, seconds/2)[0]
-                    for r in (fewer, m))
+    def work(r): clusterer(c.clusterer)(x[:r], c, 0)
+    small, large = (sample(lambda _: work(r), 1, seconds/2)[0] for r in (fewer, m))
     power = math.log(median(large)/median(small), m/fewer) if fewer < m else 1
     return [t*(n/m)**max(1, power)/n for t in large]
 

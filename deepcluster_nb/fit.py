@@ -37,7 +37,7 @@ from .sampling import SAMPLERS, loss_weights
 from .switches import (CENTER_BOXES, SCHEDULES, Algorithm, new_head, resize_head, step_back,
                                      with_switches)
 from .training import sgd, trunk_parameters
-from .fast.training import CLUSTERERS, TAKE_K, Training
+from .fast.training import CLUSTERERS, TAKE_K, Machine, Training
 from .runs import (Guard, Progress, RunFolder, as_yaml, drop_damaged, load_checkpoint, read_log,
                                  same_data, same_parameters, say)
 import deepcluster_nb.fast.distributed as distributed
@@ -618,7 +618,7 @@ def predict(run:Run, images)->Tensor: # (N,) cluster of each of the Images
                       for f in batches])
 
 # %% ../nbs/18_fit.ipynb #40c7948c
-def as_here(c:Training)->Training:
+def as_here(c:Machine)->Machine:
     "Replace a device or a precision that is not to be had on this machine."
     if c.device.startswith('cuda') and not torch.cuda.is_available(): c = replace(c, device='auto')
     half = has_bfloat16(found_device(c.device))
