@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'IMAGENET', 'CLUSTERING', 'sample', 'per_image', 'kept_bytes', 'made_up', 'material', 'sample_clusters',
-           'sample_clustering', 'sample_training', 'sample_probes', 'measure', 'existing', 'long', 'Estimate', 'advice',
-           'described', 'estimate', 'measured_bandwidth', 'on_ranks', 'rank_table']
+           'sample_clustering', 'sample_training', 'sample_probes', 'measure', 'looks', 'existing', 'long', 'Estimate',
+           'advice', 'described', 'estimate', 'measured_bandwidth', 'on_ranks', 'rank_table']
 
 # %% ../nbs/29_estimate.ipynb #c7f7952f
 import math, os, shutil, sys, tempfile, textwrap, time
@@ -130,17 +130,18 @@ def material(c:Config, n_images:int=0)->tuple: # (images to measure with, facts)
                                  for im in (images, getattr(images, 'center', None)) if im is not None)))
 
 # %% ../nbs/29_estimate.ipynb #bc5306f9
-def sample_clusters(x, c:Training, n:int, seconds:float)->list: # seconds an image, of n
+def sample_clusters(x, config:Training, n:int, seconds:float)->list: # seconds an image, of n
     ("Time the clustering of random points. What is not k-means may take longer than in proportion: "
      "its time is a power of their number, found from two sizes.")
     m = len(x)
-    if c.clusterer == 'kmeans':
-        niter, times = 2, sample(lambda _: kmeans(x, c.k, 2, backend=c.backend), 1, seconds/2)[0]
-        if 50*median(times) < seconds:
-            niter, times = 20, sample(lambda _: kmeans(x, c.k, 20, backend=c.backend), 1, seconds)[0]
+    def rounds(niter, most): # seconds of so many iterations
+        return sample(lambda _: kmeans(x, config.k, niter, backend=config.backend), 1, most)[0]
+    if config.clusterer == 'kmeans':
+        niter, times = 2, rounds(2, seconds/2)
+        if 50*median(times) < seconds: niter, times = 20, rounds(20, seconds)
         return [t*21/(niter + 1)/m for t in times]
-    fewer = max(m//2, c.k if c.clusterer in TAKE_K else 2)
-    def work(r): clusterer(c.clusterer)(x[:r], c, 0)
+    fewer = max(m//2, config.k if config.clusterer in TAKE_K else 2)
+    def work(r): clusterer(config.clusterer)(x[:r], config, 0)
     small, large = (sample(lambda _: work(r), 1, seconds/2)[0] for r in (fewer, m))
     power = math.log(median(large)/median(small), m/fewer) if fewer < m else 1
     return [t*(n/m)**max(1, power)/n for t in large]
@@ -245,6 +246,11 @@ def measure(c:Training, images, facts:dict, seconds:float, echo=None
     return out
 
 # %% ../nbs/29_estimate.ipynb #bff3578d
+def looks(c:Training, n:int, t:dict)->float: # seconds; t: kind of work → seconds a unit
+    "Return what neighbors_vote takes, every knn_every epochs and after the last one."
+    some, voters = min(n, MOST_VOTERS*5//4), min(n*4//5, MOST_VOTERS)
+    return -(-c.epochs // c.knn_every) * (some*t['features'] + voters*(some - voters)*t['pair'])
+
 def existing(path)->Path:
     "Return the folder that is there, of a path or around it."
     path = Path(path).absolute()
@@ -279,12 +285,8 @@ class Estimate:
                    **{p: e[p] for p in CLUSTERING})
         if not f['classes']: return out
         t = {name: of(self.samples[name]) for name in ('features', 'probe', 'pair')}
-        if every := self.config.knn_every: # neighbors_vote, every so many epochs and after the last one
-            some, voters = min(n, MOST_VOTERS*5//4), min(n*4//5, MOST_VOTERS)
-            out['knn'] = (-(-self.config.epochs // every)
-                          *(some*t['features'] + voters*(some - voters)*t['pair']))
-        n = min(n, MOST_PROBED)
-        passes = probe_epochs(n)
+        if self.config.knn_every: out['knn'] = looks(self.config, n, t)
+        n, passes = min(n, MOST_PROBED), probe_epochs(min(n, MOST_PROBED))
         return out | dict(probes=3*(2*(n + f['n_test'])*t['features'] + len(f['probes'])*passes*n*t['probe']
                                     + n*f['n_test']*t['pair']))
 

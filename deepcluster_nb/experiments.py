@@ -603,6 +603,7 @@ def room_for(files, nbytes)->int: # bytes of images that may be decoded at once
                          f"decoded, but {amount(free)} are available")
     return int(min(2e8, free / 8))
 
+# %% ../nbs/15_experiments.ipynb #7c25634d
 def predict_folder(run_dir,                 # of a run of train
                    folder,                  # of images: an ImageFolder tree, or flat
                    out='clusters.csv',      # path,cluster; the paths are relative to the folder

@@ -147,13 +147,14 @@ def same_parameters(path, file:Path, text:str, may_differ): # names that may dif
         raise ValueError(f"run_dir: {str(path)!r} holds a run with other parameters "
                          f"({'; '.join(differ)}); choose another folder")
 
-# %% ../nbs/17_runs.ipynb #5b1d20e3
+# %% ../nbs/17_runs.ipynb #0d397db8
 def read_log(file)->list: # of dicts, one an epoch; none where there is no file
     "Read the log of a run."
     file = Path(file)
     text = file.read_text(encoding='utf-8') if file.exists() else ''
     return [json.loads(l) for l in text.splitlines()]
 
+# %% ../nbs/17_runs.ipynb #5b1d20e3
 class RunFolder:
     "Parameters and log of one run, and places for its checkpoints, assignments and figures."
     def __init__(self,

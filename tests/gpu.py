@@ -106,7 +106,8 @@ def run(name, preset, out, limit, *more):
     return command('-c', code, 'run', name, '--preset', preset, '--out', out/name, *more, limit=limit)
 
 def step_alone(name, limit, **more): # in a process of its own: what cuDNN has tried out, it keeps
-    code = "import sys; sys.path.insert(0, 'tests'); import gpu; print(gpu.step(sys.argv[1], **eval(sys.argv[2])))"
+    code = ("import sys; sys.path.insert(0, 'tests'); import gpu; "
+            "print(gpu.step(sys.argv[1], **eval(sys.argv[2])))")
     return command('-c', code, name, repr(more), limit=limit)[-1]
 
 def parts(out): # name → (seconds that it may take, what does it)

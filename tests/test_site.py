@@ -26,8 +26,7 @@ WORDS, LINES, BYTES = 2000, 40, 1_000_000
 TOO_LARGE = {('fast/19_images.ipynb', 'lines'): 47,
              ('17_runs.ipynb', 'lines'): 43,
              ('fast/26_packing.ipynb', 'lines'): 62,
-             ('29_estimate.ipynb', 'lines'): 45,
-             ('15_experiments.ipynb', 'lines'): 41}
+             ('29_estimate.ipynb', 'lines'): 45}
 
 # ---------------------------------------------------------------- reading a notebook
 
