@@ -21,9 +21,9 @@ from glob import glob
 from itertools import islice
 from pathlib import Path
 import numpy as np, torch, yaml
-from PIL import Image, ImageFile
+from PIL import Image
 from tqdm import tqdm
-from .sources import Unreadable, image_files, load_images
+from .sources import Unreadable, check_pillow, image_files, load_images
 from .fast.feeding import free_memory
 from .fast.features import pieces
 from .pictures import training_curves
@@ -619,9 +619,7 @@ def predict_folder(run_dir,                 # of a run of train
         raise ValueError(f"out: {str(out)!r} exists already; choose another name, or replace it (--force)")
     if not folder.is_dir(): raise FileNotFoundError(f"folder: no folder {str(folder)!r}")
     if not (files := image_files(folder)[0]): raise FileNotFoundError(f"folder: no images in {str(folder)!r}")
-    if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, "
-                         "which hides broken files; expected it off")
+    check_pillow()
     run, recipe = load_run(run_dir), kept_recipe(run_dir)
     if not (Path(run_dir)/'clusters.csv').exists():
         print("this run is not finished: its network has trained on since its clusters were made",

@@ -86,7 +86,7 @@ def pool_activation(name:str,                # layer
     return (F.adaptive_max_pool2d if pool == 'maximum' else F.adaptive_avg_pool2d)(a, grid).flatten(1)
 
 # %% ../nbs/09_probes.ipynb #33f13186
-@torch.inference_mode()
+@torch.no_grad() # in inference mode a first recording would spoil the device's generator (PyTorch 2.11)
 def probe_features(net, images:PackedImages, size:int, batch_size:int=256, device='cpu', precision='float32',
                    count_padding=True, avgpool=False, pool='average',
                    capture=None, # how whole batches are recorded; as for train_epoch of chapter 27

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['EXTENSIONS', 'JUNK', 'RUN', 'LINK', 'HIDDEN', 'PREVIEWS', 'CLOSED', 'TURNS', 'TRAIN', 'TEST', 'SPLITS', 'DATASETS',
            'CLASSES', 'is_image', 'is_junk', 'holds_run', 'is_folder', 'printable', 'walk', 'find_images',
-           'passed_over', 'image_files', 'put_upright', 'decode', 'decoded', 'list_broken', 'Unreadable', 'read_images',
-           'check_sizes', 'sample_sizes', 'check_memory', 'sub_folder', 'leads_back', 'beside_splits', 'find_folder',
-           'beside_split', 'read_as', 'torchvision_images', 'packed_file', 'has_split', 'check_color', 'load_images']
+           'passed_over', 'image_files', 'put_upright', 'decode', 'decoded', 'list_broken', 'check_pillow',
+           'Unreadable', 'read_images', 'check_sizes', 'sample_sizes', 'check_memory', 'sub_folder', 'leads_back',
+           'beside_splits', 'find_folder', 'beside_split', 'read_as', 'torchvision_images', 'packed_file', 'has_split',
+           'check_color', 'load_images']
 
 # %% ../nbs/16_sources.ipynb #f65ec137
 import os, tempfile, warnings
@@ -159,6 +160,12 @@ def list_broken(broken,         # 'path: why' of each
                         *([f"{more}all are listed in {printable(report)}"] if report else [])])
 
 # %% ../nbs/16_sources.ipynb #be91cca0
+def check_pillow():
+    "Raise a ValueError where Pillow was told to take a truncated image as it is."
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, "
+                         "which hides broken files; expected it off")
+
 class Unreadable(ValueError):
     "Image files that can't be read; `broken` has 'path: why' of each."
     def __init__(self, broken, n:int, hint:str=''):
@@ -178,9 +185,7 @@ def read_images(paths,                   # image files, in the order wanted
                )->PackedImages:
     "Decode all files (several threads, order kept); one error names those that can't be read."
     if not len(paths): raise ValueError("paths: expected at least one image file, got none")
-    if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, "
-                         "which hides broken files; expected it off")
+    check_pillow()
     one = partial(decoded, how=how or partial(decode, upright=upright))
     with ThreadPoolExecutor() as pool:
         ims = list(tqdm(pool.map(one, paths), total=len(paths), desc='reading images', leave=False,

@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass, fields
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 import numpy as np, PIL, torch
-from PIL import Image, ImageFile
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from .images import PackedImages, center_path
-from ..sources import (SPLITS, image_files, list_broken, put_upright, read_images,
+from ..sources import (SPLITS, check_pillow, image_files, list_broken, put_upright, read_images,
                                     sample_sizes)
 from ..augment import central_square
 from .crops import GREY
@@ -407,9 +407,7 @@ def pack_folder(src,                    # an ImageFolder tree, or a list of imag
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     if workers < 0: raise ValueError(f"workers: expected 0 or more, got {workers}")
-    if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, "
-                         "which hides broken files; expected it off")
+    check_pillow()
     if not out.parent.is_dir() or out.is_dir():
         raise FileNotFoundError(f"out: expected a file in an existing folder, got {str(out)!r}")
     files, labels, classes, names, source = list_source(src)
