@@ -156,7 +156,7 @@ def known(query:Query, images:dict)->Query: # the same
     if query.box is not None:
         with Image.open(images[query.image]) as im: W, H = im.size
         l, t, r, b = query.box
-        if not (max(0, l) < min(r, W) and max(0, t) < min(b, H)):             # NaN is no number of pixels
+        if not (np.isfinite(query.box).all() and max(0, l) < min(r, W) and max(0, t) < min(b, H)):
             raise ValueError(f"queries: expected a box of {query.name!r} with left < right and top < bottom "
                              f"inside {W} × {H} pixels, got {query.box}")
     if not query.positive:

@@ -200,7 +200,7 @@ def test_clusters_do_not_depend_on_the_pieces(run_dir, mixed, tmp_path, monkeypa
 
 def test_an_image_too_large_for_the_memory_is_named_before_any_work(run_dir, mixed, tmp_path, monkeypatch):
     monkeypatch.setattr('deepcluster_nb.experiments.free_memory', lambda: 4e6)
-    monkeypatch.setattr('deepcluster_nb.experiments.decoded', lambda p: pytest.fail('decoded'))
+    monkeypatch.setattr('deepcluster_nb.experiments.read_some', lambda *a: pytest.fail('decoded'))
     with pytest.raises(ValueError, match=r"folder: '.*3g?\.(png|jpg)' needs about .* of memory while"):
         predict_folder(run_dir, mixed, tmp_path/'c.csv')
     assert not list(tmp_path.iterdir())

@@ -89,7 +89,7 @@ def test_other_data_is_refused_by_the_command(odd, capsys, monkeypatch):
     monkeypatch.chdir(top)
     photographs(top/'B'/'train', ODD, seed=7)
     before = files(run)
-    assert main(['run', 'train', '-p', 'dataset=folder', '-p', 'root=B', *T, '--out', 'runs #7']) == 1
+    assert main(['run', 'train', '-p', 'dataset=folder', '-p', 'root=B', *T, '--out', 'runs #7']) == 2
     err = capsys.readouterr().err.strip()
     assert re.search(r"root: expected the train .* but 5 of 20 images have other paths, from '\$5_",
                      err) and len(err.splitlines()) == 1
