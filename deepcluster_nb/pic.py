@@ -91,7 +91,7 @@ def pic(x:Tensor,            # (N, D) points
         flow=deviations,     # or power_iteration, with its rounding
         first:bool=False,    # as for neighbor_graph
        )->Clustering:        # centroids: the clusters' means; how many is for the points to say
-    "Power iteration clustering (paper, section 4)."
+    "Power iteration clustering (Lin and Cohen, 2010), the paper's alternative to k-means."
     x = as_points(x, 1)
     for name,ok,value,expected in (('neighbors', 1 <= neighbors < len(x), neighbors,
                                     f"1 to {len(x) - 1:,}, for there are {len(x):,} points"),

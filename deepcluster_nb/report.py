@@ -469,8 +469,9 @@ def commands(table:Table, rows, runs)->list: # of (columns, lines); rows: of thi
         lines = []
         for name,preset in FIRST.items():
             if f'{{{name}}}' not in text: continue
-            found = [r.path for r in runs if fits_first(r, name)]
-            where = found[0] if found else Path('runs')/preset
+            found = sorted((r for r in runs if fits_first(r, name)), # a finished one first
+                           key=lambda r: (not r.metrics, -len(r.log)))
+            where = found[0].path if found else Path('runs')/preset
             if not found: lines.append(f'{RUN} train --preset {preset} --out {where}')
             text = text.replace(f'{{{name}}}', shlex.quote(str(where)))
         out.append((empty, [*lines, text]))
@@ -479,6 +480,7 @@ def commands(table:Table, rows, runs)->list: # of (columns, lines); rows: of thi
 def fits_first(run:Finished, name:str)->bool:
     "Return whether a run of train is one that a command asks for."
     if run.kind != 'train': return False
+    if run.params['k'] != 10_000: return False                 # as all of FIRST have
     if name == 'yfcc': return run.params['arch'] == 'alexnet' and run.metrics.get('classes') == 0
     return run.params['arch'] == name and run.params['sobel'] and data_of(run) == 'imagenet'
 

@@ -3,10 +3,10 @@ import ast, io, json, math, os, re, signal, subprocess, sys, time
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
-import numpy as np, pytest, torch
+import numpy as np, pytest, torch, yaml
 from PIL import Image
-from deepcluster_nb.experiments import (SPINS, experiments_folder, kernel_environment, main, parse_pair,
-                                        summary)
+from deepcluster_nb.experiments import (SPINS, experiments_folder, gather, kernel_environment, main,
+                                        parameters, parse_pair, summary)
 from deepcluster_nb.data import generator, pick
 from deepcluster_nb.runs import Guard, RunFolder, held_by
 from deepcluster_nb.fit import Config
@@ -305,3 +305,42 @@ def test_a_data_root_may_move_and_newer_parameters_have_their_defaults(tmp_path)
     for name,v in dict(train_bn=True, steps=7).items():
         with pytest.raises(ValueError, match=f'{name}: '):
             check_parameters(notebook, moved | {name: v}, tmp_path/'r')
+
+def test_a_runs_last_numbers_are_of_test_images_and_the_last_epoch(tmp_path, in_process):
+    from deepcluster_nb.fit import load_run, network
+    from deepcluster_nb.model import calibrate_bn
+    from deepcluster_nb.probes import evaluate
+    where, n = tmp_path/'r', dict(n_images=90, n_test=50)
+    pairs = [x for p in dict(k=5, pca=8, epochs=1, passes=1, batch_size=16, precision='float32', **n).items()
+             for x in ('-p', '='.join(map(str, p)))]
+    assert main(['run', 'train', '--out', str(where), *pairs]) == 0
+    m, run = json.loads((where/'metrics.json').read_text()), load_run(where)
+    train, test = (load_images('digits', None, s, k, run.config.seed)
+                   for s,k in (('train', n['n_images']), ('test', n['n_test'])))
+    nets = dict(random=network(run.config), random_calibrated=network(run.config), deepcluster=run.net)
+    calibrate_bn(nets['random_calibrated'], train, run.config.size)
+    for name,net in nets.items():
+        found = evaluate(net, train, test, run.config.size, 'cpu', 'float32', run.config.seed)
+        for key,what in dict(probes='last', probes_best='best').items():
+            assert m[key][name] == {layer: p[what] for layer,p in found['probes'].items()}
+        assert m['knn'][name] == found['knn']
+    assert m['probes']['random'] != m['probes']['random_calibrated']
+
+GOLDEN = Path(__file__).parent/'golden'
+
+def test_full_reproductions_have_the_papers_and_the_scripts_constants():
+    for preset,wanted in yaml.safe_load((GOLDEN/'presets.yaml').read_text()).items():
+        assert gather(wanted.pop('experiment'), preset)[1] == wanted, preset
+
+def test_the_reports_commands_measure_as_its_sources_do():
+    from deepcluster_nb.report import TABLES
+    commands = {(key, line) for key,t in TABLES.items() for line in t.fill.values()}
+    checked = set()
+    for key,line in commands:
+        for name,preset in re.findall(r'run (\w+) --preset (\w+)', line):
+            values = parameters(experiments_folder()/f'{name}.ipynb') | gather(name, preset)[1]
+            for p in values.keys() & TABLES[key].protocol.keys() - {'n_images', 'n_test', 'arch'}:
+                assert values[p] == TABLES[key].protocol[p], (key, preset, p)
+                checked.add((key, p))
+    assert {('imagenet', 'epochs'), ('mm_imagenet', 'lr'), ('mm_places', 'epochs'), ('mm_shots', 'samples'),
+            ('mm_share', 'epochs')} <= checked

@@ -155,3 +155,20 @@ def test_wrong_input_is_found_before_a_kernel_starts(tmp_path, capsys, monkeypat
     assert main(['run', 'finetune', '--out', str(tmp_path/'run'), *pairs(**given)]) == 2
     err = capsys.readouterr().err
     assert message in err and not (tmp_path/'run').exists()
+
+def test_rates_are_chosen_on_images_whose_labels_were_not_used(run_of_train, tmp_path, monkeypatch):
+    from deepcluster_nb import few_labels
+    seen, finetune, top = dict(learned=set(), asked=[]), few_labels.finetune, few_labels.top_accuracies
+    def pixels(images): return {images[i].numpy().tobytes() for i in range(len(images))}
+    def learning(net, images, *more):
+        seen['learned'] |= pixels(images)
+        return finetune(net, images, *more)
+    def asking(net, images, config):
+        seen['asked'].append(pixels(images))
+        return top(net, images, config)
+    monkeypatch.setattr(few_labels, 'finetune', learning)
+    monkeypatch.setattr(few_labels, 'top_accuracies', asking)
+    assert main(['run', 'finetune', '--out', str(tmp_path/'run'), *pairs(weights=run_of_train)]) == 0
+    val, test = seen['asked'][:2]
+    assert seen['asked'] == [val, test]*(len(seen['asked']) // 2) and len(seen['learned']) > 10
+    assert not seen['learned'] & val and not seen['learned'] & test and not val & test

@@ -59,6 +59,16 @@ def test_verdicts_of_known_truth(tmp_path):
         1: [SEEN], 2: [SEEN]*3, 3: [SEEN]*3, 4: [SEEN]*6, 5: [SEEN]*3 + [OPEN], 6: [NOT]*2 + [SEEN]*3,
         7: [SEEN]*2, 8: [SEEN]*2, 9: [SEEN]*2 + [NOT]*2, 10: [SEEN]*2, 11: [NOT, SEEN, OPEN]}
 
+def test_the_rule_at_its_bounds():
+    from deepcluster_nb.experiments import experiments_folder
+    nb = json.loads((experiments_folder()/'findings.ipynb').read_text())
+    source = next(s for s in (''.join(c['source']) for c in nb['cells']) if 'def verdict(' in s)
+    exec('import numpy as np\nfrom scipy import stats\n' + source, space := {})
+    def around(mean): return [mean - 1, mean, mean + 1]                # three seeds, deviation 1
+    # 2.92 of Student's t with two degrees of freedom, one-sided, over the root of three: 1.686
+    assert [space['verdict'](around(m)) for m in (1.70, 1.67, -1.17, -1.20)] == [SEEN, OPEN, OPEN, NOT]
+    assert [space['verdict'](around(m), least=0.) for m in (-1.67, -1.70)] == [OPEN, NOT]
+
 def test_verdicts_of_the_opposite(tmp_path):
     runs = made()
     for name,r in runs.items():

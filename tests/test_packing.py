@@ -374,3 +374,17 @@ def test_synthetic_classes_are_there_to_be_found(synthetic):
     assert 0 < ims.min() + 1 and ims.max() <= 255
     found = abs((ims - ims.mean(1, keepdims=True)) @ bank.conj().T).argmax(1)
     assert (found == np.arange(60) % C).all()
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_what_is_left_out_moves_nothing_else(tmp_path, workers): # in later chunks, too
+    src = make_tree(tmp_path/'src', 11)
+    files = sorted(src.rglob('*.jpg'), key=lambda p: (p.parent.name, p.name))
+    broken = {files[i] for i in (3, 4, 8)}
+    for p in broken: p.write_bytes(b'no image')
+    with patch.object(packing, 'CHUNK', 2):
+        images = pack_folder(src, tmp_path/'x', size=24, skip_broken=True, workers=workers, echo=None)
+    kept = [p for p in files if p not in broken]
+    assert [str(p) for p in images.paths] == [str(p.relative_to(src)) for p in kept]
+    assert [images.classes[y] for y in images.labels.tolist()] == [p.parent.name for p in kept]
+    for im,p in zip(images, kept):
+        assert torch.equal(im.byte(), torch.from_numpy(packing.prepare_image(p, packing.Recipe(size=24))[0]))

@@ -102,3 +102,27 @@ def test_parts_are_handed_in(monkeypatch):
     monkeypatch.setitem(around.PARTS, 'mine', replace(parts, cluster=cluster, train_epoch=train_epoch))
     fit(replace(SMALL, parts='mine'), IMAGES, echo=None)
     assert seen == ['cluster', 'train']*2 + ['cluster']
+
+@pytest.mark.parametrize('fused', [False, True])
+def test_a_step_by_hand(fused): # sgd is shared by all parts, so their equality does not see its constants
+    c = resolve(replace(SMALL, lr=.1, weight_decay=.02))
+    p = torch.tensor([1., -2.], requires_grad=True)
+    opt = training.sgd([p], c, .9)
+    steps, momentum, by_hand = torch.tensor([[.5, 0.], [.5, 1.]]), torch.zeros(2), p.detach().clone()
+    for g in steps:
+        p.grad = g.clone()
+        opt.step()
+        momentum = .9*momentum + g + .02*by_hand
+        by_hand = by_hand - .1*momentum
+    torch.testing.assert_close(p.detach(), by_hand)
+
+def test_passes_are_passes():
+    c, steps = replace(SMALL, passes=2, epochs=1), []
+    real = training.train_epoch
+    def counted(net, images, idx, *more): steps.append(len(idx)); return real(net, images, idx, *more)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(training, 'train_epoch', counted)
+        run = fit(c, IMAGES, echo=None)
+    assert steps == [2*len(IMAGES)]
+    net, _, log = training.deepcluster(IMAGES, resolve(c), labels=IMAGES.labels)
+    assert same(net, run.net) and log[0]['loss'] == run.log[0]['loss']

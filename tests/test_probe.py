@@ -16,8 +16,9 @@ from deepcluster_nb.fast.features import PCA, compute_features
 from deepcluster_nb.features import l2_normalize
 from deepcluster_nb.fast.kmeans import kmeans
 from deepcluster_nb.model import convnet
-from deepcluster_nb.probes import (Heads, ProbeConfig, cluster_measures, conv_activations, held_out,
-                                   knn_accuracy, linear_probe, measure, pool_activation, probe_crop,
+from deepcluster_nb.probes import (Heads, ProbeConfig, cluster_measures, conv_activations, evaluate, held_out,
+                                   knn_accuracy, linear_probe, linear_probes, measure, pool_activation,
+                                   probe_crop,
                                    probe_features, probe_lr, resolve_probe,
                                    supervised, train_probes)
 from deepcluster_nb.runs import load_checkpoint
@@ -322,6 +323,16 @@ def test_a_run_beside_its_neighbors(run_of_train, tmp_path, capsys):
                    check=True, capture_output=True)
     # plain papermill, in the same folder: everything is done
     assert (where/'metrics.json').read_text() == text
+    assert m['probes']['random'] != m['probes']['random_calibrated']
+    results = json.loads((where/'results.json').read_text())
+    for r in results.values(): # results that tell the last epoch from the best one, and the crops apart
+        for i,p in enumerate(r['probes'].values()):
+            p |= dict(ten=dict(last=10. + i, best=20. + i), center=dict(last=30. + i, best=40. + i))
+    (where/'results.json').write_text(json.dumps(results))
+    assert main(['run', 'probe', '--out', str(where), *pairs(weights=run_of_train)]) == 0
+    m = json.loads((where/'metrics.json').read_text())
+    for key,first in dict(probes=10., probes_best=20., probes_center=30., probes_center_best=40.).items():
+        assert m[key] == {n: dict(conv1=first, conv5=first + 1) for n in names}
 
 def test_a_folder_from_before_a_parameter_goes_on(run_of_train, tmp_path, capsys, in_process):
     where = tmp_path/'probe'
@@ -396,3 +407,51 @@ def test_a_wrong_layer_leaves_no_folder(tmp_path, capsys, in_process, protocol):
                  *pairs(protocol=protocol, layers='conv5 conv9')]) != 0
     assert 'layers: expected some of conv1, conv2' in capsys.readouterr().err
     assert not (tmp_path/'run'/'params.yaml').exists()
+
+def test_evaluate_learns_on_one_set_and_tests_on_another(data):
+    net, train, test = data
+    found = evaluate(net, train, test, 32)
+    a, b = (probe_features(net, im, 32) for im in (train, test))
+    assert found['probes'] == linear_probes(a, train.labels, b, test.labels)
+    f, g = (compute_features(net, im, 32) for im in (train, test))
+    assert found['knn'] == knn_accuracy(f, train.labels, g, test.labels, min(200, len(f)))
+    wrong = test.subset(torch.arange(len(test)))
+    wrong.labels = (test.labels + 1) % 10
+    shifted = evaluate(net, train, wrong, 32)
+    assert shifted['knn'] < found['knn'] and shifted['probes']['conv5'] != found['probes']['conv5']
+
+def test_as_many_neighbors_vote_as_elsewhere(monkeypatch):
+    net, asked = convnet('alexnet_small', 5).eval(), []
+    monkeypatch.setattr('deepcluster_nb.probes.knn_accuracy',
+                        lambda f, y, g, t, k, T=.1: asked.append(k) or 0.)
+    monkeypatch.setattr('deepcluster_nb.probes.linear_probes', lambda *a, **how: {})
+    images = load_images('digits', n_images=230)
+    evaluate(net, images, images.subset([1, 2]), 32)
+    assert asked == [200]
+
+def test_what_is_held_out_is_not_trained_on(tmp_path):
+    for i in range(23):
+        (tmp_path/f'class {i % 2}').mkdir(exist_ok=True)
+        Image.new('RGB', (30, 30)).save(tmp_path/f'class {i % 2}'/f'{i}.png')
+    images = load_images('folder', tmp_path)
+    for n_test in (0, 2):
+        train, test = held_out(Config(dataset='folder', root=str(tmp_path), n_test=n_test), images)
+        parts = [set(map(str, part.paths)) for part in (train, test)]
+        assert not parts[0] & parts[1] and parts[0] | parts[1] == set(map(str, images.paths))
+        assert len(test) == (n_test or 4)
+
+def test_probes_leave_batch_norm_as_it_is(data):
+    net, train, test = data
+    before = {n: t.clone() for n,t in net.state_dict().items()}
+    one = train_probes(net.eval(), train, test, replace(QUICK, layers='conv5', epochs=1))
+    assert train_probes(net.train(), train, test, replace(QUICK, layers='conv5', epochs=1)) == one
+    assert all(torch.equal(t, before[n]) for n,t in net.state_dict().items())
+    net.eval()
+
+def test_the_supervised_rate_falls_like_a_cosine(monkeypatch, data):
+    _, train, _ = data
+    seen = []
+    monkeypatch.setattr('deepcluster_nb.probes.train_on_labels',
+                        lambda net, images, config, rates, *more: seen.extend(rates) or net)
+    supervised(train, replace(QUICK, supervised=4))
+    assert np.allclose(np.array(seen)/seen[0], [(1 + np.cos(np.pi*t/4))/2 for t in range(4)])

@@ -319,3 +319,18 @@ def test_the_notebook(small, tmp_path, in_process):
     assert all(escape(t.title) in html and escape(t.title) in page for t in TABLES.values())
 
 def test_config_has_what_a_run_of_train_is_told_by(): assert KINDS['train'] <= asdict(Config()).keys()
+
+def test_published_numbers_are_those_of_the_second_copy():
+    copy = yaml.safe_load((Path(__file__).parent/'golden'/'published.yaml').read_text(encoding='utf-8'))
+    assert [[p.table, p.who, *p.values] for p in PUBLISHED] == copy
+
+def test_a_command_takes_the_run_that_it_asks_for(tmp_path):
+    how, log = dict(dataset='packed', arch='alexnet', sobel=True), [dict(r) for r in epochs(2)]
+    def run(name, k, metrics): return made(tmp_path/name, 'train', metrics, log, k=k, **how)
+    done = dict(classes=1000, n_images=1_281_167)
+    runs = [read_finished(p) for p in (run('k100', 100, done), run('half', 10_000, None),
+                                       run('paper', 10_000, done))]
+    for some,wanted in ((runs, 'paper'), (runs[:2], 'k100')): # unfinished, it is not known to be ImageNet's
+        lines = [line for _,lines in commands(TABLES['imagenet'], [], some) for line in lines]
+        assert (f'-p weights={tmp_path}/paper' in lines[-1]) == (wanted == 'paper')
+        assert not any('/k100' in line for line in lines)

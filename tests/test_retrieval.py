@@ -268,6 +268,19 @@ def test_command_and_again(tmp_path):
     assert 'machinery runs' in (where/'report.html').read_text()
     same_format(where, made_runs.retrieval(tmp_path/'made'))
 
+def test_whitening_is_learned_on_the_other_city(tmp_path, city, monkeypatch):
+    from deepcluster_nb import retrieval
+    other, real = made_city(tmp_path/'other', landmarks=2, others=3, seed=7), retrieval.learn_whitening
+    seen = []
+    def spied(net, paths, *more, **how): seen.append(list(paths)); return real(net, paths, *more, **how)
+    monkeypatch.setattr(retrieval, 'learn_whitening', spied)
+    (tmp_path/'q.csv').write_text('query,positive\ncity0_000000.jpg,city0_000001.jpg\n')
+    args = dict(epochs=0, data='folder', root=city/'jpg', queries=tmp_path/'q.csv', pca_root=other)
+    assert main(['run', 'retrieval', '--out', str(tmp_path/'run'), *TINY,
+                 *(x for pair in args.items() for x in ('-p', '='.join(map(str, pair))))]) == 0
+    wanted = sorted((other/'jpg').iterdir())
+    assert [sorted(map(str, s)) for s in seen] == [list(map(str, wanted))]*2              # two networks
+
 def test_own_folder(tmp_path, city):
     (tmp_path/'q.csv').write_text('query,positive\ncity0_000000.jpg,city0_000001.jpg;city0_000002.jpg\n')
     args = ['-p', 'data=folder', '-p', f"root={city/'jpg'}", '-p', f"queries={tmp_path/'q.csv'}",

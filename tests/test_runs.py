@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from deepcluster_nb.fast.images import PackedImages
-from deepcluster_nb.clustering import Clustering
+from deepcluster_nb.clustering import Clustering, ami, chance_nmi, nmi
 from deepcluster_nb.sources import load_images
 from deepcluster_nb.runs import drop_damaged, load_checkpoint, save_checkpoint
 from survive import sha256
@@ -29,8 +29,14 @@ def test_run_folder(finished):
     keys = ('epoch loss ln_k seconds objective nmi_prev nmi_prev_chance ami_prev nmi_labels ami_labels '
             'n_empty cluster_sizes'.split())
     assert [list(r) for r in log] == [keys]*3 and [r['epoch'] for r in log] == [0, 1, 2]
-    for r in log[1:]:
+    kept = [torch.from_numpy(np.load(f)).long() for f in sorted((where/'assignments').iterdir())]
+    for r,(prev,now) in zip(log[1:], zip(kept, kept[1:])):
+        assert (r['nmi_prev'], r['nmi_prev_chance']) == (nmi(now, prev), chance_nmi(now, prev))
         assert r['ami_prev'] == (r['nmi_prev'] - r['nmi_prev_chance']) / (1 - r['nmi_prev_chance']) > 0
+        y = run.images.labels
+        assert (r['nmi_labels'], r['ami_labels']) == (nmi(now, y), ami(now, y))
+        assert r['cluster_sizes']['max'] == int(now.bincount().max())
+        assert r['n_empty'] == run.config.k - len(now.unique())
     files = sorted((where/'assignments').iterdir())
     assert len(files) == 4                                # one before each epoch, one of the finished network
     last = np.load(files[-1])

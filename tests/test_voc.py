@@ -206,6 +206,22 @@ def test_loss_by_hand():
     ('all', 79_999, .001/8)])
 def test_learning_rate(what, step, lr): assert learning_rate(what, step) == pytest.approx(lr)
 
+def test_the_released_scripts_constants(small, train, monkeypatch):
+    import inspect
+    from deepcluster_nb import voc
+    how = {n: p.default for n,p in inspect.signature(finetune).parameters.items()}
+    assert (how['n'], how['batch_size'], how['weight_decay'], how['clip']) == (80_000, 16, 1e-6, 10.)
+    made, boxes, real = [], [], voc.random_resized_crop
+    class Spy(torch.optim.SGD):
+        def __init__(self, params, lr, momentum, weight_decay):
+            made.append((momentum, weight_decay))
+            super().__init__(params, lr, momentum, weight_decay=weight_decay)
+    monkeypatch.setattr(torch.optim, 'SGD', Spy)
+    monkeypatch.setattr(voc, 'random_resized_crop', lambda *a: boxes.append(a[3:]) or real(*a))
+    finetune(transfer_net(small, 5), train, n=1, size=32)
+    crop_scores(transfer_net(small, 5), train.subset([0]), 32, crops=1)
+    assert made == [(.9, 1e-6)] and boxes == [((.1, .5), (1., 1.))]*2
+
 def test_a_short_training_has_the_same_stairs():
     assert [learning_rate('all', s, 8) for s in range(8)] == pytest.approx(
         [.001/2**(s // 2) for s in range(8)])
