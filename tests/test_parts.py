@@ -103,8 +103,7 @@ def test_parts_are_handed_in(monkeypatch):
     fit(replace(SMALL, parts='mine'), IMAGES, echo=None)
     assert seen == ['cluster', 'train']*2 + ['cluster']
 
-@pytest.mark.parametrize('fused', [False, True])
-def test_a_step_by_hand(fused): # sgd is shared by all parts, so their equality does not see its constants
+def test_a_step_by_hand(): # sgd is shared by all parts, so their equality does not see its constants
     c = resolve(replace(SMALL, lr=.1, weight_decay=.02))
     p = torch.tensor([1., -2.], requires_grad=True)
     opt = training.sgd([p], c, .9)
