@@ -142,10 +142,9 @@ def feature_batches(net,                    # with an embed method: (B, 3, H, W)
         and getattr(net, 'center_box', 'exact') == 'exact'): images = images.center
     (net, whole), dtype = prepare(net.eval(), precision, compile), input_type(precision, device)
     embed = embedding(net, precision)                       # what is not whole is not worth compiling for
-    parts, crops, n = [], [], len(images)
-    for idx in torch.arange(n).split(batch_size):           # large images come in several parts
-        parts += idx.split(pieces(images.shapes[idx].prod(1).tolist(), batch_size))
-    most = None
+    crops, n, most = [], len(images), None
+    parts = (part for idx in torch.arange(n).split(batch_size)      # large images come in several parts
+             for part in idx.split(pieces(images.shapes[idx].prod(1).tolist(), batch_size)))
     for idx,x in fetch_ahead(images, parts, device):
         crops.append(center_input(net, x, size, dtype))
         if (done := int(idx[-1]) + 1) % batch_size and done < n: continue

@@ -186,7 +186,7 @@ def pinned_batch(images:PackedImages, idx:Tensor)->Tensor: # (B, C, H, W), or Ra
 
 # %% ../../nbs/fast/20_feeding.ipynb #2ced184e
 def fetch_ahead(images,               # Images: what is read from
-                batches,              # lists of image numbers, (B,) each
+                batches,              # image numbers, (B,) each; a list or what yields them
                 device,               # where the images go
                 ahead:int=None,       # batches fetched in advance; twice the threads for a GPU, 0 for a CPU
                 threads:int=None,     # that read; half of the cores, at most 8
