@@ -43,10 +43,10 @@ def check_images(images, size):
     "Raise a ValueError for images or a size that no crop can work with."
     listed = isinstance(images, list)
     if size < 1: raise ValueError(f"size: expected at least 1 pixel, got {size}")
-    wrong = [im for im in images if im.ndim != 3] if listed else [images] if images.ndim != 4 else []
-    if wrong:
+    for im in images if listed else [images]:
+        if im.ndim == (3 if listed else 4): continue
         raise ValueError("images: expected (B, C, H, W) or a list of (C, H, W), "
-                         f"got {tuple(wrong[0].shape)}")
+                         f"got {tuple(im.shape)}")
 
 def check_boxes(boxes, flip, sizes): # sizes: as image_sizes returns them
     "Raise a ValueError for boxes or flips that don't fit images of these sizes."

@@ -28,7 +28,7 @@ from .fast.feeding import free_memory
 from .fast.features import pieces
 from .pictures import training_curves
 from .fast.packing import read_like
-from .probes import ProbeConfig, resolve_probe, usual_size
+from .probes import ONLY_PAPER, ProbeConfig, resolve_probe, usual_size
 from .few_labels import check_choices
 from .report import read_finished, write_page
 from .runs import (MEASURING, RunFolder, Stopped, amount, duration, held_by,
@@ -188,7 +188,9 @@ def check_parameters(notebook:Path, given:dict, run_dir:Path):
         raise ValueError(f"run_dir: {str(run_dir)!r} is in use by {who}; "
                          "let it finish, or choose another folder")
     # which rows, of how many seeds: the numbers that are there count in any case
-    more = ('row', 'seeds', 'other') if notebook.stem == 'findings' else ()
+    more = (('row', 'seeds', 'other') if notebook.stem == 'findings' else
+            ONLY_PAPER if values.get('protocol') == 'cached' else ())
+    if values.get('clusterer', 'kmeans') != 'kmeans': more += 'backend',      # of k-means alone
     if (run_dir/'params.yaml').exists():
         RunFolder(run_dir, values, (*MAY_DIFFER, *newer(run_dir, values, own), *more))
 
@@ -353,9 +355,9 @@ def run_experiment(name:str,            # a notebook in nbs/experiments, such as
     # it warns of parameters that a page takes without showing them, and all names are checked here;
     # what ends a run is said here, too
     logging.getLogger('papermill').setLevel(logging.CRITICAL)
-    made, page = not run_dir.exists(), run_dir/'notebook.ipynb'
+    made, page, log = not run_dir.exists(), run_dir/'notebook.ipynb', run_dir/'log.jsonl'
     run_dir.mkdir(parents=True, exist_ok=True)
-    before, figures = page.read_bytes() if page.exists() else None, drawn(run_dir)
+    before, figures, logged = page.read_bytes() if page.exists() else None, drawn(run_dir), read_log(log)
     watcher = Watcher(run_dir); watcher.start()
     try:
         with signals_passed_on(run_dir):
@@ -366,7 +368,8 @@ def run_experiment(name:str,            # a notebook in nbs/experiments, such as
                     with suppress(OSError): run_dir.rmdir()                 # unless something lies there
                 # what was refused takes nothing from the run that is there
                 elif before and e.ename in REFUSED: write_atomic(page, before)
-                kind = (REFUSED | dict(Stopped=Stopped)).get(e.ename)
+                idle = read_log(log) == logged                         # what comes later is no wrong input
+                kind = ((REFUSED if idle else {}) | dict(Stopped=Stopped)).get(e.ename)
                 raise kind(e.evalue) if kind else RuntimeError(f"{e.ename}: {e.evalue}") from None
     except KeyboardInterrupt as e:
         if not str(e): e.args = kept(run_dir),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'ONLY_FAST', 'MAY_DIFFER', 'MOST_VOTERS', 'WITH_RANKS', 'PlainTypes', 'Data', 'Config', 'network',
            'plain_cluster', 'plain_epoch', 'Parts', 'check', 'type_wanted', 'known_names', 'check_types',
-           'check_ranges', 'dim_of', 'check_together', 'found_device', 'resolve', 'State', 'optimizers', 'momenta',
+           'check_ranges', 'check_together', 'found_device', 'resolve', 'State', 'optimizers', 'momenta',
            'state_tensors', 'load_state', 'snapshot', 'restore', 'saved_clusters', 'newer', 'may_differ', 'same_run',
            'resume', 'most_clusters', 'id_type', 'as_npy', 'load_assignments', 'clusters_csv', 'disk_space',
            'agreement', 'neighbors_vote', 'look', 'describe', 'Hooks', 'run_loop', 'Run', 'prepare', 'check_ranks',
@@ -14,7 +14,7 @@ __all__ = ['PARTS', 'ONLY_FAST', 'MAY_DIFFER', 'MOST_VOTERS', 'WITH_RANKS', 'Pla
 # %% ../nbs/18_fit.ipynb #ab39d7d2
 import csv, importlib, io, math, os, time, warnings
 from contextlib import nullcontext
-from functools import cache, partial
+from functools import partial
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import numpy as np, torch, yaml
@@ -27,7 +27,7 @@ from .sources import DATASETS, check_color, check_sizes, load_images
 from .fast.images import PackedImages
 from .fast.feeding import PhaseTimer, resident, same_bits
 from .fast.small_maps import with_small_maps
-from .model import ARCHS, SIZES, DeepClusterNet, calibrate_bn, convnet
+from .model import ARCHS, DIMS, SIZES, DeepClusterNet, calibrate_bn, convnet
 from .fast.features import (PCA, compute_features, feature_batches, has_bfloat16, keep_memory,
                                           return_memory)
 from .features import l2_normalize
@@ -155,14 +155,9 @@ def check_ranges(c:Config):
 ONLY_FAST = dict(clusterer='kmeans', backend='torch', lr_schedule='constant', compile=False,
                  center_box='exact', jitter=0., gray=0.)
 
-@cache
-def dim_of(arch:str, build)->int: # build: what ARCHS has under that name
-    "Return the dimension of an architecture's features, without its weights."
-    with torch.device('meta'): return convnet(arch, 2).dim
-
 def check_together(c:Training):
     "Raise a ValueError for values that exclude each other."
-    dim = dim_of(c.arch, ARCHS[c.arch])
+    dim = DIMS.get(c.arch, c.pca)                       # of a network of your own it is not known yet
     check(c.pca <= dim, 'pca', c.pca, f"at most {dim}, the features' dimension")
     check(c.head != 'kept' or c.clusterer in TAKE_K, 'head', c.head,
           f"'fresh' or 'centroids', for {c.clusterer} finds another number of clusters each time")
@@ -271,7 +266,8 @@ def newer(run_dir, params:dict,
 
 def may_differ(run_dir, params:dict)->tuple: # names
     "Name what may differ when a run continues: MAY_DIFFER, and newer parameters that have their default."
-    return *MAY_DIFFER, *newer(run_dir, params)
+    unused = () if params.get('clusterer') == 'kmeans' else ('backend',)     # of k-means alone
+    return *MAY_DIFFER, *unused, *newer(run_dir, params)
 
 # %% ../nbs/18_fit.ipynb #0efa718c
 def same_run(run_dir, params:dict):
@@ -633,6 +629,7 @@ def load_run(run_dir)->Run: # without images
     except TypeError as e:
         raise ValueError(f"run_dir: {str(run_dir)!r} is the folder of another "
                          f"experiment than train ({e})") from None
+    if asked.clusterer != 'kmeans': asked.backend = 'torch'     # was allowed there once, and not used
     c, saved = resolve(as_here(asked)), load_checkpoint(Path(run_dir)/'checkpoint')
     if saved is None:
         raise FileNotFoundError(f"run_dir: the run in {str(run_dir)!r} has no whole checkpoint yet")

@@ -336,8 +336,8 @@ def resolve_probe(config:ProbeConfig)->ProbeConfig: # a checked copy, with 'auto
     check(config.arch in ARCHS, 'arch', config.arch, 'one of ' + ', '.join(ARCHS))
     shared = {f.name: getattr(config, f.name) for f in fields(Config) if hasattr(config, f.name)}
     # which knows what is possible
-    size = 0 if config.weights else config.size         # theirs may be another network
-    c = resolve(Config(**shared | dict(size=size or usual_size(config.arch))))
+    if config.weights: shared |= dict(size=0, pca=1)    # theirs may be another network
+    c = resolve(Config(**shared | dict(size=shared['size'] or usual_size(config.arch))))
     for name, known in dict(protocol=('paper', 'cached'), schedule=('released', 'steps'),
                             crops=('window', 'resized'), pool=('average', 'maximum')).items():
         check(getattr(config, name) in known, name, getattr(config, name), 'one of ' + ', '.join(known))

@@ -361,9 +361,6 @@ def load_images(name:str,            # one of DATASETS
     folder = find_folder(name, root, split)
     if folder:
         paths, labels, classes, other = find_images(folder)
-        if len(classes) != (there := CLASSES.get(name, len(classes))):
-            raise ValueError(f"root: expected the {there} classes of {name} as folders in {str(folder)!r}, "
-                             f"got {len(classes)}; where these are other images, use dataset folder")
         notes = [*(read_as(root) if name == 'folder' else []), *beside_split(root, folder),
                  *passed_over(folder, other)]
         loose = [p for p in paths if p.parent == folder]
@@ -373,6 +370,9 @@ def load_images(name:str,            # one of DATASETS
         if not paths:
             raise FileNotFoundError('; '.join([f"root: no images in {str(folder)!r} "
                                                f"(looked for {' '.join(sorted(EXTENSIONS))})", *notes, how]))
+        if classes and len(classes) != (there := CLASSES.get(name, len(classes))):
+            raise ValueError(f"root: expected the {there} classes of {name} as folders in {str(folder)!r}, "
+                             f"got {len(classes)}; where these are other images, use dataset folder")
         rows = pick(len(paths), n_images, seed).tolist()
         check_memory([paths[i] for i in rows])
         images = read_images([paths[i] for i in rows], labels and [labels[i] for i in rows], classes, folder,

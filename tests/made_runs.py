@@ -47,7 +47,7 @@ def voc(path, **params):
     found['low-shot conv5'] = {n: {str(k): dict(mean=5., std=1., best=6. + i, cost=1.) for k in (1, 96)}
                                for i,n in enumerate(nets)}
     given = dict(data='voc2007', size=224, arch='alexnet')
-    found |= dict(blind=7., arch='alexnet', n_images=5011, n_test=4952)
+    found |= dict(blind=7., arch='alexnet', size=224, n_images=5011, n_test=4952)
     return made(path, 'voc', found, **given | params)
 
 def tuned(path, **params):

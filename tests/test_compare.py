@@ -62,7 +62,7 @@ def test_runs_side_by_side(runs, tmp_path, capsys):
     verdict = ' '.join(m['verdict'])
     assert ('4 runs, 3 finished; stopped is stopped after 1 of 2 epochs' in verdict
             and 'k = 6, lr = 0.05 leads with 66.0 %, +16.0 points' in verdict)
-    assert ('differ by up to 0.7 points' in verdict and '5.5 behind: more than twice that' in verdict
+    assert ('differ by 0.7 points' in verdict and '5.5 behind: more than twice that' in verdict
             and 'Among neighbors it has' in verdict
             and verdict in text and all(line in out for line in m['verdict']))
     assert 'not running: it was stopped after 1 of 2 epochs' in text and 'published' not in text

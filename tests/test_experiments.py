@@ -311,7 +311,8 @@ def test_a_runs_last_numbers_are_of_test_images_and_the_last_epoch(tmp_path, in_
     from deepcluster_nb.model import calibrate_bn
     from deepcluster_nb.probes import evaluate
     where, n = tmp_path/'r', dict(n_images=90, n_test=50)
-    pairs = [x for p in dict(k=5, pca=8, epochs=1, passes=1, batch_size=16, precision='float32', **n).items()
+    pairs = [x for p in dict(k=5, pca=8, epochs=1, passes=1, batch_size=16, precision='float32', device='cpu',
+                             **n).items()
              for x in ('-p', '='.join(map(str, p)))]
     assert main(['run', 'train', '--out', str(where), *pairs]) == 0
     m, run = json.loads((where/'metrics.json').read_text()), load_run(where)

@@ -6,6 +6,7 @@ from torch import nn
 from deepcluster_nb.data import generator
 from deepcluster_nb.sources import load_images
 from deepcluster_nb.experiments import experiments_folder, gather
+from deepcluster_nb import model
 from deepcluster_nb.model import ARCHS, SIZES, calibrate_bn, convnet, reset_top_layer
 from deepcluster_nb.probes import conv_activations, pool_activation, probe_features
 from deepcluster_nb.fit import Config, fit, load_run, predict, resolve
@@ -18,7 +19,8 @@ LIGHT = ['alexnet_small', 'resnet18']
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
-def test_every_network_is_here(): assert set(ARCHS) == set(SIZES) == set(DIMS)
+def test_every_network_is_here():
+    assert set(ARCHS) == set(SIZES) == set(DIMS) and DIMS == model.DIMS
 
 @pytest.mark.parametrize('sobel', [True, False])
 @pytest.mark.parametrize('arch', ARCHS)

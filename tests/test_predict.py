@@ -119,7 +119,8 @@ def test_color_is_missing_in_a_grey_pack(tmp_path):
     small = PackedImages(torch.zeros(2, 3, 6, 40, dtype=torch.uint8))
     with pytest.raises(ValueError, match='images: 2 of 2 images are too small'): predict(run, small)
 
-def test_a_run_opens_where_its_device_is_missing(room, tmp_path):
+def test_a_run_opens_where_its_device_is_missing(room, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     copy = shutil.copytree(room/'run', tmp_path/'copy')
     text = (copy/'params.yaml').read_text()
     assert 'device: cpu\n' in text
@@ -131,6 +132,15 @@ def test_a_run_opens_where_its_device_is_missing(room, tmp_path):
     with patch('deepcluster_nb.fit.has_bfloat16', lambda device: False):
         (copy/'params.yaml').write_text(text.replace('precision: float32', 'precision: bfloat16'))
         assert load_run(copy).config.precision == 'float32'
+
+def test_a_run_whose_backend_was_never_used_opens_and_goes_on(tmp_path):
+    c = Config(n_images=40, clusterer='pic', pca=4, epochs=1, passes=1, batch_size=8, device='cpu',
+               precision='float32', run_dir=str(tmp_path/'r'))
+    run = fit(c, echo=None)
+    params = tmp_path/'r'/'params.yaml'
+    params.write_text(params.read_text().replace('backend: torch', 'backend: faiss'))
+    assert torch.equal(load_run(tmp_path/'r').clustering.assign, run.clustering.assign)
+    assert fit(c, echo=None).log == run.log
 
 def test_another_experiments_folder_is_no_run(tmp_path):
     (tmp_path/'params.yaml').write_text('shots: [1]\n')

@@ -76,6 +76,10 @@ def test_other_images_are_not_taken_for_a_known_set(tmp_path, name, n):
         load_images(name, tmp_path)
     tree(tmp_path/name, *(f'train/{i:03d}/1.png' for i in range(n)))
     assert len(load_images(name, tmp_path)) == n
+    tree(tmp_path/name, 'train/loose.png')
+    with pytest.warns(UserWarning, match='no labels: 1 of'): assert len(load_images(name, tmp_path)) == n + 1
+    (tmp_path/'empty'/'train').mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match='no images in'): load_images(name, tmp_path/'empty')
 
 def test_images_beside_a_split_are_counted(tmp_path):
     tree(tmp_path, 'train/cat/1.png', 'test/cat/2.png', '3.png', '4.png')

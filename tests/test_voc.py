@@ -305,7 +305,8 @@ def test_command_and_again(tmp_path, capsys):
     where = tmp_path/'run'
     assert main(['run', 'voc', '--preset', 'voc_small', '--out', str(where), *TINY]) == 0
     m = json.loads((where/'metrics.json').read_text())
-    assert (set(m) == {'SVM conv5', 'low-shot conv5', 'all', 'blind', 'arch', 'n_images', 'n_test', 'seconds'}
+    assert (set(m) == {'SVM conv5', 'low-shot conv5', 'all', 'blind', 'arch', 'size', 'n_images', 'n_test',
+                      'seconds'}
             and (m['arch'], m['n_images'], m['n_test']) == ('alexnet_small', 40, 40))
     for part in ('SVM conv5', 'all'):
         assert set(m[part]) == {'random', 'random, calibrated', 'deepcluster'}

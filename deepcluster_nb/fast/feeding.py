@@ -121,7 +121,7 @@ def container_room(cgroup:Path)->int: # bytes
     "Return what a container's processes may still take; the cache of files gives way to them."
     most, used = (int((cgroup/f'memory.{name}').read_text()) for name in ('max', 'current'))
     stat = dict(l.split() for l in (cgroup/'memory.stat').read_text().splitlines())
-    return most - used + int(stat['active_file']) + int(stat['inactive_file'])
+    return most - used + sum(int(stat.get(f'{kind}_file', 0)) for kind in ('active', 'inactive'))
 
 def free_memory()->float: # bytes; infinite where the system does not say
     "Return the memory that is available now, at most what the container may use."
