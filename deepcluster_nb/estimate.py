@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'IMAGENET', 'CLUSTERING', 'sample', 'per_image', 'kept_bytes', 'made_up', 'material', 'sample_clusters',
-           'sample_clustering', 'sample_training', 'sample_probes', 'measure', 'looks', 'existing', 'long', 'Estimate',
-           'advice', 'described', 'estimate', 'measured_bandwidth', 'on_ranks', 'rank_table']
+           'sample_clustering', 'sample_training', 'sample_probes', 'measure', 'knn_seconds', 'free_space', 'long',
+           'Estimate', 'advice', 'described', 'estimate', 'measured_bandwidth', 'on_ranks', 'rank_table']
 
 # %% ../nbs/29_estimate.ipynb #c7f7952f
 import math, os, shutil, sys, tempfile, textwrap, time
@@ -236,7 +236,7 @@ def measure(c:Training, images, facts:dict, seconds:float, echo=None
     if facts['classes']: out |= sample_probes(facts, c.device, .08*seconds)
     facts['ram'] = (os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf')
                     else None)
-    facts['free'] = shutil.disk_usage(existing(c.run_dir)).free
+    facts['free'] = free_space(c.run_dir)
     if c.device != 'cpu': facts['peak'] = torch.cuda.max_memory_allocated()
     else:
         with suppress(ImportError):
@@ -246,15 +246,15 @@ def measure(c:Training, images, facts:dict, seconds:float, echo=None
     return out
 
 # %% ../nbs/29_estimate.ipynb #bff3578d
-def looks(c:Training, n:int, t:dict)->float: # seconds; t: kind of work → seconds a unit
+def knn_seconds(c:Training, n:int, t:dict)->float: # t: kind of work → seconds a unit
     "Return what neighbors_vote takes, every knn_every epochs and after the last one."
     some, voters = min(n, MOST_VOTERS*5//4), min(n*4//5, MOST_VOTERS)
     return -(-c.epochs // c.knn_every) * (some*t['features'] + voters*(some - voters)*t['pair'])
 
-def existing(path)->Path:
-    "Return the folder that is there, of a path or around it."
+def free_space(path)->int: # bytes
+    "Return what is free on the disk of a path, which need not be there yet."
     path = Path(path).absolute()
-    return next(p for p in (path, *path.parents) if p.exists())
+    return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
 
 def long(seconds:float)->str: # such as '8.2 s', '3 min 20 s', '2.5 days'
     "Format a duration: tenths of a second below ten seconds, days from two days on."
@@ -285,7 +285,7 @@ class Estimate:
                    **{p: e[p] for p in CLUSTERING})
         if not f['classes']: return out
         t = {name: of(self.samples[name]) for name in ('features', 'probe', 'pair')}
-        if self.config.knn_every: out['knn'] = looks(self.config, n, t)
+        if self.config.knn_every: out['knn'] = knn_seconds(self.config, n, t)
         n, passes = min(n, MOST_PROBED), probe_epochs(min(n, MOST_PROBED))
         return out | dict(probes=3*(2*(n + f['n_test'])*t['features'] + len(f['probes'])*passes*n*t['probe']
                                     + n*f['n_test']*t['pair']))
