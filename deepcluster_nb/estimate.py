@@ -32,7 +32,7 @@ from .fit import (MOST_VOTERS, Config, agreement, check, disk_space, id_type, mo
                                 network, resolve)
 from .training import sgd, trunk_parameters
 from .fast.graph import prepared_on, train_epoch
-from .fast.training import TAKE_K, Training, clusterer
+from .fast.training import CLUSTERERS, TAKE_K, Training
 from .fast.distributed import in_ranks, measure_sum, ring_bytes
 from .probes import (MOST_PROBED, conv_activations, knn_accuracy, linear_probes,
                                    pool_activation, probe_epochs)
@@ -141,7 +141,7 @@ def sample_clusters(x, config:Training, n:int, seconds:float)->list: # seconds a
         if 50*median(times) < seconds: niter, times = 20, rounds(20, seconds)
         return [t*21/(niter + 1)/m for t in times]
     fewer = max(m//2, config.k if config.clusterer in TAKE_K else 2)
-    def work(r): clusterer(config.clusterer)(x[:r], config, 0)
+    def work(r): CLUSTERERS[config.clusterer](x[:r], config, 0)
     small, large = (sample(lambda _: work(r), 1, seconds/2)[0] for r in (fewer, m))
     power = math.log(median(large)/median(small), m/fewer) if fewer < m else 1
     return [t*(n/m)**max(1, power)/n for t in large]

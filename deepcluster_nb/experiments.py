@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np, torch, yaml
 from PIL import Image
 from tqdm import tqdm
-from .sources import Unreadable, check_pillow, image_files, load_images
+from .sources import Unreadable, check_pillow, find_images, load_images, passed_over, printable
 from .fast.feeding import free_memory
 from .fast.features import pieces
 from .pictures import training_curves
@@ -35,7 +35,7 @@ from .runs import (MEASURING, RunFolder, Stopped, amount, duration, held_by,
                                  progress_line, read_log, signals_to, write_atomic)
 from .fast.distributed import started_as_rank
 from .fit import (MAY_DIFFER, Config, check, check_ranks, clusters_csv, describe, fit, load_run,
-                                 newer, predict, resolve)
+                                newer, predict, resolve, settled)
 
 # %% ../nbs/15_experiments.ipynb #f10743b4
 def experiments_folder()->Path: # nbs/experiments of the clone
@@ -50,7 +50,8 @@ def experiments_folder()->Path: # nbs/experiments of the clone
 def one_of(what:str, name:str, folder:Path, suffix:str)->Path:
     "Return the path of a notebook or preset; for an unknown name raise a ValueError that lists the known."
     known = sorted(p.stem for p in folder.glob(f'*{suffix}'))
-    if name not in known: raise ValueError(f"{what}: expected one of {', '.join(known)}, got {name!r}")
+    if name not in known:
+        raise ValueError(f"{what}: expected one of {', '.join(known)} (files in {str(folder)!r}), got {name!r}")
     return folder/f'{name}{suffix}'
 
 # %% ../nbs/15_experiments.ipynb #18037772
@@ -183,7 +184,10 @@ def check_parameters(notebook:Path, given:dict, run_dir:Path):
     if notebook.stem == 'compare': find_runs(values['runs'])                                       # likewise
     if notebook.stem == 'report': find_runs(values['runs'], read_finished)
     # which says what is missing
-    if config.root and not Path(config.root).exists(): load_images(config.dataset, config.root)
+    if 'dataset' in values and config.root and not Path(config.root).exists():
+        load_images(config.dataset, config.root)
+    check(not config.root or Path(config.root).resolve() != run_dir, 'run_dir', str(run_dir),
+          'another folder than root, for what a run draws is no data')
     if who := held_by(run_dir):
         raise ValueError(f"run_dir: {str(run_dir)!r} is in use by {who}; "
                          "let it finish, or choose another folder")
@@ -191,8 +195,12 @@ def check_parameters(notebook:Path, given:dict, run_dir:Path):
     more = (('row', 'seeds', 'other') if notebook.stem == 'findings' else
             ONLY_PAPER if values.get('protocol') == 'cached' else ())
     if values.get('clusterer', 'kmeans') != 'kmeans': more += 'backend',      # of k-means alone
+    if notebook.stem == 'train': more += *settled(run_dir, values),
     if (run_dir/'params.yaml').exists():
         RunFolder(run_dir, values, (*MAY_DIFFER, *newer(run_dir, values, own), *more))
+    elif taken := [f for f in ('clusters.csv', 'report.html', 'metrics.json') if (run_dir/f).exists()]:
+        raise ValueError(f"run_dir: {str(run_dir)!r} holds {', '.join(taken)} and no run that could go on; "
+                         "choose another folder")
 
 # %% ../nbs/15_experiments.ipynb #5af89d8d
 def parse_pair(text:str,
@@ -200,6 +208,7 @@ def parse_pair(text:str,
               )->tuple:       # 'k=200' → ('k', 200)
     "Split key=value and read the value by its parameter's type."
     key, eq, value = text.partition('=')
+    if value.startswith('~/'): value = os.path.expanduser(value)      # a shell does so in front of words only
     if not eq: raise ValueError(f"-p: expected key=value, got {text!r}")
     return key, typed(key, value, defaults.get(key, ''))
 
@@ -427,8 +436,7 @@ def look_at(run_dir)->Look:
         with suppress(OSError): seen = max(seen, (path/name).stat().st_mtime)
     try: holder = held_by(path)                      # first: what a run writes before it lets go is seen then
     except OSError: hidden = True                    # a folder that we may only read: its lock is not for us
-    log, metrics, progress = ([json.loads(l) for l in (read('log.jsonl') or '').splitlines()],
-                              parsed('metrics.json'), parsed('progress.json'))
+    log, metrics, progress = read_log(path/'log.jsonl'), parsed('metrics.json'), parsed('progress.json')
     silent, goes_on = time.time() - seen, 'the same command goes on from there'
     ago = f"nothing was written for {duration(silent)}"
     elsewhere = note and (hidden or f' on {socket.gethostname()} ' not in note) and silent < 600
@@ -598,7 +606,7 @@ def read_some(files, recipe:dict, folder)->tuple: # (PackedImages or None, [path
     try: images = read_like(files, recipe, root=folder, skip_broken=True)
     except Unreadable as e: images, left_out = None, e.broken
     else: left_out = images.left_out
-    return images, [line.removeprefix(f'{folder}/') for line in left_out]
+    return images, [printable(line.removeprefix(f'{folder}/')) for line in left_out]
 
 def room_for(files, nbytes)->int: # bytes of images that may be decoded at once
     "Raise a ValueError for an image that the free memory can't hold while it is decoded."
@@ -622,8 +630,12 @@ def predict_folder(run_dir,                 # of a run of train
         raise FileNotFoundError(f"out: expected a file in an existing folder, got {str(out)!r}")
     if out.exists() and not force:
         raise ValueError(f"out: {str(out)!r} exists already; choose another name, or replace it (--force)")
-    if not folder.is_dir(): raise FileNotFoundError(f"folder: no folder {str(folder)!r}")
-    if not (files := image_files(folder)[0]): raise FileNotFoundError(f"folder: no images in {str(folder)!r}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder: expected a folder of images, got the file {str(folder)!r}"
+                                if folder.exists() else f"folder: no folder {str(folder)!r}")
+    files, _, _, other = find_images(folder)
+    if not files: raise FileNotFoundError(f"folder: no images in {str(folder)!r}")
+    for line in passed_over(folder, other): print(line, file=sys.stderr)
     check_pillow()
     run, recipe = load_run(run_dir), kept_recipe(run_dir)
     if not (Path(run_dir)/'clusters.csv').exists():
@@ -716,7 +728,8 @@ def launch(nproc:int,    # processes on this machine
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     check(nproc >= 1, '--nproc', nproc, 'at least 1 process')
-    logging.getLogger('torch.distributed').setLevel(logging.CRITICAL)
+    for name in [n for n in logging.root.manager.loggerDict if n.startswith('torch.distributed')]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // nproc)))
     with tempfile.TemporaryDirectory() as folder:
         os.environ['DEEPCLUSTER_END'] = end = f'{folder}/end'
@@ -737,8 +750,8 @@ def told_end(e,
     if end.exists(): status, line = json.loads(end.read_text(encoding='utf-8'))
     elif words.exists(): line, status = f"deepcluster-nb: {words.read_text(encoding='utf-8')}", 1
     elif failed: line, status = f"deepcluster-nb: rank {failed[0][1]} ended with status {failed[0][2]}", 1
-    # SIGKILL and the like leave no line of their own
-    if failed and failed[0][2] < 0:
+    # SIGKILL and the like leave no line of their own; the launcher's SIGTERM comes after the first one's line
+    if failed and failed[0][2] < 0 and not (end.exists() and failed[0][2] == -signal.SIGTERM):
         name = signal.Signals(-failed[0][2]).name
         line, status = f"deepcluster-nb: rank {failed[0][1]} was killed by {name}", 1
     print(line, file=sys.stderr)
@@ -822,6 +835,7 @@ def main(argv=None
         pairs = parse_pairs(args.name, args.p)
         alone = args.nproc == 1 and not started_as_rank()
         check(alone or args.name == 'train', 'experiment', args.name, 'train with several ranks')
+        if args.nproc > 1: check_ranks(resolve(Config(**gather('train', args.preset, pairs)[1])), args.nproc)
         if args.nproc != 1:
             options = [x for p in args.p for x in ('-p', p)]
             for name in ('preset', 'out'):
@@ -834,9 +848,11 @@ def main(argv=None
     except (ValueError, RuntimeError, FloatingPointError, OSError) as e:
         return ended(f"deepcluster-nb: {e}", 2 if isinstance(e, (ValueError, FileNotFoundError)) else 1)
     except KeyboardInterrupt as e:
-        more = {'run': f"; {str(e) or 'the same command goes on from the last checkpoint'}",
+        status, words = getattr(e, 'status', 130), str(e)
+        if status == 130: words = words.removeprefix('SIGTERM came: ')     # Ctrl-C, passed on to the kernel
+        more = {'run': f"; {words or 'the same command goes on from the last checkpoint'}",
                 'watch': ' watching; the run is not touched by that'}
-        return ended(f"deepcluster-nb: stopped{more.get(args.command, '')}", getattr(e, 'status', 130))
+        return ended(f"deepcluster-nb: stopped{more.get(args.command, '')}", status)
     print(summary(where), f"report    {where/'report.html'}", f"notebook  {where/'notebook.ipynb'}",
           f"numbers   {where/'metrics.json'}", sep='\n')
     return 0

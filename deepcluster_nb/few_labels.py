@@ -17,7 +17,7 @@ from .switches import resize_head
 from .fast.images import PackedImages
 from .fast.feeding import fetch_ahead, resident
 from .fast.features import autocast, center_input
-from .fast.small_maps import with_small_maps
+from .fast.small_maps import with_fast_layers
 from .fit import check
 from .probes import (ProbeConfig, check_labels, linear_probes, probe_features,
                                    train_on_labels)
@@ -41,7 +41,7 @@ def with_new_head(net,          # a DeepClusterNet
                   seed:int=0,
                  ):             # a copy; the network itself is not touched
     "Give a copy an untrained head with an output for each class; everything in it can learn."
-    net = with_small_maps(copy.deepcopy(net)).requires_grad_(True)
+    net = with_fast_layers(copy.deepcopy(net)).requires_grad_(True)
     if net.sobel is not None: net.sobel.requires_grad_(False)
     resize_head(net, classes)
     reset_top_layer(net, generator(seed, 'new head'))

@@ -6,14 +6,15 @@
 __all__ = ['PARTS', 'ONLY_FAST', 'MAY_DIFFER', 'MOST_VOTERS', 'WITH_RANKS', 'PlainTypes', 'Data', 'Config', 'network',
            'plain_cluster', 'plain_epoch', 'Parts', 'check', 'type_wanted', 'known_names', 'check_types',
            'check_ranges', 'check_together', 'found_device', 'resolve', 'State', 'optimizers', 'momenta',
-           'state_tensors', 'load_state', 'snapshot', 'restore', 'saved_clusters', 'newer', 'may_differ', 'same_run',
-           'resume', 'most_clusters', 'id_type', 'as_npy', 'load_assignments', 'clusters_csv', 'disk_space',
-           'agreement', 'neighbors_vote', 'look', 'describe', 'Hooks', 'run_loop', 'Run', 'prepare', 'check_ranks',
-           'rank_parts', 'first_state', 'fit', 'Averaged', 'predict', 'as_here', 'load_run']
+           'state_tensors', 'load_state', 'snapshot', 'restore', 'saved_clusters', 'newer', 'settled', 'may_differ',
+           'same_run', 'lengthen', 'assign_before', 'resume', 'most_clusters', 'id_type', 'as_npy', 'load_assignments',
+           'clusters_csv', 'disk_space', 'agreement', 'neighbors_vote', 'look', 'describe', 'Hooks', 'run_loop', 'Run',
+           'doubtful', 'prepare', 'check_ranks', 'rank_parts', 'first_state', 'fit', 'Averaged', 'predict', 'as_here',
+           'load_run']
 
 # %% ../nbs/18_fit.ipynb #ab39d7d2
 import csv, importlib, io, math, os, time, warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from .data import generator
 from .sources import DATASETS, check_color, check_sizes, load_images
 from .fast.images import PackedImages
 from .fast.feeding import PhaseTimer, resident, same_bits
-from .fast.small_maps import with_small_maps
+from .fast.small_maps import with_fast_layers
 from .model import ARCHS, DIMS, SIZES, DeepClusterNet, calibrate_bn, convnet
 from .fast.features import (PCA, compute_features, feature_batches, has_bfloat16, keep_memory,
                                           return_memory)
@@ -75,11 +76,13 @@ def network(config:Training)->DeepClusterNet: # on its device, with random weigh
     net = convnet(c.arch, c.k, c.sobel, c.dropout, c.seed)
     with_switches(net, c.border, c.relu, c.center_box)
     if c.parts == 'plain': return net.to(c.device)
-    return with_small_maps(net).to(c.device, memory_format=torch.channels_last)
+    return with_fast_layers(net).to(c.device, memory_format=torch.channels_last)
 
 def plain_cluster(net, images, config:training.Config, epoch, mark, progress=None, folder=None)->tuple:
     "Cluster with the core's function, which needs no folder and shows no progress."
-    return training.cluster(net, images, config, epoch, mark)
+    found = training.cluster(net, images, config, epoch)
+    mark('clustering')
+    return found
 
 def plain_epoch(net, images, idx, assign, opts, config:training.Config, epoch, weights=None, after=None,
                 first=0, total=0.
@@ -264,10 +267,18 @@ def newer(run_dir, params:dict,
     return [name for name,v in (defaults or asdict(Config())).items()
             if name not in there and params.get(name) == v]
 
+def settled(run_dir, params:dict)->list: # names
+    "Name what a run may be given later: more epochs, where none depends on their number; what 'auto' was."
+    file = Path(run_dir)/'params.yaml'
+    there = yaml.safe_load(file.read_text(encoding='utf-8')) if file.is_file() else params
+    more = params.get('epochs', 0) > there.get('epochs', 0) > 0
+    longer = more and not params.get('recluster') and params.get('lr_schedule') != 'last_quarter'
+    return ['epochs']*longer + ['precision']*(there.get('precision') == 'auto')
+
 def may_differ(run_dir, params:dict)->tuple: # names
-    "Name what may differ when a run continues: MAY_DIFFER, and newer parameters that have their default."
+    "Name what may differ when a run continues: MAY_DIFFER, newer parameters with their default, and `settled`."
     unused = () if params.get('clusterer') == 'kmeans' else ('backend',)     # of k-means alone
-    return *MAY_DIFFER, *unused, *newer(run_dir, params)
+    return *MAY_DIFFER, *unused, *newer(run_dir, params), *settled(run_dir, params)
 
 # %% ../nbs/18_fit.ipynb #0efa718c
 def same_run(run_dir, params:dict):
@@ -275,6 +286,20 @@ def same_run(run_dir, params:dict):
     file = Path(run_dir)/'params.yaml'
     if run_dir and file.is_file():
         same_parameters(run_dir, file, as_yaml(params), may_differ(run_dir, params))
+
+def lengthen(folder, epochs:int):
+    "Give a run that may be finished more epochs; what is made at its end is made again."
+    was = yaml.safe_load((file := folder.path/'params.yaml').read_text(encoding='utf-8'))
+    if was['epochs'] >= epochs: return
+    for name in ('metrics.json', 'clusters.csv'): (folder.path/name).unlink(missing_ok=True)
+    folder.write(file.name, as_yaml(was | dict(epochs=epochs)))
+
+def assign_before(folder, epoch:int, assign:Tensor)->Tensor: # (N,)
+    "A finished run has saved the clusters of its last network; return those that it was trained on."
+    with suppress(FileNotFoundError):
+        if torch.equal(load_assignments(folder.path, epoch), assign):
+            return load_assignments(folder.path, epoch - 1)
+    return assign
 
 def resume(folder, net, config:Training,
            images,  # checked against those that the run began with
@@ -305,7 +330,9 @@ def resume(folder, net, config:Training,
     opts = restore(net, config, t)
     folder.keep_epochs(epoch)
     drop_damaged(folder.path/'checkpoint', epoch, step)
-    return State(net, opts, epoch, step, t.get('total', 0.), *saved_clusters(t, config.pca), state['record'])
+    clustering, pca = saved_clusters(t, config.pca)
+    if epoch < config.epochs and not step: clustering.assign = assign_before(folder, epoch, clustering.assign)
+    return State(net, opts, epoch, step, t.get('total', 0.), clustering, pca, state['record'])
 
 # %% ../nbs/18_fit.ipynb #d422529e
 def most_clusters(k:int, clusterer:str, n:int)->int: # of n images
@@ -373,8 +400,8 @@ def neighbors_vote(net, images, config:Training)->float: # per cent
     order = torch.randperm(len(images), generator=generator(config.seed, 'neighbors'))[:MOST_VOTERS*5//4]
     some = PackedImages.of(images).subset(order)
     f = compute_features(net, some, config.size, 512, config.device, config.precision, None,
-                         config.compile and torch.device(config.device).type == 'cuda', # as the clustering
-                         graph.prepared_on(config.device, config.graph)).to(config.device)
+                         config.compiles_features(), graph.prepared_on(config.device, config.graph)
+                        ).to(config.device)
     n, y = max(1, len(f)*4//5), torch.as_tensor(some.labels)
     return vote(f[:n], y[:n], f[n:], y[n:], min(200, n))
 
@@ -503,6 +530,16 @@ class Run:
     config:Config          # checked, 'auto' replaced
 
 # %% ../nbs/18_fit.ipynb #a967a8b5
+def doubtful(config:Config, images)->list: # of lines
+    "Say what is possible and hardly meant: too many dimensions for the images, packed ones of another size."
+    c, n, recipe = config, len(images), getattr(images, 'recipe', None) or {}
+    side, center = recipe.get('size'), recipe.get('center')
+    return ([f"pca = {c.pca} is much for {n:,} images: whitened, they are almost equally far from each other; "
+             f"{n//8} is a start"] if n < 4*c.pca else []) + (
+            [f"packed were central crops of {side} px: training sees nothing else of an image"] if side else []
+        ) + ([f"packed central crops of {center} px are not used, for size is {c.size}"]
+             if center and center != c.size else [])
+
 def prepare(config:Config, images=None,
             echo=None, # called with what there is to say about the images
            )->tuple:   # (checked config, images)
@@ -515,8 +552,12 @@ def prepare(config:Config, images=None,
     if c.parts == 'fast': images = PackedImages.of(images)
     check(c.k <= len(images) or c.clusterer not in TAKE_K, 'k', c.k,
           f"at most {len(images):,}, the number of images")
+    # whitened, so many directions put all images equally far from each other
+    check(c.pca < len(images) - 1, 'pca', c.pca,
+          f"well below {len(images):,}, the number of images; an eighth, {max(1, len(images)//8)}, is a start")
     check_sizes(images)
     check_color(images, c.sobel)
+    for line in doubtful(c, images) if echo else (): echo(line)
     if images.labels is not None:
         least = int(torch.as_tensor(images.labels).min())
         check(least >= 0, 'labels', least, 'class ids from 0, or labels=None where there are none')
@@ -570,7 +611,9 @@ def fit(config:Config,  # what to do
         if not first: c.knn_every = 0
         net, parts = network(c), parts or (rank_parts(c, images, ranks) if ranks else PARTS[c.parts])
         asked, folder, guard = asdict(config), None, None
-        if c.run_dir and first: folder = RunFolder(c.run_dir, asked, may_differ(c.run_dir, asked))
+        if c.run_dir and first:
+            folder = RunFolder(c.run_dir, asked, may_differ(c.run_dir, asked))
+            lengthen(folder, c.epochs)
         if folder: guard = Guard(folder, c.checkpoint_minutes)
         if ranks: guard = RankGuard(ranks, folder, c.checkpoint_minutes)
         with guard.held(*disk_space(net, c, len(images))) if guard else nullcontext():

@@ -10,7 +10,7 @@ __all__ = ['STYLE', 'ASCENT', 'RELEASED', 'has_characters', 'add_fonts', 'readab
            'nearest_images', 'training_curves', 'lloyd_steps', 'animate', 'lloyd_animation', 'umap_plot']
 
 # %% ../nbs/10_pictures.ipynb #5239a723
-import io, json, re, warnings
+import io, re, warnings
 from functools import wraps
 from pathlib import Path
 import numpy as np, torch
@@ -20,10 +20,10 @@ from .fast.crops import center_crop
 from .fast.kmeans import nearest
 from .clustering import lloyd, repair_empty
 from .fast.images import PackedImages
-from .data import Images, generator
+from .data import Images, as_ids, generator
 from .fast.feeding import to_device
 from .features import l2_normalize
-from .runs import log_curves
+from .runs import log_curves, read_log
 from .fast.features import center_input
 from .fit import check
 
@@ -340,7 +340,7 @@ def purity(assign:Tensor, # (N,) cluster of each image
           # (share of the commonest class in each cluster (k,), NaN where empty; that class (k,))
           )->tuple:
     "Find the most frequent class of each cluster, and its share."
-    assign, labels = torch.as_tensor(assign).long(), torch.as_tensor(labels).long()
+    assign, labels = as_ids('assign', assign), as_ids('labels', labels)
     check(assign.shape == labels.shape and assign.ndim == 1 and len(assign), 'labels', tuple(labels.shape),
           f"one for each image, {tuple(assign.shape)}")
     n = int(labels.max()) + 1
@@ -360,7 +360,7 @@ def cluster_montage(images:PackedImages,
                    ):                  # → matplotlib figure
     "Draw a row of images for each cluster, with its size and, where there are labels, its purity."
     images = as_packed(images)
-    assign = torch.as_tensor(assign).long()
+    assign = as_ids('assign', assign)
     check(assign.shape == (len(images),), 'assign', tuple(assign.shape),
           f"a cluster for each of the {len(images):,} images")
     check(n >= 1, 'n', n, 'at least 1 image')
@@ -438,7 +438,7 @@ def training_curves(run, # a run folder's path, a Run, or its log: a dict an epo
         file = Path(run)/'log.jsonl'
         if not file.is_file():
             raise FileNotFoundError(f"run: no log.jsonl in {str(run)!r}; expected a run folder")
-        run = [json.loads(l) for l in file.read_text(encoding='utf-8').splitlines()]
+        run = read_log(file)
     return log_curves(getattr(run, 'log', run))
 
 # %% ../nbs/10_pictures.ipynb #8f3bc9fb

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from .data import generator
 from .model import DeepClusterNet, convnet, init_weights
 from .fast.feeding import same_bits
-from .fast.small_maps import with_small_maps
+from .fast.small_maps import with_fast_layers
 from .runs import write_atomic
 from .sobel import Sobel
 from .fit import load_run
@@ -208,7 +208,7 @@ def load_released(path,         # the authors' file, or one that this function c
             save_converted(out, found, sha)
         write_atomic(record, f'{sha}  {path.name}\n'.encode())
     same_bits()
-    with torch.device('meta'): net = with_small_maps(convnet(found['arch'], found['k'], found['sobel']))
+    with torch.device('meta'): net = with_fast_layers(convnet(found['arch'], found['k'], found['sobel']))
     net.load_state_dict(found['state'], assign=True)
     if found['sobel']: net.sobel.requires_grad_(False)
     return net.eval()

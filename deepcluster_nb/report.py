@@ -6,11 +6,12 @@
 __all__ = ['SURE', 'LAYERS', 'SHOTS', 'TASKS', 'VOC', 'THIRD', 'QUOTED', 'PAPER', 'AND', 'BUILD', 'COMMENT', 'MM', 'PUBLISHED',
            'PROBE', 'IMAGENET', 'VOC2007', 'POOLED', 'WITH_KNN', 'STEPS', 'RUN', 'MISSING', 'TABLES', 'KINDS', 'SETS',
            'PLACE', 'READERS', 'FIRST', 'NAMES', 'CSS', 'Published', 'and_row', 'published', 'published_cells', 'shown',
-           'numbered', 'published_table', 'Table', 'voc_command', 'Finished', 'read_finished', 'data_of', 'trained_run',
-           'network_of', 'k_of', 'arch_of', 'Row', 'views', 'probe_table', 'probe_rows', 'without_classes', 'svm_rows',
-           'voc_rows', 'retrieval_rows', 'finetune_rows', 'ends', 'spent', 'log_rows', 'measured', 'apart_from_k',
-           'differences', 'about', 'commands', 'fits_first', 'cell', 'html_table', 'our_line', 'section', 'nmi_curves',
-           'nmi_figure', 'others', 'sections', 'report_page', 'read_several', 'write_page']
+           'numbered', 'published_table', 'Table', 'voc_command', 'Finished', 'read_finished', 'data_of',
+           'weights_folder', 'trained_run', 'network_of', 'k_of', 'arch_of', 'Row', 'views', 'probe_table',
+           'probe_rows', 'without_classes', 'svm_rows', 'voc_rows', 'retrieval_rows', 'finetune_rows', 'ends', 'spent',
+           'log_rows', 'measured', 'apart_from_k', 'differences', 'about', 'commands', 'fits_first', 'cell',
+           'html_table', 'our_line', 'section', 'nmi_curves', 'nmi_figure', 'others', 'sections', 'report_page',
+           'read_several', 'write_page']
 
 # %% ../nbs/35_report.ipynb #fbc22d07
 import base64, io, json, math, shlex, warnings
@@ -21,7 +22,7 @@ from pathlib import Path
 import yaml
 from .fit import MAY_DIFFER
 from .pictures import styled
-from .runs import duration, write_atomic
+from .runs import duration, read_log, write_atomic
 
 # %% ../nbs/35_report.ipynb #85445e53
 SURE = dict(pub='printed by a named third party', read="read in the authors' code",
@@ -249,6 +250,7 @@ class Finished:
     params:dict
     metrics:dict  # {} where it isn't finished
     log:list      # a dict an epoch; of train
+    images:int = 0 # training images, as they were at its beginning; 0: not known
 
 def read_finished(path)->Finished:
     ("Read the folder of an experiment; one that holds none is a FileNotFoundError, "
@@ -265,9 +267,9 @@ def read_finished(path)->Finished:
     if kind is None:
         raise ValueError(f"run: expected the folder of {', '.join(KINDS)}, got {str(path)!r}, "
                          "which is of another experiment")
-    lines = lambda text: [json.loads(l) for l in text.splitlines()]
-    log = (read('log.jsonl', lines) or []) if kind == 'train' else []
-    return Finished(path, kind, params, read('metrics.json', json.loads) or {}, log)
+    log = read_log(path/'log.jsonl') if kind == 'train' else []
+    images = (read('data.json', json.loads) or {}).get('train', {}).get('n', 0)
+    return Finished(path, kind, params, read('metrics.json', json.loads) or {}, log, images)
 
 # %% ../nbs/35_report.ipynb #aab4a06f
 # classes, training images; where they lie in a folder or a packed file
@@ -278,14 +280,21 @@ def data_of(run:Finished)->str: # a key of SETS, a name of load_images, or ''
     "Say which images a run of train or probe was measured on."
     name, m = run.params['dataset'], run.metrics
     if name not in ('folder', 'packed'): return name
+    seen = m.get('n_images') or run.images
     return next((s for s,(classes, n) in SETS.items()
-                 if m.get('n_images') == n or classes and m.get('classes') == classes), '')
+                 if seen == n or classes and m.get('classes') == classes), '')
+
+def weights_folder(run:Finished)->Path: # or None, where it is not found
+    "Find the run that a run's weights are of: as it was named, from here or from a folder around the run."
+    if named := run.params.get('weights'):
+        tops = Path(), *run.path.resolve().parents
+        return next((top/named for top in tops if (top/named/'params.yaml').is_file()), None)
 
 def trained_run(run:Finished)->Finished: # or None, where it is not known
     "Find the run that trained a run's network: itself or that of its weights."
     if run.kind == 'train': return run
-    with suppress(ValueError, FileNotFoundError):
-        if run.params.get('weights'): return read_finished(run.params['weights'])
+    with suppress(ValueError):
+        if folder := weights_folder(run): return read_finished(folder)
 
 def network_of(run:Finished)->dict: # parameters of its training; {} where they are not known
     "Find how the network of a run was trained."
@@ -349,7 +358,8 @@ def probe_rows(run:Finished)->list: # of Row
 
 def without_classes(run:Finished)->bool:
     "Return whether a run measured a network whose training images lay in no classes."
-    return bool(network_of(run)) and read_finished(run.params['weights']).metrics.get('classes') == 0
+    trained = trained_run(run)
+    return trained is not None and trained.metrics.get('classes') == 0
 
 # %% ../nbs/35_report.ipynb #d3db3dab
 def svm_rows(run:Finished, part:str, net:str, r:dict)->list: # r: what metrics.json has of it
@@ -452,6 +462,7 @@ def about(run:Finished)->str:
         words += ['Sobel' if p['sobel'] else 'RGB', f"k = {k_of(t):,}",
                   f"{some}{p['epochs']:,} reassignments"]
         if p['seed'] != seed: words.append(f"trained with seed {p['seed']}")
+    elif run.params.get('weights'): words.append('training not known')
     return ', '.join([*words, f"seed {seed}"])
 
 # %% ../nbs/35_report.ipynb #6659735b

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FULL', 'SEEN', 'MEASURING', 'write_atomic', 'checksum', 'pack_checkpoint', 'write_checkpoint', 'drop_damaged',
-           'save_checkpoint', 'load_checkpoint', 'Behind', 'as_yaml', 'same_parameters', 'read_log', 'RunFolder',
-           'fingerprint', 'FileBytes', 'difference', 'other_images', 'same_data', 'Stopped', 'signals_to',
+           'save_checkpoint', 'load_checkpoint', 'Behind', 'as_yaml', 'begun', 'same_parameters', 'read_log',
+           'RunFolder', 'fingerprint', 'FileBytes', 'difference', 'other_images', 'same_data', 'Stopped', 'signals_to',
            'signals_noted', 'in_notebook', 'held_by', 'taken', 'this_process', 'cell_runs', 'Hold', 'amount',
            'check_room', 'take_room', 'Guard', 'duration', 'progress_line', 'say', 'Progress', 'log_curves']
 
@@ -138,6 +138,12 @@ def as_yaml(params:dict)->str:
     except yaml.YAMLError as e:
         raise ValueError(f"params: expected numbers, strings and lists, got {e.args[-1]!r}") from None
 
+def begun(path)->bool:
+    "Return whether a run folder holds any work."
+    path, files = Path(path), ('log.jsonl', 'runs.json', 'results.json', 'metrics.json')
+    return (any((path/f).exists() for f in files)
+            or any(f.suffix in ('.npy', '.safetensors') for f in path.glob('*/*')))
+
 def same_parameters(path, file:Path, text:str, may_differ): # names that may differ
     "Raise a ValueError where the folder's file holds other parameters than this YAML."
     was, now = yaml.safe_load(file.read_text(encoding='utf-8')) or {}, yaml.safe_load(text)
@@ -145,7 +151,8 @@ def same_parameters(path, file:Path, text:str, may_differ): # names that may dif
               if k not in may_differ and was.get(k) != now.get(k)]
     if differ:
         raise ValueError(f"run_dir: {str(path)!r} holds a run with other parameters "
-                         f"({'; '.join(differ)}); choose another folder")
+                         f"({'; '.join(differ)}); choose another folder"
+                         f"{'' if begun(path) else ', or remove this one, in which nothing was done yet'}")
 
 # %% ../nbs/17_runs.ipynb #0d397db8
 def read_log(file)->list: # of dicts, one an epoch; none where there is no file

@@ -21,7 +21,7 @@ from .training import Config, sgd, trunk_parameters
 # %% ../nbs/08_switches.ipynb #08a19002
 @dataclass
 class Switches:
-    "What can be done otherwise; defaults are the paper's, the released code's, or (center_box) exact."
+    "What can be done differently; defaults are the paper's, the released code's, or (center_box) exact."
     # what Sobel sees around the image: zeros, or 'replicate' for its last pixels
     border:str = 'zeros'
     # of the crops that are clustered: 'exact', or 'torchvision' with its rounding
@@ -33,7 +33,8 @@ class Switches:
     lr_schedule:str = 'constant'
     # 'uniform', 'released', 'weighted' in the loss, or 'shuffled': large clusters count more
     sampler:str = 'uniform'
-    jitter:float = 0.              # of brightness, contrast, saturation; half of it a turn of the hue
+    # brightness, contrast and saturation times 1 − jitter to 1 + jitter; hue turned by up to half of it
+    jitter:float = 0.
     gray:float = 0.                # probability that a training image loses its color
     recluster:int = 0              # reassignments that cluster anew, then the clusters stay; 0: all
     reset_every:int = 0            # reassignments between two steps back to fresh weights; 0: none

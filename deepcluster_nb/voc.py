@@ -22,7 +22,7 @@ from .sources import check_memory, read_images
 from .fast.feeding import to_device
 from .fast.crops import random_resized_crop
 from .sobel import normalize
-from .fast.small_maps import with_small_maps
+from .fast.small_maps import with_fast_layers
 from .fast.features import autocast
 from .features import l2_normalize
 from .fit import state_tensors, load_state
@@ -283,7 +283,7 @@ def transfer_net(net,                    # a DeepClusterNet
                 ):                       # a copy; the network itself is not touched
     "Give a copy new linear layers N(0, .01) with bias .1; only what `what` names can learn."
     if what not in RECIPES: raise ValueError(f"what: expected one of {', '.join(RECIPES)}, got {what!r}")
-    net, g = with_small_maps(copy.deepcopy(net)), generator(seed, 'transfer')
+    net, g = with_fast_layers(copy.deepcopy(net)), generator(seed, 'transfer')
     resize_head(net, n_classes)
     for m in (*net.classifier.modules(), net.top_layer):
         if isinstance(m, nn.Linear):

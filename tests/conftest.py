@@ -26,6 +26,8 @@ def in_process(monkeypatch): # for tests of what an experiment computes and leav
     import in_process
     from deepcluster_nb import experiments
     monkeypatch.setattr(experiments, 'execute', in_process.execute)
+    # up to 100 passes over few images are half of a tiny run; train and probe with their kernels make them
+    monkeypatch.setattr('deepcluster_nb.probes.probe_epochs', lambda *a: 3)
 
 @pytest.fixture(scope='module')
 def one_thread(): # for inputs so small that threads would mostly wait for each other

@@ -45,15 +45,15 @@ tensors = load_checkpoint(sys.argv[1] + '/checkpoint')[2]
 net = network(run.config)
 state = State(net, restore(net, run.config, tensors), clustering=run.clustering, pca=run.pca)
 with tempfile.TemporaryDirectory(dir=sys.argv[1]) as tmp:
-    for _ in range(3):
+    for _ in range(int(sys.argv[2])):
         times = [time.perf_counter()]
         packed = pack_checkpoint(0, snapshot(state), {})
         times.append(time.perf_counter())
         write_checkpoint(tmp, *packed)
         times.append(time.perf_counter())
         took.append((times[1] - times[0], times[2] - times[1]))
-held_up, written = map(sorted, zip(*took))
-print(json.dumps(dict(bytes=len(packed[1]), held_up=held_up[1], written=written[1])))
+held_up, written = (sorted(t)[len(t)//2] for t in zip(*took))
+print(json.dumps(dict(bytes=len(packed[1]), held_up=held_up, written=written)))
 '''
 
 def told(code, *args): # what it prints, as JSON
@@ -81,7 +81,8 @@ def killed(command, run): # inside the training of the second reassignment → s
     assert not (run/'clusters.csv').exists()
     return took
 
-def rehearse(top, params, images=50_000, n_test=2000, seconds=90., workers=os.cpu_count(), say=print):
+def rehearse(top, params, images=50_000, n_test=2000, seconds=90., workers=os.cpu_count(), writes=3,
+             say=print):
     "Make, estimate, run, kill, continue; return what is in rehearsal.json."
     top = Path(top).resolve()
     run = top/'run'
@@ -100,7 +101,7 @@ def rehearse(top, params, images=50_000, n_test=2000, seconds=90., workers=os.cp
     log = [json.loads(l)['seconds'] for l in (run/'log.jsonl').read_text().splitlines()]
     result = dict(images=images, params=params, took=took, estimate=found, measured=log,
                   ratio={p: log[-1][p] / found['epoch'][p] for p in PHASES},
-                  checkpoint=told(CHECKPOINT, run), cores=os.cpu_count(), load=os.getloadavg())
+                  checkpoint=told(CHECKPOINT, run, writes), cores=os.cpu_count(), load=os.getloadavg())
     (top/'rehearsal.json').write_text(json.dumps(result, indent=1))
     say(table(result))
     return result

@@ -6,7 +6,7 @@ from deepcluster_nb.fast.crops import center_crop
 from deepcluster_nb.data import generator
 from deepcluster_nb.sources import load_images
 from deepcluster_nb.fast import small_maps
-from deepcluster_nb.fast.small_maps import AdaptiveMaxPool2d, Conv2d, with_small_maps
+from deepcluster_nb.fast.small_maps import AdaptiveMaxPool2d, Conv2d, with_fast_layers
 from deepcluster_nb.fast.features import autocast, fold_batchnorm
 from deepcluster_nb.model import ARCHS, calibrate_bn, convnet
 from deepcluster_nb.sobel import normalize
@@ -25,8 +25,8 @@ def test_which_layers_are_exchanged(arch):
     assert fast(net) == []                                                  # the core builds PyTorch's own
     tensors, kinds = net.state_dict(keep_vars=True), [type(m) for m in net.modules()]
     names, printed = [n for n,_ in net.named_modules()], str(net)
-    assert with_small_maps(net) is net and fast(net) == [f'features.{i}' for i in EXCHANGED[arch]]
-    assert with_small_maps(net) is net and fast(net) == [f'features.{i}' for i in EXCHANGED[arch]]
+    assert with_fast_layers(net) is net and fast(net) == [f'features.{i}' for i in EXCHANGED[arch]]
+    assert with_fast_layers(net) is net and fast(net) == [f'features.{i}' for i in EXCHANGED[arch]]
     after = net.state_dict(keep_vars=True)
     assert list(after) == list(tensors) and all(after[n] is t for n,t in tensors.items())
     assert [n for n,_ in net.named_modules()] == names and str(net) == printed
@@ -39,7 +39,7 @@ def test_everything_else_stays():
     seen, opt = [], torch.optim.SGD(net.parameters(), .1)
     net.features[4].register_forward_hook(lambda *_: seen.append(1))
     modes = [m.training for m in net.modules()]
-    with_small_maps(net)
+    with_fast_layers(net)
     assert [m.training for m in net.modules()] == modes and net.features[11].weight.dtype == torch.float64
     assert net.features[4].weight.is_contiguous(memory_format=torch.channels_last)
     net.features[11].float()
@@ -49,20 +49,20 @@ def test_everything_else_stays():
 
 def test_what_can_not_gain_stays():
     frozen = convnet('alexnet_small', 5).requires_grad_(False)
-    assert fast(with_small_maps(frozen)) == ['features.17']                 # the pool has no weights
+    assert fast(with_fast_layers(frozen)) == ['features.17']                 # the pool has no weights
     class Mine(nn.Conv2d): pass
     net = nn.Sequential(Mine(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1, bias=False),
                         nn.Conv2d(2, 2, 5, padding=2), nn.Conv2d(2, 2, 3, 2, 1), nn.Conv2d(2, 2, 3),
                         nn.Conv2d(2, 2, 3, padding=1, padding_mode='circular'), nn.AdaptiveAvgPool2d(4))
-    assert fast(with_small_maps(net)) == []
-    assert type(with_small_maps(nn.Conv2d(2, 2, 3, padding=1))) is Conv2d   # a layer alone is a network too
+    assert fast(with_fast_layers(net)) == []
+    assert type(with_fast_layers(nn.Conv2d(2, 2, 3, padding=1))) is Conv2d   # a layer alone is a network too
 
 @pytest.mark.parametrize('size', [32, 48, 64])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_results_are_the_plain_ones(size, dtype, monkeypatch):
     monkeypatch.setattr(small_maps, 'TILES', True)
     plain = convnet('alexnet_small', 5, dropout=0.).to(memory_format=torch.channels_last)
-    twin  = with_small_maps(copy.deepcopy(plain))
+    twin  = with_fast_layers(copy.deepcopy(plain))
     x = torch.randn(8, 3, size, size, generator=generator(0, 'x'))
     x = x.contiguous(memory_format=torch.channels_last)
     def run(net):
@@ -89,7 +89,7 @@ def test_calibration_by_the_books_words():
     "The average of each batch's statistics, layer by layer, in plain terms; float32 rounding apart."
     digits, net = load_images('digits', n_images=96), convnet('alexnet_small', 5, dropout=.5, seed=2)
     state = torch.get_rng_state()
-    twin = with_small_maps(copy.deepcopy(net))
+    twin = with_fast_layers(copy.deepcopy(net))
     calibrate_bn(net, digits, 32, 48); calibrate_bn(twin, digits, 32, 48)
     assert torch.equal(torch.get_rng_state(), state) and net.training       # no dropout was drawn
     assert all(map(torch.equal, net.state_dict().values(), twin.state_dict().values()))

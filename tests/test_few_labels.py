@@ -1,7 +1,7 @@
 "A share of the labels: which images have one, all layers learning on them, and the experiment around it."
 import json
 from dataclasses import replace
-import papermill, pytest, torch
+import pytest, torch
 from deepcluster_nb.experiments import gather, main
 from deepcluster_nb.few_labels import (enough_epochs, even_batch, finetune, frozen_accuracies, labeled_share,
                                        stairs, top_accuracies, with_new_head)
@@ -151,7 +151,7 @@ def test_the_command_on_digits(run_of_train, tmp_path, capsys):
     (dict(weights='nowhere'), "weights: no run and no file at 'nowhere'"),
     (dict(epochs=0), 'epochs: expected at least 1, got 0')])
 def test_wrong_input_is_found_before_a_kernel_starts(tmp_path, capsys, monkeypatch, given, message):
-    monkeypatch.setattr(papermill, 'execute_notebook', None)
+    monkeypatch.setattr('deepcluster_nb.experiments.execute', None)
     assert main(['run', 'finetune', '--out', str(tmp_path/'run'), *pairs(**given)]) == 2
     err = capsys.readouterr().err
     assert message in err and not (tmp_path/'run').exists()

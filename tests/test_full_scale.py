@@ -52,7 +52,7 @@ def test_features_of_the_packed_file_are_those_of_the_folder(packed):
 def test_the_run_on_imagenet_rehearsed(tmp_path, capfd):
     "Two reassignments of made photographs, estimated, killed once inside the second, continued."
     small = dict(k=4, pca=8, batch_size=4, lr=.005, device='cpu')
-    r = rehearse(tmp_path, small, images=24, n_test=8, seconds=1., workers=1)
+    r = rehearse(tmp_path, small, images=24, n_test=8, seconds=1., workers=1, writes=1)
     run, images = tmp_path/'run', load_images('packed', tmp_path/'packed')
     assert len(images) == 24 and images.center.size == (1, 224, 224)
     assert load_checkpoint(run/'checkpoint')[:2] == (2, 0) and len(r['measured']) == 2

@@ -4,11 +4,12 @@ import inspect, math
 from pathlib import Path
 import pytest, torch, yaml
 from torch import nn
-from deepcluster_nb import probes
+from deepcluster_nb import probes, voc
 from deepcluster_nb.clustering import ami, chance_nmi, faiss_draws, lloyd, nmi, repair_empty
 from deepcluster_nb.fast.kmeans import kmeans
 from deepcluster_nb.data import generator
 from deepcluster_nb.model import convnet
+from deepcluster_nb.pic import pic
 from deepcluster_nb.probes import conv_activations, knn_accuracy, pool_activation
 from deepcluster_nb.sampling import balanced_draws, loss_weights, released_sample, uniform_sample
 from deepcluster_nb.sobel import MEAN, Sobel, normalize
@@ -145,14 +146,13 @@ def test_where_two_neighbors_outvote_a_nearer_one():
 
 @pytest.mark.parametrize('which', ['script', 'program'])
 def test_learning_rates_of_the_released_probe(which):
-    if not hasattr(probes, 'probe_lr'): pytest.skip('chapter 09 has no probe_lr')
     golden = PROBES['law'][which]
     assert [probes.probe_lr(.01, golden['wd'], t) for t in golden['t']] == pytest.approx(
         [lr for lr,_ in golden['lr']], rel=1e-6)
 
 @pytest.mark.parametrize('what', ['fc6-8', 'all'])
 def test_voc_learning_rates(what):
-    voc, golden = pytest.importorskip('deepcluster_nb.voc'), PROBES['voc'][what]
+    golden = PROBES['voc'][what]
     assert [voc.learning_rate(what, t) for t in golden['t']] == pytest.approx(
         [lr for lr,_ in golden['lr']], rel=1e-6, abs=0)
 
@@ -236,7 +236,6 @@ def test_halves_of_faiss():
     assert 1025/1024 - 1 == CLUSTERING['faiss']['step'][0]
 
 def test_constants_of_pic():
-    pic = pytest.importorskip('deepcluster_nb.pic').pic
     assert set(CLUSTERING['pic']['constants']) <= {p.default
                                                    for p in inspect.signature(pic).parameters.values()}
 

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 CORE = ['data', 'augment', 'sobel', 'model', 'features', 'clustering', 'sampling', 'training']
 ORDER = [*CORE, 'switches',
          'fast.images', 'fast.feeding', 'fast.crops', 'fast.small_maps', 'fast.features', 'fast.kmeans',
-         'fast.training', 'fast.graph', 'sources', 'runs', 'fast.packing', 'fast.distributed', 'fit',
-         'probes', 'pictures', 'voc', 'retrieval', 'pic', 'released', 'few_labels', 'estimate', 'report',
+         'pic', 'fast.training', 'fast.graph', 'sources', 'runs', 'fast.packing', 'fast.distributed', 'fit',
+         'probes', 'pictures', 'voc', 'retrieval', 'released', 'few_labels', 'estimate', 'report',
          'experiments', 'book']
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
 
@@ -183,13 +183,13 @@ def test_names_say_what_they_hold(): # and not where it is, or how much of it th
 
 @cache
 def configurations(): # (names of all fields, what the loop's parts may be)
-    from deepcluster_nb.fast.training import CLUSTERERS, clusterer
+    from deepcluster_nb.fast.training import CLUSTERERS
     from deepcluster_nb.fit import PARTS, Config
     from deepcluster_nb.probes import ProbeConfig
     return ({f.name for kind in (Config, ProbeConfig) for f in fields(kind)},
             {'parts.cluster': [p.cluster for p in PARTS.values()],
              'parts.train_epoch': [p.train_epoch for p in PARTS.values()],
-             'clusterer(config.clusterer)': [clusterer(name) for name in CLUSTERERS]})
+             'CLUSTERERS[config.clusterer]': [*CLUSTERERS.values()]})
 
 @pytest.mark.parametrize('module', ORDER)
 def test_functions_ask_for_the_group_that_they_read(module):

@@ -66,9 +66,9 @@ def test_a_plain_run_goes_on_in_the_same_bits(tmp_path, monkeypatch, plain, at):
         m.setattr(Hooks, 'after_step', after_step)
         if not at[1]:
             cluster = training.cluster
-            def stopped(net, images, config, epoch, mark=None):
+            def stopped(net, images, config, epoch):
                 if epoch == at[0]: os.kill(os.getpid(), signal.SIGTERM)
-                return cluster(net, images, config, epoch, mark)
+                return cluster(net, images, config, epoch)
             m.setattr(training, 'cluster', stopped)
         with pytest.raises(Stopped, match='SIGTERM came'): fit(c, IMAGES, echo=None)
     run = fit(c, IMAGES, echo=None)

@@ -2,7 +2,7 @@
 import io, json, shutil, signal, subprocess, sys, time
 from dataclasses import asdict, replace
 from pathlib import Path
-import numpy as np, pytest, torch
+import numpy as np, pytest, torch, yaml
 from PIL import Image
 from deepcluster_nb.fast.images import PackedImages
 from deepcluster_nb.clustering import Clustering, ami, chance_nmi, nmi
@@ -286,4 +286,37 @@ def test_a_gpu_is_asked_for_the_same_bits_again():
             'from deepcluster_nb.fast.feeding import same_bits; same_bits()')
     found = settings(code)
     assert found[:5] == ['True', 'False', 'False', 'False', 'False'] and found[-1] == 'False'
-    assert settings(code.replace('same_bits()', 'same_bits(True)'))[-1] == 'True'        # as asked
+    fastest = settings(code.replace('same_bits()', 'same_bits(True)'))        # as asked
+    assert fastest == ['False', *found[1:-1], 'True']
+
+@pytest.mark.parametrize('parts', ['fast', 'plain'])
+def test_a_finished_run_is_made_longer(tmp_path, parts):
+    images = load_images('digits', n_images=120)
+    c = Config(n_images=120, k=8, pca=16, epochs=1, passes=1, batch_size=32, min_scale=.5, device='cpu',
+               precision='float32', parts=parts, run_dir=str(tmp_path/'r'))
+    fit(c, images, echo=None)
+    (tmp_path/'r'/'metrics.json').write_text('{}')                # of the shorter run
+    longer = fit(replace(c, epochs=3), images, echo=None)
+    once = fit(replace(c, epochs=3, run_dir=str(tmp_path/'once')), images, echo=None)
+    for a,b in zip(longer.net.state_dict().values(), once.net.state_dict().values()): assert torch.equal(a, b)
+    numbers = [[{k: v for k,v in r.items() if k != 'seconds'} for r in run.log] for run in (longer, once)]
+    assert numbers[0] == numbers[1] and not (tmp_path/'r'/'metrics.json').exists()
+    assert (tmp_path/'r'/'clusters.csv').read_bytes() == (tmp_path/'once'/'clusters.csv').read_bytes()
+    assert yaml.safe_load((tmp_path/'r'/'params.yaml').read_text())['epochs'] == 3
+    for more in (dict(epochs=2), dict(epochs=4, lr_schedule='last_quarter'), dict(epochs=4, recluster=1)):
+        with pytest.raises(ValueError, match='epochs: 3 there'): fit(replace(c, **more), images, echo=None)
+
+def test_what_auto_was_can_be_asked_for(tmp_path):
+    images = load_images('digits', n_images=60)
+    c = Config(n_images=60, k=4, pca=8, epochs=1, passes=1, batch_size=32, device='cpu', parts='plain',
+               run_dir=str(tmp_path/'r'))
+    fit(c, images, echo=None)
+    fit(replace(c, precision='float32', epochs=2), images, echo=None)
+    with pytest.raises(ValueError, match='lr: 0.05 there'): fit(replace(c, lr=.1), images, echo=None)
+
+def test_whitened_directions_are_fewer_than_images():
+    said, images = [], load_images('digits', n_images=30)
+    c = Config(k=4, pca=29, epochs=0, device='cpu')
+    with pytest.raises(ValueError, match='pca: expected well below 30.*an eighth, 3'): fit(c, images)
+    fit(replace(c, pca=16), images, echo=said.append)
+    assert any(s.startswith('pca = 16 is much for 30 images') for s in said)

@@ -59,7 +59,7 @@ def test_grey_packs_are_no_color(tmp_path):
             with pytest.raises(ValueError, match='root: expected images in color.*--rgb'):
                 check_color(packed, False)
             with pytest.raises(ValueError, match='root: expected images in color'):
-                fit(Config(sobel=False, k=2, pca=2, device='cpu'), packed, echo=None)
+                fit(Config(sobel=False, k=2, pca=1, device='cpu'), packed, echo=None)
         else: check_color(packed, False)
     check_color(images, False); check_color(Images(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)), False)
 

@@ -20,7 +20,7 @@ from deepcluster_nb.features import l2_normalize
 from deepcluster_nb.model import convnet
 from deepcluster_nb.pic import neighbor_graph, pic, power_iteration
 from deepcluster_nb.released import load_released, released_state, tensors_sha256
-from deepcluster_nb.fast.training import clusterer
+from deepcluster_nb.pic import by_pic, by_released_pic
 from deepcluster_nb.fit import Config, fit, load_run, predict, resolve
 from test_released import authors_state, write
 
@@ -285,9 +285,9 @@ def copies(points, n, d=16): return l2_normalize(torch.randn(points, d, generato
 @pytest.mark.parametrize('points, n, there, here', [(50, 6, 50, 300), (20, 6, 20, 120), (30, 7, 30, None)])
 def test_pic_on_duplicates(points, n, there, here):
     x = copies(points, n)
-    a = clusterer('pic_released')(x, None, 0).assign
+    a = by_released_pic(x, None, 0).assign
     assert len(a.unique()) == there and (a.view(points, n) == a.view(points, n)[:, :1]).all()
-    if here: assert len(clusterer('pic')(x, None, 0).assign.unique()) == here
+    if here: assert len(by_pic(x, None, 0).assign.unique()) == here
 
 def test_pic_released_keeps_the_loops_that_its_deletion_leaves():
     w, found = neighbor_graph(copies(8, 6), first=True)

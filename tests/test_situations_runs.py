@@ -57,7 +57,8 @@ def test_a_run_with_all_of_it_is_finished(odd):
     run, lines = top/'runs #7', out.splitlines()
     assert err == '' and 'epoch 1/1 ? loss' in out                           # ASCII alone, and no traceback
     assert yaml.safe_load((run/'params.yaml').read_text('utf-8'))['root'] == 'Photos #2'
-    # what can't be measured is said before the training
+    # what is doubtful and what can't be measured is said before the training
+    assert lines.pop(0).startswith('pca = 8 is much for 20 images')
     assert lines[0] == 'probes for 4 of 5 classes: only here has images in one of training and test only'
     assert lines[1].startswith('epoch 1/1')
     html = (run/'report.html').read_text('utf-8')
@@ -95,7 +96,7 @@ def test_other_data_is_refused_by_the_command(odd, capsys, monkeypatch):
                      err) and len(err.splitlines()) == 1
     assert files(run) == before                                  # nothing of A's results is overwritten
 
-def test_compare_leaves_out_what_is_gone(odd, tmp_path, capsys):
+def test_compare_leaves_out_what_is_gone(odd, tmp_path, capsys, in_process):
     top = odd[0]
     shutil.copytree(top/'runs #7', top/'one more')
     params = yaml.safe_load((top/'one more'/'params.yaml').read_text('utf-8'))
@@ -152,7 +153,8 @@ def test_a_stopped_run_too(trained, tmp_path):
     shutil.copytree(data, tmp_path/'data')
     config = replace(TRAIN, epochs=2, root=str(tmp_path/'data'), run_dir=str(tmp_path/'run'))
     class Stop(Exception): pass
-    def stop(line): raise Stop
+    def stop(line):
+        if line.startswith('epoch'): raise Stop
     with pytest.raises(Stop): fit(config, echo=stop)
     edit(tmp_path/'data')
     with pytest.raises(ValueError, match='1 of 20 images have other contents'): fit(config, echo=None)
@@ -426,11 +428,11 @@ def test_while_it_is_measured_a_run_is_held_and_a_stop_says_what_is_kept(tmp_pat
         assert p.poll() is None and measuring()
         assert experiments.look_at(where).state == 'probing'
         assert main(args) == 2 and 'is in use by process' in capsys.readouterr().err
-        p.send_signal(signal.SIGINT)
+        p.send_signal(signal.SIGTERM)
         out, err = p.communicate(timeout=60)
     finally: p.kill()
     assert err == ("deepcluster-nb: stopped; the training is finished and kept in "
-                   f"{str(where)!r}; the same command goes on from there\n") and p.returncode == 130
+                   f"{str(where)!r}; the same command goes on from there\n") and p.returncode == 143
     assert held_by(where) == '' and (where/'clusters.csv').exists() and not (where/'metrics.json').exists()
 
 def test_a_stop_between_two_cells_waits_for_the_next(tmp_path):

@@ -9,7 +9,7 @@ from deepcluster_nb.fast.features import autocast, fold_batchnorm
 from deepcluster_nb.model import convnet
 from deepcluster_nb.fast.feeding import same_bits, seconds
 from deepcluster_nb.fast.small_maps import (AdaptiveMaxPool2d, Blocks, Conv2d, PatchGradient, block_conv,
-                                            few_planes, with_small_maps)
+                                            few_planes, with_fast_layers)
 from deepcluster_nb.fit import Config, fit
 
 def rand(*shape, scale=1., dtype=torch.float32):
@@ -65,7 +65,7 @@ def test_only_where_it_pays(tiles):
     assert way(layer(small)).startswith('Convolution')                           # float32
 
 def test_forwards_the_bits_are_the_same(monkeypatch):
-    net, x = with_small_maps(convnet('alexnet_small', 5, dropout=0.)), rand(8, 3, 32, 32)
+    net, x = with_fast_layers(convnet('alexnet_small', 5, dropout=0.)), rand(8, 3, 32, 32)
     def out(tiles):
         monkeypatch.setattr(small_maps, 'TILES', tiles)
         with autocast('bfloat16', 'cpu'): return net(x)
@@ -130,11 +130,11 @@ def test_blocks_are_for_few_planes_and_long_strides():
         assert not few_planes(nn.Conv2d(2, 8, **alexnet | other))
     assert not few_planes(nn.Conv2d(5, 8, **alexnet))
     for arch in ('alexnet_small', 'vgg16', 'resnet18'):
-        assert not [m for m in with_small_maps(convnet(arch, 5)).modules() if isinstance(m, Blocks)]
+        assert not [m for m in with_fast_layers(convnet(arch, 5)).modules() if isinstance(m, Blocks)]
 
 def alexnets(): # plain, and with all that is exchanged
     nets = [convnet('alexnet', 5, dropout=0.) for _ in range(2)]
-    with_small_maps(nets[1])
+    with_fast_layers(nets[1])
     return [net.to(memory_format=torch.channels_last) for net in nets]
 
 def test_a_cpu_convolves_as_ever_and_the_state_is_the_same():
@@ -157,7 +157,7 @@ def test_a_network_over_blocks_learns_the_same(monkeypatch): # the way of a GPU,
 @pytest.mark.parametrize('arch, size', [('alexnet', 224), ('alexnet_small', 64)])
 def test_one_layout_from_sobel_to_the_classifier(monkeypatch, arch, size): # nothing is converted on the way
     monkeypatch.setattr(Blocks, 'pays', lambda self, x: True)
-    net, seen = with_small_maps(convnet(arch, 5)).to(memory_format=torch.channels_last), []
+    net, seen = with_fast_layers(convnet(arch, 5)).to(memory_format=torch.channels_last), []
     def look(m, given, out):
         if out.ndim == 4: seen.append((type(m), out.is_contiguous(memory_format=torch.channels_last)))
     for m in net.modules():

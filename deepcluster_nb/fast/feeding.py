@@ -20,10 +20,10 @@ from torch import Tensor
 from .images import PackedImages
 
 # %% ../../nbs/fast/20_feeding.ipynb #c9ff410a
-def same_bits(benchmark:bool=False): # let cuDNN time its algorithms, and the bits of two processes differ
+def same_bits(benchmark:bool=False): # let cuDNN take the fastest of all its algorithms instead
     ("Make a GPU give the same bits again, without TF32 in convolutions or sums in half precision; "
      "a CPU does so anyway.")
-    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.deterministic = not benchmark
     torch.backends.cudnn.benchmark = benchmark
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

@@ -164,7 +164,10 @@ def read_packed(path, # of a file that write_packed made
         res.recipe = json.loads(meta.get('packing', '{}'))
     except (SafetensorError, KeyError, TypeError) as e:
         raise ValueError(f"path: {str(path)!r} is no whole file of packed images ({e})") from None
-    if center := res.recipe.get('center'): res.center = cls.load(center_path(path, center))
+    if (center := res.recipe.get('center')) and not (crops := center_path(path, center)).exists():
+        raise FileNotFoundError(f"path: {str(path)!r} was packed with its central crops, and {crops.name} is "
+                                "missing; copy it beside, or remove both and pack again")
+    if center: res.center = cls.load(crops)
     if center and res.center.paths != res.paths:
         raise ValueError(f"path: {str(center_path(path, center))!r} holds other images than "
                          f"{str(path)!r}; pack both again")

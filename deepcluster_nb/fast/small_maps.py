@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TILES', 'PATCHED', 'patches', 'PatchGradient', 'Conv2d', 'AdaptiveMaxPool2d', 'as_blocks', 'block_conv', 'Blocks',
-           'few_planes', 'with_small_maps']
+           'few_planes', 'with_fast_layers']
 
 # %% ../../nbs/fast/24_small_maps.ipynb #b2b668f5
 import torch, torch.nn.functional as F
@@ -95,8 +95,8 @@ def few_planes(m:nn.Conv2d)->bool: # measured for AlexNet's; a kernel of 7 and a
             and m.groups == 1 and m.padding_mode == 'zeros')
 
 # %% ../../nbs/fast/24_small_maps.ipynb #5ma11a02
-def with_small_maps(net:nn.Module, # finished, on any device
-                   )->nn.Module:   # the same object
+def with_fast_layers(net:nn.Module, # finished, on any device
+                    )->nn.Module:   # the same object
     ("Exchange the layers that small maps or few planes slow down, in place; "
      "parameters and state dict stay as they are.")
     for m in net.modules():

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHECK_EVERY', 'CLUSTERERS', 'TAKE_K', 'nonfinite_flag', 'raise_if_bad', 'learning_rates', 'set_learning_rates',
-           'Machine', 'Training', 'training_input', 'train_epoch', 'by_kmeans', 'clusterer', 'cluster']
+           'Machine', 'Training', 'training_input', 'train_epoch', 'by_kmeans', 'cluster']
 
 # %% ../../nbs/fast/25_training.ipynb #660d5f78
-import importlib
 from contextlib import closing
 from dataclasses import dataclass
 import torch
@@ -21,6 +20,7 @@ from .feeding import compiled, fetch_ahead, to_device
 from .features import HalfFeatures, PCA, autocast, feature_batches, folded, input_type
 from ..features import l2_normalize
 from .crops import network_input
+from ..pic import by_pic, by_released_pic
 from ..switches import SCHEDULES, Algorithm, by_lloyd, config_factors, recolored
 from ..training import batches
 
@@ -41,7 +41,8 @@ def raise_if_bad(bad:Tensor,  # 0-d: steps since the first bad one, itself inclu
     if n := int(bad):
         raise FloatingPointError(f"loss or gradient is not finite in epoch {epoch}, step {step - n + 1}, "
                                  f"images {steps[step - n + 1].tolist()}; nothing was updated. "
-                                 "Try a smaller lr, or precision='float32'")
+                                 "Try a smaller lr, or precision='float32'; a copy of the run folder, "
+                                 "with that in its params.yaml too, goes on from the last checkpoint")
 
 def learning_rates(opts, config:Algorithm,
                    done:float,  # share of the reassignment's steps
@@ -73,6 +74,9 @@ class Machine:
     # CPU threads; 0: as torch has it, and the same ones when continued; -1: continue with any
     threads:int = 0
     compress_gradients:bool = False # between ranks in bfloat16: half of the bytes
+
+    def compiles_features(self)->bool: # on a CPU extraction gains nothing from the compiler
+        return self.compile and torch.device(self.device).type == 'cuda'
 
 @dataclass
 class Training(Machine, Algorithm):
@@ -129,18 +133,10 @@ def by_kmeans(x, config:Training, epoch)->Clustering:
     "Cluster with k-means, 20 iterations as the released code has it."
     return kmeans(x, config.k, 20, config.seed, epoch, config.backend)
 
-# name → (points, config, epoch) → Clustering, or where that function is, as 'module:name'
-CLUSTERERS = dict(kmeans=by_kmeans, lloyd=by_lloyd, pic='deepcluster_nb.pic:by_pic',
-                  pic_released='deepcluster_nb.pic:by_released_pic')
+# name → (points, config, epoch) → Clustering
+CLUSTERERS = dict(kmeans=by_kmeans, lloyd=by_lloyd, pic=by_pic, pic_released=by_released_pic)
 
 TAKE_K = 'kmeans', 'lloyd' # the others find a number of clusters
-
-def clusterer(name:str): # → (points, config, epoch) → Clustering
-    "Return a clustering algorithm by its name; its module is imported when it is asked for."
-    f = CLUSTERERS[name]
-    if not isinstance(f, str): return f
-    module, _, function = f.partition(':')
-    return getattr(importlib.import_module(module), function)
 
 # %% ../../nbs/fast/25_training.ipynb #6888486d
 def cluster(net, images, config:Training, epoch:int,
@@ -152,10 +148,8 @@ def cluster(net, images, config:Training, epoch:int,
     "One reassignment: features → PCA → unit length → clusters, batch by batch."
     mark, pca = mark or (lambda part: None), PCA(config.pca)
     with closing(HalfFeatures(len(images), folder)) as feats:
-        # on a CPU extraction gains nothing from the compiler
-        compile = config.compile and torch.device(config.device).type == 'cuda'
         for f in feature_batches(net, images, config.size, 512, config.device, config.precision, progress,
-                                 compile, prepare):
+                                 config.compiles_features(), prepare):
             f = feats.add(f); mark('features')
             pca.add(f); mark('pca')
         pca.solve()
@@ -164,7 +158,7 @@ def cluster(net, images, config:Training, epoch:int,
         for f,out in zip(feats, x.split(512)):
             out.copy_(l2_normalize(pca.project(to_device(f, config.device))))
     mark('pca')
-    c = clusterer(config.clusterer)(x, config, epoch)
+    c = CLUSTERERS[config.clusterer](x, config, epoch)
     clustering = Clustering(c.assign.cpu(), c.centroids.cpu(), c.objective)
     mark('kmeans')
     return clustering, pca

@@ -25,7 +25,15 @@ mkdir -p "$(dirname "$out")"
 exec 9>>"$out.lock"                                           # the system gives the lock back however the process ends
 flock -n 9 || { echo "$out: another turn is at work"; exit 75; }
 
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"         # another number of threads rounds otherwise: the run would not end in the same bits
+# The cores that were granted, shared by the processes of --nproc; another number of threads rounds otherwise: the run would not end in the same bits
+ranks=1; before=
+for a in "$@"; do
+  case "$before $a" in "--nproc "*) ranks=$a;; *" --nproc="*) ranks=${a#*=};; esac
+  before=$a
+done
+[[ $ranks =~ ^[1-9][0-9]*$ ]] || ranks=1                      # the command says what is wrong with it
+cores=${SLURM_CPUS_PER_TASK:-$(nproc)}
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( cores > ranks ? cores / ranks : 1 ))}"
 log="$out.log"
 note() { echo "== $(date '+%Y-%m-%d %H:%M:%S') $*" >>"$log"; }
 note "start: $name $* ($OMP_NUM_THREADS threads, limit ${DEEPCLUSTER_LIMIT:-0}, process $$)"
