@@ -60,8 +60,9 @@ def as_parts(pixels)->list: # of tensors
     for p in parts:
         if not torch.is_tensor(p) or p.dtype != torch.uint8 or p.ndim != ndim:
             kind = '' if torch.is_tensor(p) else f'{type(p).__name__} '
-            raise ValueError("pixels: expected a uint8 tensor, (N, C, H, W), or a list of (C, H, W), "
-                             f"got {kind}{getattr(p, 'dtype', '')} {tuple(getattr(p, 'shape', ()))}")
+            got = f"{kind}{getattr(p, 'dtype', '')} {tuple(getattr(p, 'shape', ()))}"
+            raise ValueError("pixels: expected a uint8 tensor, (N, C, H, W), or a list of "
+                             f"(C, H, W), got {got}")
     return parts
 
 def as_ids(name:str, v)->Tensor: # (N,) int64

@@ -51,7 +51,8 @@ def one_of(what:str, name:str, folder:Path, suffix:str)->Path:
     "Return the path of a notebook or preset; for an unknown name raise a ValueError that lists the known."
     known = sorted(p.stem for p in folder.glob(f'*{suffix}'))
     if name not in known:
-        raise ValueError(f"{what}: expected one of {', '.join(known)} (files in {str(folder)!r}), got {name!r}")
+        raise ValueError(f"{what}: expected one of {', '.join(known)} (files in {str(folder)!r}), "
+                         f"got {name!r}")
     return folder/f'{name}{suffix}'
 
 # %% ../nbs/15_experiments.ipynb #18037772

@@ -276,7 +276,7 @@ def settled(run_dir, params:dict)->list: # names
     return ['epochs']*longer + ['precision']*(there.get('precision') == 'auto')
 
 def may_differ(run_dir, params:dict)->tuple: # names
-    "Name what may differ when a run continues: MAY_DIFFER, newer parameters with their default, and `settled`."
+    "Name what may differ when a run continues: MAY_DIFFER, what is newer and has its default, and `settled`."
     unused = () if params.get('clusterer') == 'kmeans' else ('backend',)     # of k-means alone
     return *MAY_DIFFER, *unused, *newer(run_dir, params), *settled(run_dir, params)
 
@@ -530,15 +530,16 @@ class Run:
     config:Config          # checked, 'auto' replaced
 
 # %% ../nbs/18_fit.ipynb #a967a8b5
-def doubtful(config:Config, images)->list: # of lines
+def doubtful(config:Training, images)->list: # of lines
     "Say what is possible and hardly meant: too many dimensions for the images, packed ones of another size."
     c, n, recipe = config, len(images), getattr(images, 'recipe', None) or {}
     side, center = recipe.get('size'), recipe.get('center')
-    return ([f"pca = {c.pca} is much for {n:,} images: whitened, they are almost equally far from each other; "
-             f"{n//8} is a start"] if n < 4*c.pca else []) + (
-            [f"packed were central crops of {side} px: training sees nothing else of an image"] if side else []
-        ) + ([f"packed central crops of {center} px are not used, for size is {c.size}"]
-             if center and center != c.size else [])
+    said = {f"pca = {c.pca} is much for {n:,} images: whitened, they are almost equally far from each "
+            f"other; {n//8} is a start": n < 4*c.pca,
+            f"packed were central crops of {side} px: training sees nothing else of an image": side,
+            f"packed central crops of {center} px are not used, for size is {c.size}":
+                center and center != c.size}
+    return [line for line,holds in said.items() if holds]
 
 def prepare(config:Config, images=None,
             echo=None, # called with what there is to say about the images
@@ -554,7 +555,8 @@ def prepare(config:Config, images=None,
           f"at most {len(images):,}, the number of images")
     # whitened, so many directions put all images equally far from each other
     check(c.pca < len(images) - 1, 'pca', c.pca,
-          f"well below {len(images):,}, the number of images; an eighth, {max(1, len(images)//8)}, is a start")
+          f"well below {len(images):,}, the number of images; an eighth, {max(1, len(images)//8)}, is a "
+          "start")
     check_sizes(images)
     check_color(images, c.sobel)
     for line in doubtful(c, images) if echo else (): echo(line)
