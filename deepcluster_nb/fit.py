@@ -38,7 +38,7 @@ from .sampling import SAMPLERS, loss_weights
 from .switches import (CENTER_BOXES, SCHEDULES, Algorithm, new_head, resize_head, step_back,
                                      with_switches)
 from .training import sgd, trunk_parameters
-from .fast.training import CLUSTERERS, TAKE_K, Machine, Training
+from .fast.training import CLUSTERERS, TAKE_K, Machine, Training, compiles_features
 from .runs import (Guard, Progress, RunFolder, as_yaml, drop_damaged, load_checkpoint, read_log,
                                  same_data, same_parameters, say)
 import deepcluster_nb.fast.distributed as distributed
@@ -400,7 +400,7 @@ def neighbors_vote(net, images, config:Training)->float: # per cent
     order = torch.randperm(len(images), generator=generator(config.seed, 'neighbors'))[:MOST_VOTERS*5//4]
     some = PackedImages.of(images).subset(order)
     f = compute_features(net, some, config.size, 512, config.device, config.precision, None,
-                         config.compiles_features(), graph.prepared_on(config.device, config.graph)
+                         compiles_features(config), graph.prepared_on(config.device, config.graph)
                         ).to(config.device)
     n, y = max(1, len(f)*4//5), torch.as_tensor(some.labels)
     return vote(f[:n], y[:n], f[n:], y[n:], min(200, n))
@@ -530,7 +530,7 @@ class Run:
     config:Config          # checked, 'auto' replaced
 
 # %% ../nbs/18_fit.ipynb #a967a8b5
-def doubtful(config:Training, images)->list: # of lines
+def doubtful(config:training.Config, images)->list: # of lines
     "Say what is possible and hardly meant: too many dimensions for the images, packed ones of another size."
     c, n, recipe = config, len(images), getattr(images, 'recipe', None) or {}
     side, center = recipe.get('size'), recipe.get('center')

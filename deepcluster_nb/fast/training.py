@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHECK_EVERY', 'CLUSTERERS', 'TAKE_K', 'nonfinite_flag', 'raise_if_bad', 'learning_rates', 'set_learning_rates',
-           'Machine', 'Training', 'training_input', 'train_epoch', 'by_kmeans', 'cluster']
+           'Machine', 'Training', 'compiles_features', 'training_input', 'train_epoch', 'by_kmeans', 'cluster']
 
 # %% ../../nbs/fast/25_training.ipynb #660d5f78
 from contextlib import closing
@@ -75,12 +75,13 @@ class Machine:
     threads:int = 0
     compress_gradients:bool = False # between ranks in bfloat16: half of the bytes
 
-    def compiles_features(self)->bool: # on a CPU extraction gains nothing from the compiler
-        return self.compile and torch.device(self.device).type == 'cuda'
-
 @dataclass
 class Training(Machine, Algorithm):
     "What training depends on, whichever the images."
+
+def compiles_features(config:Machine)->bool:
+    "Return whether extraction is compiled: on a CPU it gains nothing."
+    return config.compile and torch.device(config.device).type == 'cuda'
 
 # %% ../../nbs/fast/25_training.ipynb #c0250001
 def training_input(images, crop, sobel:bool, dtype, # as for network_input
@@ -149,7 +150,7 @@ def cluster(net, images, config:Training, epoch:int,
     mark, pca = mark or (lambda part: None), PCA(config.pca)
     with closing(HalfFeatures(len(images), folder)) as feats:
         for f in feature_batches(net, images, config.size, 512, config.device, config.precision, progress,
-                                 config.compiles_features(), prepare):
+                                 compiles_features(config), prepare):
             f = feats.add(f); mark('features')
             pca.add(f); mark('pca')
         pca.solve()
