@@ -55,7 +55,7 @@ def test_large_images_of_one_size(): # the twin gives a list there, of the same 
     assert isinstance(batch, list) and torch.stack(batch).equal(plain.batch([2, 0]))
 
 @pytest.mark.parametrize('pixels, more, why', [
-    (torch.zeros(2, 3, 4, 4), {}, 'pixels: expected uint8'),
+    (torch.zeros(2, 3, 4, 4), {}, 'pixels: expected a uint8 tensor'),
     (torch.zeros(3, 4, 4, dtype=torch.uint8), {}, r'got torch.uint8 \(3, 4, 4\)'),
     ([torch.zeros(4, 4, dtype=torch.uint8)], {}, r'got torch.uint8 \(4, 4\)'),
     (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), dict(labels=[1]), 'labels: expected 2'),
