@@ -34,7 +34,7 @@ from .graph import prepared_on
 from ..features import l2_normalize
 from .kmeans import REPAIRS, Sums, nearest, rough_type, rounding_losses, whole_unit
 from .training import (CHECK_EVERY, Training, nonfinite_flag, raise_if_bad,
-                                          set_learning_rates, training_input)
+                                          set_learning_rates, step_unless_bad, training_input)
 from ..switches import config_factors
 from ..training import batches
 from ..runs import Guard, Stopped, signals_noted
@@ -321,8 +321,7 @@ def train_epoch(net, images, idx:Tensor, assign:Tensor, opts, config:Training, e
             loss.backward()
             said = torch.stack([loss.detach() / ranks.world, nonfinite_flag(loss, net.parameters())])
             mean, flag = ranks.sum(said)
-            bad += (bad + flag.clamp_max(1)).clamp_max(1)
-            for o in opts: o.found_inf = bad.clamp_max(1); o.step()
+            step_unless_bad(opts, bad, flag.clamp_max(1))
             if step % CHECK_EVERY[device.type] == 0 or step == len(steps) - 1: check_finite()
             total += mean * len(b)
             if after: after(step + 1, len(steps), total, check_finite)

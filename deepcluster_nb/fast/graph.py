@@ -16,7 +16,6 @@ from itertools import groupby
 from weakref import WeakKeyDictionary, finalize
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from ..augment import crop_boxes
@@ -27,8 +26,9 @@ from .images import PackedImages
 from .feeding import Ragged, compiled, fetch_ahead
 from .crops import crop_inside, crop_kernel, crop_table, cut_crops, kernel_takes
 from .features import autocast, embedding, fold_batchnorm, folded, input_type
-from .training import (CHECK_EVERY, Machine, Training, learning_rates, nonfinite_flag,
-                                          raise_if_bad, set_learning_rates, training_input)
+from .training import (CHECK_EVERY, Machine, Training, cluster_loss, learning_rates,
+                                          nonfinite_flag, raise_if_bad, set_learning_rates, step_unless_bad,
+                                          training_input)
 from ..switches import config_factors, recolored
 
 # %% ../../nbs/fast/27_graph.ipynb #27808b71
@@ -212,13 +212,9 @@ def learner(net, opts, config:Machine, kept)->callable: # kept: the Step with th
             o.param_groups[0]['lr'] = rate
         with autocast(config.precision, x.device):
             logits = forward(x.contiguous(memory_format=torch.channels_last))
-        loss = (F.cross_entropy(logits.float(), y) if kept.weights is None else
-                (F.cross_entropy(logits.float(), y, reduction='none') * kept.weights[y]).mean())
+        loss = cluster_loss(logits, y, kept.weights)
         loss.backward()
-        # counts the steps since the first bad one
-        kept.bad += (kept.bad + nonfinite_flag(loss, params)).clamp_max(1)
-        # a fused step changes nothing where that is 1
-        for o in opts: o.found_inf = kept.bad.clamp_max(1); o.step()
+        step_unless_bad(opts, kept.bad, nonfinite_flag(loss, params))
         kept.total += loss.detach() * len(y)
     return learn
 
