@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LONG', 'QUESTION', 'BOX', 'OTHER_WORDS', 'AT', 'document', 'documented', 'defined', 'anchor', 'heading', 'signed',
            'each_definition_once', 'pieces', 'solutions_closed', 'optional_marked', 'imports_folded',
-           'lookup_of_clear_names', 'linked', 'prints_joined', 'keep_case', 'citation', 'Page', 'pin_notebooks']
+           'lookup_of_clear_names', 'linked', 'prints_joined', 'keep_case', 'citation', 'Page', 'pin_notebooks',
+           'table']
 
 # %% ../nbs/34_book.ipynb #c363d579
 import ast, re
@@ -208,3 +209,15 @@ def pin_notebooks(folder,      # with notebooks, also in folders below
     if not changed:
         raise ValueError(f"folder: expected notebooks that name main, found none in {str(folder)!r}")
     return changed
+
+# %% ../nbs/34_book.ipynb #7ab1e002
+def table(head, # names of the columns
+          *rows,
+          words:int=1, # columns from the left that hold words; the others hold numbers
+         ): # IPython's Markdown
+    "Format a table: numbers to the right, with two decimals or a comma for thousands."
+    from IPython.display import Markdown
+    def cell(v): return f'{v:.2f}' if isinstance(v, float) else f'{v:,}' if isinstance(v, int) else str(v)
+    columns = [list(map(cell, c)) for c in zip(head, *rows)]
+    for i,c in enumerate(columns): c.insert(1, '-'*max(3, *map(len, c)) + ':'*(i >= words))
+    return Markdown('\n'.join(f'| {" | ".join(row)} |' for row in zip(*columns)))

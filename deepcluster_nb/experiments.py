@@ -396,15 +396,16 @@ def summary(run_dir:Path)->str: # the table that ends a run
     "Format the accuracies in metrics.json as a table, with the verdict below it."
     m = json.loads((Path(run_dir)/'metrics.json').read_text(encoding='utf-8'))
     probes, knn = m.get('probes') or {}, m.get('knn')
-    names = [n for n in ('random', 'supervised', 'deepcluster') if n in probes]
+    titles = dict(random='random', random_calibrated='calibrated', supervised='labels',
+                  deepcluster='DeepCluster')
+    names = [n for n in titles if n in probes]
     rows = ([(f'linear probe {layer}', *[probes[n][layer] for n in names]) for layer in probes['random']]
             + [('kNN', *[knn[n] for n in names])] if probes else [])
-    gain, titles = ('deepcluster' in names,
-                    dict(random='random', supervised='labels', deepcluster='DeepCluster'))
+    gain = 'deepcluster' in names
     lines = [f"{'accuracy, %':22}{'random':>8}" + ''.join(f'{titles[n]:>13}' for n in names[1:])
-             + (f"{'gain':>8}" if gain else '')] if rows else []
+             + (f"{'over random':>13}" if gain else '')] if rows else []
     lines += [f"{name:22}{v[0]:8.1f}" + ''.join(f'{x:13.1f}' for x in v[1:])
-              + (f"{v[-1]-v[0]:+8.1f}" if gain else '') for name,*v in rows]
+              + (f"{v[-1]-v[0]:+13.1f}" if gain else '') for name,*v in rows]
     lines += [*m.get('verdict', []),
               *([f"seconds in all: {m['seconds']['total']:.0f}"] if 'seconds' in m else [])]
     return '\n'.join(lines)

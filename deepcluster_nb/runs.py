@@ -542,7 +542,7 @@ def log_curves(log:list): # dicts, one an epoch, as in log.jsonl → matplotlib 
     get = lambda key: [math.nan if r[key] is None else r[key] for r in log]
     blue, red, grey = '#0072B2', '#D55E00', '#666666'                        # told apart by every kind of eye
     fig, axs = plt.subplots(2, 2, figsize=(9, 6.4), sharex=True, layout='constrained')
-    epochs, sizes = get('epoch'), get('cluster_sizes')
+    epochs, sizes = [1 + e for e in get('epoch')], get('cluster_sizes')
     dot, dash, floor = (dict(marker='o', ms=3), dict(marker='s', ms=3, ls='--'),
                         dict(color='black', ls=':', lw=1.8, zorder=3))
     def panel(ax, title, normal, ylabel, **kwargs):
@@ -569,7 +569,7 @@ def log_curves(log:list): # dicts, one an epoch, as in log.jsonl → matplotlib 
     if any(r['nmi_labels'] is not None for r in log):
         ax.plot(epochs, get('nmi_labels'), color=blue, label='NMI', **dot)
         ax.plot(epochs, get('ami_labels'), color=red, label='AMI: chance taken out', **dash)
-    else: ax.text(.5, .5, 'no labels', ha='center', color=grey, transform=ax.transAxes)
+    else: ax.set_yticks([]); ax.text(.5, .5, 'no labels', ha='center', color=grey, transform=ax.transAxes)
     panel(ax, 'Agreement with the labels (never trained on)', 'rises slowly, far from 1', 'NMI, AMI',
           xlabel='epoch', ylim=(0, None))
     ax = axs[1, 1]

@@ -268,7 +268,10 @@ def voc_loss(logits:Tensor, # (B, C)
 RECIPES = {'fc6-8': (.003, 5_000), 'all': (.001, 20_000)}
 STEPS, SCALE = 80_000, (.1, .5)                              # SCALE: share of a photograph that a crop covers
 
-def learning_rate(what:str, step:int, n:int=STEPS)->float:
+def learning_rate(what:str, # as for transfer_net
+                  step:int,     # from 0
+                  n:int=STEPS,  # steps in all
+                 )->float:
     "Return the rate, halved every 5,000 (fc6-8) or 20,000 (all) of 80,000 steps; n scales that."
     lr, stair = RECIPES[what]
     return lr * .5**(step * STEPS // (n * stair))
@@ -300,8 +303,12 @@ def transfer_net(net,                    # a DeepClusterNet
 
 # %% ../nbs/11_voc.ipynb #abb57bb8
 def finetune(net, images:PackedImages, # from transfer_net; labels (N, C) of −1, 0, 1
-             what:str='fc6-8', n:int=STEPS, size:int=224, batch_size:int=16,
-             weight_decay:float=1e-6, clip:float=10., # clip: largest norm of the gradient
+             what:str='fc6-8',       # as for transfer_net
+             n:int=STEPS,            # steps in all
+             size:int=224,           # pixels of a crop
+             batch_size:int=16,      # images a step
+             weight_decay:float=1e-6,
+             clip:float=10.,         # largest norm of the gradient
              device='cpu', precision='float32', seed:int=0,
              after=None,             # called with (steps done, n, function that returns the state as tensors)
              start=(0, None),        # steps done and their state, to go on from

@@ -57,6 +57,14 @@ def gradients(ranks, config, n, weights=None):
                                    weights, keep, ranks=ranks)
     return loss, seen, [b.clone() for b in net.buffers()]
 
+def seeds(ranks, config):
+    "What dropout draws from in each of two steps."
+    found, real = [], torch.manual_seed
+    torch.manual_seed = lambda s: found.append(s) or real(s)
+    try: gradients(ranks, config, 40)
+    finally: torch.manual_seed = real
+    return found[-2:]
+
 def run(ranks, config, before=lambda epoch: None):
     "A whole run, of shares that consist of 16 images; before each clustering something may happen."
     cluster = distributed.cluster

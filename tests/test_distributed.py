@@ -139,6 +139,10 @@ def test_batch_norm_of_each_rank_is_that_of_its_slice():
     assert apart(found[0][1][0], one_process(c, 20)[1][0]) > .01     # and not that of the whole batch
     assert all(torch.equal(a, b) for a,b in zip(found[0][2], found[1][2]))  # rank 0's statistics, everywhere
 
+def test_dropout_is_another_one_on_every_rank():
+    first, second = in_ranks(2, tasks.seeds, replace(SMALL, dropout=.5))
+    assert len(first) == 2 and all(a != b for a,b in zip(first, second))
+
 def test_compressed_gradients_have_eight_binary_digits():
     exact = one_process(STILL, 20)[1][0]
     found = in_ranks(2, tasks.gradients, replace(STILL, compress_gradients=True), 20)

@@ -5,7 +5,7 @@ import pytest, torch
 from deepcluster_nb import estimate as module
 from deepcluster_nb.data import generator
 from deepcluster_nb.estimate import Estimate, estimate, kept_bytes, long, material, sample, sample_clustering
-from deepcluster_nb.experiments import main
+from deepcluster_nb.experiments import forecast, main
 from deepcluster_nb.runs import amount
 from deepcluster_nb.sources import load_images
 from deepcluster_nb.fit import Config, resolve
@@ -257,3 +257,20 @@ def test_what_ranks_can_not_do_is_said_before_anything_is_measured(args, message
     monkeypatch.setattr(module, 'estimate', None)
     assert main(['estimate', '--preset', 'digits', *args]) == 2
     assert message in capsys.readouterr().err
+
+def test_samples_of_a_clustering_are_scaled_to_the_run(monkeypatch): # seconds that a clock would show
+    c = resolve(Config(dataset='shapes', k=5, pca=8, device='cpu', precision='float32'))
+    # PCA of 256 and of 4,096 rows; project, k-means, books
+    shown = iter([2 + 256e-5, 2 + 4096e-5, .25, 3., 8.])
+    monkeypatch.setattr(module, 'sample', lambda *a, **how: ([next(shown)], 1))
+    found = module.sample_clustering(c, 16, 64, 1.)        # 16 images of 64 numbers
+    assert found['axes'] == pytest.approx([2*(16/64)**3])
+    assert found['pca'] == pytest.approx([1e-5*16/64 + .25])
+    # two iterations and a last assignment were timed, of 20 and one
+    assert found['kmeans'] == pytest.approx([3*(21/3)/16])
+    assert found['books'] == pytest.approx([8/16])
+
+def test_bandwidth_is_in_billions_of_bytes(monkeypatch):
+    monkeypatch.setattr(module, 'estimate', lambda *args: 'the estimate')
+    monkeypatch.setattr(module, 'rank_table', lambda e, world, sent: f'{world} ranks, {sent:g} a second')
+    assert forecast('digits', {}, nproc=2, bandwidth=1.5) == 'the estimate\n\n2 ranks, 1.5e+09 a second'

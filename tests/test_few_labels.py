@@ -2,6 +2,7 @@
 import json
 from dataclasses import replace
 import pytest, torch
+from deepcluster_nb import few_labels
 from deepcluster_nb.experiments import gather, main
 from deepcluster_nb.few_labels import (enough_epochs, even_batch, finetune, frozen_accuracies, labeled_share,
                                        stairs, top_accuracies, with_new_head)
@@ -172,3 +173,16 @@ def test_rates_are_chosen_on_images_whose_labels_were_not_used(run_of_train, tmp
     val, test = seen['asked'][:2]
     assert seen['asked'] == [val, test]*(len(seen['asked']) // 2) and len(seen['learned']) > 10
     assert not seen['learned'] & val and not seen['learned'] & test and not val & test
+
+def test_fine_tuning_passes_its_weight_decay_on(monkeypatch, digits):
+    made = []
+    monkeypatch.setattr(few_labels, 'train_on_labels', lambda *args: made.append(args))
+    for seed in (0, 1):
+        finetune(convnet('alexnet_small', 4), digits[0], 10, replace(SMALL, weight_decay=.3, seed=seed))
+    assert [args[6] for args in made] == [.3, .3]
+    assert not torch.equal(*(args[0].top_layer.weight for args in made))       # another seed, another head
+
+def test_frozen_layers_have_their_last_accuracy(monkeypatch, digits):
+    monkeypatch.setattr(few_labels, 'linear_probes', lambda *a, **how: dict(conv5=dict(last=1., best=2.)))
+    net, (train, test) = convnet('alexnet_small', 4), digits
+    assert frozen_accuracies(net, train, dict(a=test), SMALL) == dict(a=dict(conv5=1.))

@@ -10,6 +10,7 @@ from deepcluster_nb.fast.images import PackedImages
 from deepcluster_nb.data import generator
 from deepcluster_nb.sources import load_images
 from deepcluster_nb.model import convnet
+from deepcluster_nb.runs import log_curves
 
 @pytest.fixture(scope='module')
 def net(): return convnet('alexnet_small', 5, dropout=0.)
@@ -136,3 +137,58 @@ def test_a_notebooks_first_figure_still_switches_showing_on():
     plt.close(first())
     assert plt.isinteractive()
     matplotlib.interactive(False)
+
+def test_every_curve_shows_what_it_says():
+    row = dict(epoch=0, loss=1., ln_k=2., nmi_prev=.3, ami_prev=.4, nmi_prev_chance=.5, nmi_labels=.6,
+               ami_labels=.7, n_empty=8, cluster_sizes=dict(min=1, median=9., max=20))
+    axes = log_curves([row]).axes
+    plt.close()
+    found = [[float(l.get_ydata()[0]) for l in ax.lines] for ax in axes]
+    assert found == [[1, 2], [.3, .4, .5], [.6, .7], [9, 8]]
+
+@pytest.fixture
+def cut(monkeypatch): # image numbers of every row of crops
+    seen, real = [], P.crops
+    def crops(images, idx, size=0): seen.append(torch.as_tensor(idx).tolist()); return real(images, idx, size)
+    monkeypatch.setattr(P, 'crops', crops)
+    yield seen
+    plt.close('all')
+
+def test_the_nine_are_those_that_excite_most(net, images, cut):
+    P.top_images(net, images, 'conv2', [0, 3], 32)
+    scores = P.excitement(net, images, 'conv2', 32)
+    assert cut == [scores[:, c].sort(descending=True).indices[:9].tolist() for c in (0, 3)]
+
+def test_frames_and_neighbors_by_hand(images, cut):
+    feats = torch.randn(40, 6, generator=generator(0, 'feats'))
+    ax = P.nearest_images(feats, images, [0, 5], 3).axes[0]
+    cosine = torch.nn.functional.cosine_similarity(feats[:, None], feats[None], dim=2).fill_diagonal_(-2)
+    near = [cosine[r].sort(descending=True).indices[:3].tolist() for r in (0, 5)]
+    assert cut == [[0, 5], *near]
+    same = [bool(images.labels[r] == images.labels[q]) for q,row in zip((0, 5), near) for r in row]
+    assert 0 < sum(same) < 6
+    assert [matplotlib.colors.to_hex(p.get_edgecolor()) == '#0072b2' for p in ax.patches] == same
+    assert [p.get_linestyle() in ('-', 'solid') for p in ax.patches] == same
+
+def test_purity_stands_beside_that_of_shuffled_labels(images):
+    title = P.cluster_montage(images, images.labels, 3, 4).get_suptitle(); plt.close()
+    whole, shuffled = [float(t.split('%')[0]) for t in title.split(': ')[1:]]
+    assert whole == 100 and 20 <= shuffled < 70                      # five classes
+
+def test_members_are_drawn_by_lot(images, cut):
+    P.cluster_montage(images, images.labels, [0, 1, 2], 4)
+    members = [(images.labels == c).nonzero().flatten().tolist() for c in range(3)]
+    shown = [sorted(row) for row in cut]
+    assert len(shown) == 3 and all(set(s) <= set(m) for s,m in zip(shown, members))
+    assert shown != [m[:4] for m in members]
+
+def test_an_image_is_not_its_own_neighbor(images, monkeypatch): # among the ten that are alike or not
+    class Flat:
+        def __init__(self, **how): pass
+        def fit_transform(self, x): return x[:, :2]
+    monkeypatch.setattr('umap.UMAP', Flat)
+    feats = torch.randn(40, 6, generator=generator(1, 'feats'))
+    cosine = torch.nn.functional.cosine_similarity(feats[:, None], feats[None], dim=2).fill_diagonal_(-2)
+    alike = float((images.labels[cosine.topk(10).indices] == images.labels[:, None]).float().mean())
+    title = P.umap_plot(dict(random=feats), images).axes[0].get_title(loc='left'); plt.close()
+    assert title == f'random: {alike:.0%} of ten neighbors alike' and alike < .5

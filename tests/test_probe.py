@@ -8,8 +8,10 @@ from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_s
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
+from deepcluster_nb import probes
+from deepcluster_nb.augment import random_resized_crop
 from deepcluster_nb.fast.crops import center_crop, ten_crop
-from deepcluster_nb.data import generator
+from deepcluster_nb.data import generator, pick
 from deepcluster_nb.sources import load_images
 from deepcluster_nb.experiments import experiments_folder, gather, main, parameters
 from deepcluster_nb.fast.features import PCA, compute_features
@@ -18,9 +20,8 @@ from deepcluster_nb.fast.kmeans import kmeans
 from deepcluster_nb.model import convnet
 from deepcluster_nb.probes import (Heads, ProbeConfig, cluster_measures, conv_activations, evaluate, held_out,
                                    knn_accuracy, linear_probe, linear_probes, measure, pool_activation,
-                                   probe_crop,
-                                   probe_features, probe_lr, resolve_probe,
-                                   supervised, train_probes)
+                                   pooled, probe_crop, probe_features, probe_lr, resolve_probe, supervised,
+                                   train_on_labels, train_probes)
 from deepcluster_nb.runs import load_checkpoint
 from deepcluster_nb.sobel import normalize
 from deepcluster_nb.fit import Config, fit
@@ -454,3 +455,75 @@ def test_the_supervised_rate_falls_like_a_cosine(monkeypatch, data):
                         lambda net, images, config, rates, *more: seen.extend(rates) or net)
     supervised(train, replace(QUICK, supervised=4))
     assert np.allclose(np.array(seen)/seen[0], [(1 + np.cos(np.pi*t/4))/2 for t in range(4)])
+
+def test_mmselfsups_probe_is_that_by_hand(data, tmp_path):
+    net, train, test = data
+    c = replace(QUICK, layers='conv5', lr=.05, head_norm=True, nesterov=True, schedule='steps',
+                crops='resized', min_scale=.5, ten_crops=False)
+    found, saved = train_probes(net, train, test, c, tmp_path), load_checkpoint(tmp_path)[2]
+    heads = Heads(dict(conv5=torch.zeros(1, 4096)), dict(conv5=256), 10, True, c.seed)
+    opt = torch.optim.SGD(heads.parameters(), c.lr, .9, weight_decay=c.weight_decay, nesterov=True)
+    def logits(x):
+        with torch.no_grad(): a = conv_activations(net, normalize(x))['conv5'].flatten(1)
+        return heads(dict(conv5=a))['conv5']
+    for epoch in range(3):
+        opt.param_groups[0]['lr'] = c.lr * .1**epoch
+        order = torch.randperm(50, generator=generator(c.seed, 'probe', epoch))
+        for step,idx in enumerate(order.split(16)):
+            g = generator(c.seed, 'probe crop', epoch, step)
+            x = random_resized_crop(train.batch(idx), 32, g, (.5, 1.))
+            opt.zero_grad()
+            F.cross_entropy(logits(x), train.labels[idx]).backward()
+            opt.step()
+    for name,t in heads.state_dict().items():
+        torch.testing.assert_close(saved[f'net.{name}'], t, rtol=1e-3, atol=1e-5)
+    heads.eval()
+    right = logits(center_crop(test.batch(torch.arange(20)), 32)).argmax(1) == test.labels
+    assert found['conv5']['center']['last'] == pytest.approx(100*float(right.float().mean()))
+
+@pytest.mark.parametrize('how', [dict(count_padding=False), dict(pool='maximum')])
+def test_pools_are_as_asked(data, monkeypatch, how): # by both protocols
+    net, x = convnet('alexnet', 2).eval(), torch.randn(1, 3, 224, 224, generator=generator(0, 'x'))
+    c = replace(QUICK, size=224, layers='conv1', **how)
+    with torch.no_grad(): a = conv_activations(net, x)['conv1']
+    torch.testing.assert_close(pooled(net, x, c)['conv1'], pool_activation('conv1', a, **how))
+    seen, real = [], probes.probe_features
+    def noted(*args, **how): seen.append(how); return real(*args, **how)
+    monkeypatch.setattr(probes, 'probe_features', noted)
+    measure(*data, replace(c, size=32, pca=8, protocol='cached'))
+    _, *measured = seen                                                # the first one lists the layers
+    assert len(measured) == 2 and all(how.items() <= s.items() for s in measured)
+
+def test_labels_are_learned_as_the_configuration_says(data, monkeypatch):
+    seen, c = [], replace(QUICK, min_scale=.9, seed=2)
+    def noted(net, images, order, y, opts, config, epoch, **how):
+        group = {k: opts[0].param_groups[0][k] for k in ('momentum', 'weight_decay')}
+        seen.append((order, y, opts[0].defaults['lr'], group, config.min_scale, config.seed,
+                     config.batch_size))
+    monkeypatch.setattr(probes, 'train_epoch', noted)
+    train_on_labels(convnet('alexnet_small', 10, seed=3), data[1], c, [.02, .01], weight_decay=.1)
+    for epoch,(order, y, *more) in enumerate(seen):
+        assert torch.equal(order, torch.randperm(50, generator=generator(2, 'supervised', epoch)))
+        assert torch.equal(y, data[1].labels)
+        assert more == [[.02, .01][epoch], dict(momentum=.9, weight_decay=.1), .9, 2, 16]
+
+def test_the_supervised_network_has_its_dropout_and_decay(monkeypatch, data):
+    made = []
+    monkeypatch.setattr(probes, 'train_on_labels', lambda *args: made.append(args) or args[0])
+    supervised(data[1], replace(QUICK, supervised=4, dropout=.3, batch_size=256))
+    (net, _, c, *_, decay), = made
+    assert {m.p for m in net.modules() if isinstance(m, nn.Dropout)} == {.3}
+    assert (c.batch_size, decay) == (128, 1e-4)
+
+def test_a_part_of_the_images_votes_at_both_temperatures(data, monkeypatch):
+    net, train, test = data
+    asked, real = [], probes.knn_accuracy
+    def noted(*args): asked.append(args[4:]); return real(*args)
+    monkeypatch.setattr(probes, 'knn_accuracy', noted)
+    c = replace(QUICK, protocol='cached', layers='conv1', pca=8, n_bank=30, seed=1)
+    found, rows = measure(net, train, test, c), pick(50, 30, 1)
+    f, g = (compute_features(net, im, 32) for im in (train.subset(rows), test))
+    y = train.labels[rows]
+    assert asked == [(30, .07), (30, .1)]
+    assert found['knn'] == {f'{T:g}': real(f, y, g, test.labels, 30, T) for T in (.07, .1)}
+    assert found['clusters'] == cluster_measures(f, y, 8, 1)

@@ -5,7 +5,7 @@ import pytest, torch
 from torch.nn import functional as F
 from deepcluster_nb.data import generator
 from deepcluster_nb.model import convnet
-from deepcluster_nb.released import file_sha256, load_released, load_weights, read_converted
+from deepcluster_nb.released import file_sha256, load_released, load_weights, random_twin, read_converted
 from deepcluster_nb.fit import Config, fit
 
 # position, stride, padding, pool behind
@@ -200,3 +200,13 @@ def test_a_run_is_weights_too(tmp_path):
             and all(torch.equal(a, b)
                     for a,b in zip(net.state_dict().values(), run.net.state_dict().values())))
     with pytest.raises(FileNotFoundError, match='no run in'): load_weights(tmp_path)
+
+def test_a_twin_begins_where_training_began(): # its batch norm, too
+    net = convnet('alexnet_small', 5, seed=3)
+    begun = {n: t.clone() for n,t in net.state_dict().items()}
+    with torch.no_grad():
+        for t in net.state_dict().values():
+            if t.is_floating_point() and t.ndim < 4: t.add_(.5)             # batch norm and all biases moved
+        net.sobel.load_state_dict({n[6:]: t for n,t in begun.items() if n.startswith('sobel')})
+    twin = random_twin(net, 3).state_dict()
+    assert all(torch.equal(t, begun[n]) for n,t in twin.items() if not n.startswith('top_layer'))

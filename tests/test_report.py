@@ -3,13 +3,13 @@ import json, re, shlex
 from dataclasses import asdict, replace
 from html import escape
 from pathlib import Path
-import pytest, yaml
+import matplotlib.pyplot as plt, pytest, yaml
 from deepcluster_nb.experiments import (check_parameters, experiments_folder, find_runs, gather, main,
                                         parse_pairs)
 from deepcluster_nb.fit import Config
 from deepcluster_nb.report import (KINDS, LAYERS, PUBLISHED, SURE, TABLES, about, commands, data_of,
-                                   differences, measured, published, published_table, read_finished,
-                                   report_page)
+                                   differences, measured, nmi_curves, published, published_table,
+                                   read_finished, report_page)
 from made_runs import NETS, epochs, levels, made, probe, retrieval, train, tuned, voc
 
 def rows_of(*paths, table, net='deepcluster'):
@@ -334,3 +334,19 @@ def test_a_command_takes_the_run_that_it_asks_for(tmp_path):
         lines = [line for _,lines in commands(TABLES['imagenet'], [], some) for line in lines]
         assert (f'-p weights={tmp_path}/paper' in lines[-1]) == (wanted == 'paper')
         assert not any('/k100' in line for line in lines)
+
+def test_every_cell_of_a_log_by_hand(tmp_path):
+    log = [r | dict(seconds=r['seconds'] | dict(knn=90.)) for r in epochs(.3, .5)]
+    paths = [train(tmp_path/f'k{k}', log=log, k=k) for k in (100, 1000)]
+    rows = [r.values for r in measured([read_finished(p) for p in paths])
+            if r.table in ('cost', 'clusters')]
+    cost = {'reassignments': 2, 'an epoch': '1 min 39 s', 'in all': '3 min 18 s', 'clustering': '3%'}
+    cells = {'NMI with labels': '0.250', 'conv3': 32., 'conv5': 34., 'kNN': 3.}
+    assert rows == [dict(k=100) | cells, cost, dict(k=1000) | cells, cost]
+
+def test_each_curve_in_its_panel(tmp_path):
+    run = read_finished(train(tmp_path/'t'))
+    with_labels, last = nmi_curves([run]).axes
+    plt.close()
+    assert [l.get_ydata()[-1] for l in with_labels.lines] == [.25]
+    assert [l.get_ydata()[-1] for l in last.lines] == [.5, .01] and list(last.lines[0].get_xdata()) == [1, 2]

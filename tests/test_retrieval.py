@@ -322,3 +322,17 @@ def test_missing_city_is_one_line_and_leaves_nothing(tmp_path, capsys):
                  '--out', str(tmp_path/'run')]) != 0
     err = capsys.readouterr().err.strip()
     assert 'ROOT/lab' in err and len(err.splitlines()) == 1 and not (tmp_path/'run').exists()
+
+def test_boxes_count_in_the_pixels_of_the_file(net, tmp_path): # whatever its EXIF note says
+    exif = Image.Exif(); exif[0x112] = 6
+    im = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
+    im.save(tmp_path/'plain.png'); im.save(tmp_path/'turned.png', exif=exif)
+    paths = [tmp_path/f'{n}.png' for n in ('plain', 'turned')]
+    a, b = (learn_whitening(net, [p], 4, sides=(64,)) for p in paths)
+    assert torch.equal(a.mean, b.mean)
+    assert torch.equal(*descriptors(net, paths, a, [(40, 10, 85, 50)]*2, sides=(64,)))
+
+def test_fewer_levels_are_fewer_regions(net):
+    im = torch.zeros(3, 64, 96, dtype=torch.uint8)
+    for n in (1, 2): assert [len(v) for v in region_vectors(net, im, (96, 64), n)] == [
+        len(rmac_regions(h, w, n)) for h,w in ((8, 12), (5, 8))]

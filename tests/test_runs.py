@@ -1,7 +1,9 @@
 "Whole runs: killed and continued, wrong input, folders of images."
 import io, json, shutil, signal, subprocess, sys, time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pytest, torch, yaml
 from PIL import Image
 from deepcluster_nb.fast.images import PackedImages
@@ -9,7 +11,10 @@ from deepcluster_nb.clustering import Clustering, ami, chance_nmi, nmi
 from deepcluster_nb.sources import load_images
 from deepcluster_nb.runs import drop_damaged, load_checkpoint, save_checkpoint
 from survive import sha256
-from deepcluster_nb.fit import Config, Hooks, as_npy, fit, load_assignments, load_run, predict, resolve
+from deepcluster_nb import fit as around
+from deepcluster_nb.model import convnet
+from deepcluster_nb.fit import (PARTS, Averaged, Config, Hooks, as_npy, fit, load_assignments, load_run,
+                                predict, resolve)
 
 ROOT = Path(__file__).parent.parent
 
@@ -321,3 +326,39 @@ def test_whitened_directions_are_fewer_than_images():
     with pytest.raises(ValueError, match='pca: expected well below 30.*an eighth, 3'): fit(c, images)
     fit(replace(c, pca=16), images, echo=said.append)
     assert any(s.startswith('pca = 16 is much for 30 images') for s in said)
+
+def test_what_is_damaged_goes_as_the_run_goes_on(tmp_path, monkeypatch):
+    config = replace(TINY, run_dir=str(tmp_path/'r'))
+    class Stop(Exception): pass
+    def stop(line):
+        if line.startswith('epoch 2'): raise Stop
+    with pytest.raises(Stop): fit(config, echo=stop)
+    damage(tmp_path/'r'/'checkpoint', 2)
+    monkeypatch.setattr(around, 'run_loop', lambda *args: None) # nothing is saved later
+    with pytest.warns(UserWarning, match='00002'): fit(config, echo=None)
+    assert [p.stem for p in (tmp_path/'r'/'checkpoint').glob('*.json')] == ['00001-0000000']
+
+def test_the_mean_of_the_weights():
+    net = convnet('alexnet_small', 5, dropout=0.)
+    def work(net, *given): # two steps, each adds 1 to everything
+        *_, after, first, total = given
+        for _ in range(2):
+            with torch.no_grad():
+                for t in net.state_dict().values(): t.add_(1)
+            after(1, 2, 0., None)
+        return 0.
+    parts = Averaged(replace(PARTS['fast'], train_epoch=work), decay=.75)
+    start = {n: t.clone() for n,t in net.state_dict().items()}
+    parts.averaging_epoch(net, *[None]*8, lambda *args: None, 0, 0.)
+    mean = parts.judged(net).state_dict()    # of the first step, then .75 of that and .25 of the next
+    for n in ('features.0.weight', 'features.1.running_mean'):
+        torch.testing.assert_close(mean[n], start[n] + 1.25)
+
+def test_ranks_keep_checkpoints_as_often(tmp_path, monkeypatch):
+    class Seen(Exception): pass
+    def guard(ranks, folder, minutes): raise Seen(minutes)
+    monkeypatch.setattr(around, 'joined', lambda: nullcontext(SimpleNamespace(rank=0)))
+    monkeypatch.setattr(around, 'rank_parts', lambda *args: PARTS['fast'])
+    monkeypatch.setattr(around, 'RankGuard', guard)
+    with pytest.raises(Seen, match='3.5'):
+        fit(replace(TINY, run_dir=str(tmp_path/'r'), checkpoint_minutes=3.5), echo=None)

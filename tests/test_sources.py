@@ -5,6 +5,7 @@ import numpy as np, pytest
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, STL10
 from deepcluster_nb.fast.images import PackedImages
+from deepcluster_nb.data import pick
 from deepcluster_nb.sources import DATASETS, load_images
 
 RNG = np.random.default_rng(0)
@@ -33,6 +34,8 @@ def test_cifar10(tmp_path):
         ours = load_images('cifar10', tmp_path)
         same(ours, CIFAR10(tmp_path))
         same(load_images('cifar10', tmp_path, 'test'), CIFAR10(tmp_path, train=False))
+        some = load_images('cifar10', tmp_path, n_images=6, seed=1)
+    assert some.paths == [str(i) for i in pick(20, 6, 1).tolist()]
     assert len(ours) == 20 and ours.classes == names['label_names'] and ours.size == (3, 32, 32)
     # outside the patch torchvision's own checksums hold, and it refuses our files unopened
     with pytest.raises(FileNotFoundError, match='root: no cifar10 in'): load_images('cifar10', tmp_path)
@@ -86,3 +89,13 @@ def test_images_beside_a_split_are_counted(tmp_path):
     with pytest.warns(UserWarning, match="not read: 2 images in .* beside train, such as '3.png'"):
         images = load_images('folder', tmp_path)
     assert [str(p) for p in images.paths] == ['cat/1.png']
+
+def test_another_seed_is_another_part_of_the_images(tmp_path):
+    load_images('digits', n_images=30).save(tmp_path/'train.safetensors')
+    for i in range(30):
+        d = tmp_path/'photos'/'ab'[i % 2]; d.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (20, 20), (i, i, i)).save(d/f'{i:02d}.png')
+    for name,root in (('digits', None), ('packed', tmp_path), ('folder', tmp_path/'photos')):
+        whole = load_images(name, root).paths
+        a, b = (load_images(name, root, n_images=9, seed=s).paths for s in (0, 1))
+        assert a != b and b == [whole[i] for i in pick(len(whole), 9, 1)]

@@ -1,5 +1,5 @@
 "Each switch changes what it says and nothing else, and a run with it goes on in the same bits."
-import json, math
+import itertools, json, math
 from dataclasses import fields, replace
 from pathlib import Path
 import numpy as np, pytest, torch, yaml
@@ -8,7 +8,8 @@ from deepcluster_nb.fast import training as fast
 from deepcluster_nb.data import generator
 from deepcluster_nb import fit as around
 from deepcluster_nb.fit import PARTS
-from deepcluster_nb.switches import new_head, with_switches
+from deepcluster_nb.clustering import lloyd, starting_points
+from deepcluster_nb.switches import by_lloyd, color_factors, config_factors, new_head, with_switches
 from deepcluster_nb.fast import crops
 from deepcluster_nb.fast.crops import center_crop
 from deepcluster_nb.fast.images import PackedImages
@@ -333,3 +334,14 @@ def test_the_command_continues_a_run_from_before_the_switches(tmp_path):
     check_parameters(notebook, given, tmp_path)
     with pytest.raises(ValueError, match='relu: None there, True now'):
         check_parameters(notebook, given | dict(relu=True), tmp_path)
+
+def test_every_draw_has_its_own_seed_epoch_and_step():
+    c = resolve(Config(k=5, jitter=.4, gray=.3, seed=2, clusterer='lloyd', device='cpu'))
+    assert torch.equal(config_factors(6, c, 3, 4)[0],
+                       color_factors(6, generator(2, 'color', 3, 4), .4, .4, .4, .2, .3))
+    x = torch.randn(60, 4, generator=generator(0, 'x'))
+    for e in (0, 1):
+        assert torch.equal(by_lloyd(x, c, e).centroids, lloyd(x, starting_points(x, 5, 2, e)).centroids)
+    for name,sampler in SAMPLERS.items():
+        drawn = [sampler(torch.arange(60) % 5, 60, seed, e).tolist() for seed,e in ((0, 0), (1, 0), (0, 1))]
+        assert all(a != b for a,b in itertools.combinations(drawn, 2)), name

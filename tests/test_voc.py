@@ -3,8 +3,10 @@
 import json, math
 import numpy as np, pytest, torch
 from sklearn.metrics import average_precision_score
+from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
 from torch import nn
+from deepcluster_nb import voc
 from deepcluster_nb.fast.images import PackedImages
 from deepcluster_nb.experiments import main
 from deepcluster_nb.model import convnet
@@ -337,3 +339,43 @@ def test_wrong_numbers_are_found_before_any_work(tmp_path, capsys, monkeypatch, 
     assert main(['run', 'voc', '--preset', 'voc_small', '-p', pair, '--out', str(tmp_path/'run')]) != 0
     assert f"{pair.split('=')[0]}: expected" in capsys.readouterr().err
     assert not (tmp_path/'run'/'params.yaml').exists()
+
+def test_every_step_and_every_epoch_draw_anew(small, train, monkeypatch):
+    read, seeds, batch, crop = [], [], PackedImages.batch, voc.random_resized_crop
+    monkeypatch.setattr(PackedImages, 'batch',
+                        lambda self, idx: read.append(idx.tolist()) or batch(self, idx))
+    monkeypatch.setattr(voc, 'random_resized_crop',
+                        lambda im, size, g, *more: seeds.append(g.initial_seed()) or crop(im, size, g, *more))
+    finetune(transfer_net(small, 5), train, n=4, size=32, batch_size=10)          # two epochs of two
+    first, second = read[0] + read[1], read[2] + read[3]
+    assert sorted(first) == sorted(second) == list(range(20)) and first != second
+    assert len(set(seeds)) == 4
+
+def test_what_an_svm_was_trained_on_is_not_asked_again(points, monkeypatch):
+    x, y, z, t = points
+    asked, real = [], voc.mean_ap
+    monkeypatch.setattr(voc, 'mean_ap', lambda s, truth, rule: asked.append(truth) or real(s, truth, rule))
+    low_shot(x, y, z, t, shots=(4,), samples=1, costs=(1.,))
+    outside, tested = asked
+    assert torch.equal(tested, t)
+    assert [((y == v).sum(0) - (outside == v).sum(0)).tolist() for v in (1, -1)] == [[4]*3, [8]*3]
+
+def test_the_numbers_of_low_shot_by_hand(points, monkeypatch):
+    # of three samples at two costs: outside of the sample, and on the test images
+    outside, tested = np.array([[5., 6], [1, 9], [3, 3]]), np.array([[90., 10], [20, 40], [10, 40]])
+    found = iter(np.stack([outside, tested], 2).ravel().tolist())
+    monkeypatch.setattr(voc, 'mean_ap', lambda *args: (next(found), []))
+    r = low_shot(*points, shots=(1,), samples=3, costs=(.1, 1.))[1]
+    assert r == pytest.approx(dict(mean=30, std=300**.5, best=40, cost=1.))      # the mean over samples first
+
+def test_the_cost_is_the_one_of_the_best_average_precision(points):
+    x, y, z, _ = points
+    costs = (2**-19, 2**-7, .1, 10., 100.)
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(60, 40, generator=g) + .3*torch.cat([(y == 1).float(), torch.zeros(60, 37)], 1)
+    for c,chosen in enumerate(linear_svm(x, y, z, costs)[1]):
+        keep = y[:, c] != 0
+        rows, truth = unit_rows(x)[keep], y[keep, c].numpy()
+        ap = {cost: cross_val_score(voc.svm(cost), rows, truth, scoring='average_precision', cv=3).mean()
+              for cost in costs}
+        assert ap[chosen] == pytest.approx(max(ap.values()), abs=1e-6)
