@@ -64,6 +64,9 @@ def gpu(monkeypatch): # what is pinned for it gets a mark
     monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *args, **kwargs: True)
     monkeypatch.setattr(crops, 'crop_kernel', lambda: None)                     # which needs a real one
+    try:
+        with FakeTensorMode(): torch.empty(2, device='cuda').uniform_()
+    except RuntimeError: pytest.skip('this PyTorch has no fake GPU without a driver')
     # torch.tensor(…, device='cuda') is made on the CPU and brought over, as fake tensors need it
     torch._C._set_only_lift_cpu_tensors(True)
     try:

@@ -99,7 +99,7 @@ def photographs(folder): # of five classes, as ImageNet is laid out
 
 def test_rows_share_their_runs_and_go_on(tmp_path, capsys):
     photographs(tmp_path/'other')
-    tiny = [x for p in ('dataset=digits', 'n_images=100', 'n_test=40', 'k=20', 'seeds=1',
+    tiny = [x for p in ('dataset=digits', 'n_images=190', 'n_test=40', 'k=20', 'seeds=1',
                         f'other={tmp_path}/other') for x in ('-p', p)]
     def run(rows):
         assert main(['run', 'findings', '--out', str(tmp_path/'r'), *tiny, '-p', f'row={rows}']) == 0

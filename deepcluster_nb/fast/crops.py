@@ -222,10 +222,15 @@ def crop_block(pixels, table, out,            # flat; (B, 8) of crop_table; (B, 
     seen_x = tl.where(tl.load(entry + 7) > 0, size - 1 - x, x)
     total, weights = blank, tl.full((rows,), 0., tl.float32)
     weights_x = tl.full((columns,), 0., tl.float32)
-    for j in range(tl.ceil(2*tl.maximum(step_y, 1.)).to(tl.int32)):
+    taps_x = tl.ceil(2*tl.maximum(step_x, 1.)).to(tl.int32)
+    taps_y = tl.ceil(2*tl.maximum(step_y, 1.)).to(tl.int32)
+    j = 0
+    # not range: with NumPy 2.4, Triton 3.6 can't interpret one that ends at a tensor
+    while j < taps_y:
         row, weight_y = tap(top, step_y, y, h, j)
         line, weights_x = blank, tl.full((columns,), 0., tl.float32)
-        for k in range(tl.ceil(2*tl.maximum(step_x, 1.)).to(tl.int32)):
+        k = 0
+        while k < taps_x:
             column, weight_x = tap(left, step_x, seen_x, w, k)
             spot = pixels + tl.load(entry).to(tl.int64) + row[:, None]*w + column[None, :]
             for n in tl.static_range(summed):
@@ -233,8 +238,10 @@ def crop_block(pixels, table, out,            # flat; (B, 8) of crop_table; (B, 
                 value = tl.load(spot + tl.minimum(plane + n, planes - 1)*h*w).to(tl.float32)
                 line += share*weight_x[None, :]*value
             weights_x += weight_x
+            k += 1
         total += weight_y[:, None]*line
         weights += weight_y
+        j += 1
     shift = tl.where(plane == 0, shift_0, tl.where(plane == 1, shift_1, shift_2))
     # a block may reach beyond the crop, where it has no weight and writes nothing
     value = total/tl.maximum(weights[:, None]*weights_x[None, :], 1e-9) - shift
