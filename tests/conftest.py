@@ -12,10 +12,12 @@ def pytest_runtest_call():
 pytest_runtest_setup = pytest_runtest_call                          # in a fixture too
 
 # the files that take longest come first, so that no processor waits for one of them at the end
-LONGEST = [f'test_{name}.py' for name in ('experiments', 'survival', 'findings', 'full_scale', 'learning')]
+LONGEST = ['experiments', 'full_scale', 'survival', 'probe', 'situations_runs', 'learning', 'findings',
+           'distributed', 'site', 'book']
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda i: LONGEST.index(i.path.name) if i.path.name in LONGEST else len(LONGEST))
+    order = {f'test_{name}.py': i for i,name in enumerate(LONGEST)}
+    items.sort(key=lambda i: order.get(i.path.name, len(order)))
 
 @pytest.fixture(autouse=True, scope='session')
 def threads(): # beside others one each: they would wait for one another

@@ -65,6 +65,22 @@ def seeds(ranks, config):
     finally: torch.manual_seed = real
     return found[-2:]
 
+def rates(ranks, config):
+    "The learning rate of each step of an optimizer, in an epoch of two."
+    found, step = [], torch.optim.SGD.step
+    def noted(self, *args): found.append(self.param_groups[0]['lr']); return step(self, *args)
+    torch.optim.SGD.step = noted
+    try: gradients(ranks, config, 40)
+    finally: torch.optim.SGD.step = step
+    return found
+
+def clusterings(ranks, config):
+    "What k-means is called with in a run, but for the points."
+    found, kmeans = [], distributed.kmeans
+    distributed.kmeans = lambda x, *args, **how: found.append(args) or kmeans(x, *args, **how)
+    run(ranks, config)
+    return found
+
 def run(ranks, config, before=lambda epoch: None):
     "A whole run, of shares that consist of 16 images; before each clustering something may happen."
     cluster = distributed.cluster

@@ -143,6 +143,10 @@ def test_dropout_is_another_one_on_every_rank():
     first, second = in_ranks(2, tasks.seeds, replace(SMALL, dropout=.5))
     assert len(first) == 2 and all(a != b for a,b in zip(first, second))
 
+def test_every_rank_follows_the_schedule(): # two steps of the trunk's and the head's optimizer
+    c = replace(SMALL, lr_schedule='cosine')
+    for rates in in_ranks(2, tasks.rates, c): assert rates == pytest.approx([.05, .05, .025, .025])
+
 def test_compressed_gradients_have_eight_binary_digits():
     exact = one_process(STILL, 20)[1][0]
     found = in_ranks(2, tasks.gradients, replace(STILL, compress_gradients=True), 20)
@@ -167,6 +171,13 @@ def test_a_run_of_two_ranks_is_one_run(whole, tmp_path):
     alone = fit(replace(SMALL, sync_bn=True), made_images(), echo=None)
     (shared, *_), _ = in_ranks(2, tasks.run, replace(SMALL, sync_bn=True))
     assert [r['loss'] for r in alone.log] == pytest.approx(shared, rel=1e-3)
+
+def test_ranks_cluster_as_one_process_does(monkeypatch): # 20 iterations, of the same draws
+    asked, c = [], resolve(SMALL)
+    monkeypatch.setattr(training, 'kmeans', lambda x, *args: asked.append(args))
+    for epoch in range(3): training.by_kmeans(None, c, epoch)
+    assert [a[:4] for a in asked] == [(6, 20, 0, epoch) for epoch in range(3)]
+    assert in_ranks(2, tasks.clusterings, c) == [[a[:4] for a in asked]]*2
 
 def test_a_checkpoint_of_every_second_epoch(tmp_path): # after the first the ranks agree that none is due
     config = replace(SMALL, epochs=3, checkpoint_minutes=100.)
@@ -256,6 +267,14 @@ def test_not_a_number_on_one_rank_stops_all_before_the_update(tmp_path):
 def test_ranks_with_other_clusters_are_named(tmp_path):
     said, _ = ends(3, SMALL, task=tasks.other_clusters)
     assert said.count('RuntimeError: clusters: rank 1 found others than rank 0') == 3
+
+@pytest.mark.parametrize('i', [0, 30, 59])
+def test_other_pixels_are_other_images(monkeypatch, i): # the first, the middle and the last are looked at
+    images, other, held = made_images(), made_images(), []
+    other[i][0, 3, 4] ^= 1
+    monkeypatch.setattr(distributed, 'differing', lambda ranks, data: held.append(data))
+    for some in (images, made_images(), other): distributed.same_images(some, None)
+    assert held[0] == held[1] != held[2]
 
 def test_a_broken_image_on_one_rank(tmp_path):
     from PIL import Image

@@ -64,6 +64,18 @@ def test_the_same_draws():
         if m is augment: after = torch.rand(5, generator=g)
     assert torch.equal(torch.rand(5, generator=g), after)
 
+def test_the_first_try_that_fits_is_taken(): # of such long images most don't
+    sizes, u = torch.tensor([[30, 100]]*64), torch.rand(4, 64, 10, generator=generator(5, 'tries'))
+    area, aspect = 3000*(.08 + .92*u[0]), (3/4 * (16/9)**u[1])
+    w, h = (area*aspect).sqrt().round(), (area/aspect).sqrt().round()
+    later = 0
+    for i,box in enumerate(augment.crop_boxes(sizes, generator(5, 'tries'))):
+        if not (fit := [t for t in range(10) if h[i, t] <= 30]): continue
+        t, later = fit[0], later + (fit[0] > 0 and len(fit) > 1)
+        x, y = (u[2, i, t]*(101 - w[i, t])).floor(), (u[3, i, t]*(31 - h[i, t])).floor()
+        assert box.tolist() == [x, y, w[i, t], h[i, t]]
+    assert later > 5
+
 @pytest.mark.parametrize('n_in, n_out', [(6, 3), (3, 6), (50, 7), (1, 4)])
 def test_matrices(n_in, n_out):
     args = (torch.tensor([0., n_in/3]), torch.tensor([float(n_in), n_in/2]), n_in, n_out,

@@ -120,6 +120,12 @@ def test_pca(n, d, rank, dim, whiten):
     for part in x.split(5): stream.add(part)
     check_same_pca(stream.solve(), b, x)
 
+@pytest.mark.parametrize('scale', [1e-4, 1., 1e4])
+def test_dead_is_what_is_small_beside_the_largest(scale): # in any unit; variances of 1, 1e-5 and 1e-8
+    x = scale * normal(200, 3).double() * torch.tensor([1, 3e-3, 1e-4])
+    for kind in (plain.PCA, fast.PCA):
+        assert (kind(3).fit(x).axes != 0).any(0).tolist() == [True, True, False]
+
 def test_pca_of_any_float_type_and_of_nothing():
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         x = spread(50, 6, 6).to(dtype)
@@ -127,6 +133,14 @@ def test_pca_of_any_float_type_and_of_nothing():
     same_point = torch.full((50, 8), .1)
     for pca in (plain.PCA(4), fast.PCA(4)):
         assert torch.equal(pca.fit(same_point).transform(same_point), torch.zeros(50, 4))
+
+@pytest.mark.parametrize('room', [0, 2**20], ids=['file', 'memory'])
+def test_bfloat16_is_kept_as_it_came(room): # float16 has no number as small, or as large
+    x = torch.tensor([[1e-9, 1e9], [3, -1]]).bfloat16()
+    kept = fast.HalfFeatures(2, room=room)
+    found = kept.add(x), *kept
+    kept.close()
+    assert len(found) == 2 and all(f.dtype == torch.bfloat16 and torch.equal(f, x) for f in found)
 
 def test_pca_of_features_of_photographs_like_images():
     images, net = load_images('digits', n_images=300), network()

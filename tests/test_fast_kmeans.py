@@ -67,6 +67,16 @@ def test_repairs_are_the_same(): # many, and from then on all depends on the don
     f = fast.torch_kmeans(x, 20, start, lambda c, sizes: plain.repair_random(c, sizes, g[1]))
     assert torch.equal(p.assign, f.assign)
 
+@pytest.mark.parametrize('scale', [1e-3, 1e3])
+def test_random_donors_and_a_step_as_the_points_are_large(scale):
+    start, sizes = scale*noise(64, 8), torch.tensor([900.] + [4.]*31 + [0.]*32)
+    c = start.clone()
+    plain.repair_random(c, sizes, generator(1))
+    distance, donor = torch.cdist(c[32:].double(), start[:32].double()).min(1)
+    # any cluster gives, not the largest; a copy is moved by a thousandth of the points' size
+    assert len(donor.unique()) > 12 and (donor == 0).sum() < 8 and torch.equal(c[:32], start[:32])
+    assert ((distance > 1e-4*scale) & (distance < 2e-2*scale)).all()
+
 @pytest.mark.parametrize('counts', [[5., 0, 0, 0, 0], [2., 2, 1, 0, 0], [1., 4, 0, 0, 0], [6., 0, 2]])
 def test_a_repair_always_ends(counts): # also with as many clusters as points: n − k would be 0
     for rule in (plain.repair_empty, lambda c, sizes: plain.repair_random(c, sizes, generator(1))):
@@ -105,6 +115,23 @@ def test_both_refuse_the_same(x, k, niter):
         with pytest.raises(ValueError) as e: m.kmeans(x, k, niter)
         said.append(str(e.value))
     assert said[0] == said[1] and said[0].split(':')[0] in ('x', 'k', 'niter')
+
+@pytest.mark.parametrize('rounded', ['centroids', 'point'])
+def test_where_bfloat16_prefers_the_wrong_centroid(rounded): # large terms cancel, so that scores are near 0
+    u, one, e = 2**-7, torch.ones(128), torch.tensor([1., -1.]).repeat(64)
+    if rounded == 'centroids': # both become 1 + u, and the first is shorter
+        x, a, b = torch.cat([2*one, -one]), (1 + .51*u)*one, (1 + 1.49*u)*one
+    else: # all of it becomes 1, and the first is shorter
+        x, a, b = torch.cat([one + .49*u*e, one]), -e*(1 - u*(torch.arange(128) < 115)), e
+    c = torch.stack([torch.cat([a, one]), torch.cat([b, one])])
+    assert (x.double() @ c.double().T - c.double().pow(2).sum(1)/2).argmax() == 1
+    assert fast.nearest(x[None], c, low=torch.bfloat16).tolist() == [1]
+
+def test_faiss_takes_all_points(): # by itself it draws 256 for each cluster
+    x = noise(1000, 4)
+    ours, theirs = (fast.kmeans(x, 2, 3, backend=b) for b in ('torch', 'faiss'))
+    assert theirs.objective == pytest.approx(ours.objective, rel=1e-4)
+    torch.testing.assert_close(theirs.centroids, ours.centroids, rtol=0, atol=1e-4)
 
 # ---------------------------------------------------------------- the process' settings
 

@@ -215,6 +215,13 @@ def test_a_gpu_multiplies_half_precision_in_rows_of_eights(gpu, monkeypatch, rag
     assert all(t.dtype == torch.float16 and min(s for s in t.stride() if s > 1) % 8 == 0 for pair in seen
                for t in pair)
 
+def test_a_gpu_multiplies_grey_windows_at_half_precision_too(gpu, monkeypatch): # floats by then
+    seen, real = [], torch.Tensor.__matmul__
+    monkeypatch.setattr(Tensor, '__matmul__', lambda a, b: seen.append((a, b)) or real(a, b))
+    images = crops.to_grey(pick_batch(there(True), torch.arange(6)))
+    resample(images, crop_boxes(image_sizes(images), generator(0)), 24)
+    assert seen and all(t.dtype == torch.float16 for pair in seen for t in pair)
+
 @pytest.mark.parametrize('ragged', [False, True])
 def test_half_precision_is_within_half_a_grey_level(monkeypatch, ragged):
     images = load_images('shapes', n_images=40)
@@ -266,6 +273,10 @@ def test_a_resident_run_is_the_same_run(monkeypatch, ragged): # the way of a GPU
     assert nmi(plain.clustering.assign,
                other.clustering.assign) > .9 and abs(plain.log[0]['loss'] - other.log[0]['loss']) < 1e-3
 
+def test_half_of_what_is_free_may_be_images(monkeypatch): # activations need the rest
+    monkeypatch.setattr(feeding, 'free_there', lambda device: 101)
+    assert feeding.fits(50, 'cuda') and not feeding.fits(51, 'cuda') and not feeding.fits(1, 'cpu')
+
 def test_the_center_comes_along():
     images = PackedImages(torch.arange(32).byte(), [(1, 4, 4)]*2)
     images.center = PackedImages(torch.arange(8).byte(), [(1, 2, 2)]*2)
@@ -286,6 +297,17 @@ def test_reading_stops_when_nobody_asks_any_more():
     batches = feeding.fetch_ahead(images, torch.arange(100).split(1), 'cpu', ahead=20, threads=1)
     next(batches); batches.close()
     assert len(read) <= 4                                                        # of the 21 that were ordered
+
+def test_what_was_taken_makes_room_for_what_is_fetched():
+    read, images = [], PackedImages(torch.zeros(40, 1, 4, 4, dtype=torch.uint8))
+    class Counting(PackedImages):
+        def batch(self, idx): read.append(int(idx[0])); return super().batch(idx)
+    batches = feeding.fetch_ahead(Counting(images.pixels.view(40, 1, 4, 4)), torch.arange(40).split(1), 'cpu',
+                                  ahead=10, threads=1, room=6*16)
+    for i in range(20): next(batches)
+    for _ in range(200): time.sleep(.01*(max(read) < 24))
+    batches.close()
+    assert max(read) >= 24                         # six batches have room, however many came before
 
 @pytest.mark.parametrize('ragged', [False, True])
 def test_copies_in_a_stream_of_their_own(monkeypatch, ragged):

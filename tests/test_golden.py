@@ -1,15 +1,15 @@
 ("The package held to the numbers of tests/golden, "
  "each derived by a formula or by hand that stands beside it; first the formulas themselves.")
-import inspect, math
+import hashlib, inspect, math
 from pathlib import Path
-import pytest, torch, yaml
+import numpy as np, pytest, torch, yaml
 from torch import nn
 from deepcluster_nb import probes, voc
 from deepcluster_nb.clustering import ami, chance_nmi, faiss_draws, lloyd, nmi, repair_empty
 from deepcluster_nb.fast.kmeans import kmeans
 from deepcluster_nb.data import generator
 from deepcluster_nb.model import convnet
-from deepcluster_nb.pic import pic
+from deepcluster_nb.pic import join_singletons, pic
 from deepcluster_nb.probes import conv_activations, knn_accuracy, pool_activation
 from deepcluster_nb.sampling import balanced_draws, loss_weights, released_sample, uniform_sample
 from deepcluster_nb.sobel import MEAN, Sobel, normalize
@@ -158,6 +158,10 @@ def test_voc_learning_rates(what):
 
 def labels_of(sizes): return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
 
+def test_seeds_of_the_streams(): # the first eight bytes of SHA-256, the lowest first
+    digest = hashlib.sha256(b'[0, "crop", 1, 2]').digest()
+    assert generator(0, 'crop', 1, 2).initial_seed() == sum(b << 8*i for i,b in enumerate(digest[:8]))
+
 @pytest.mark.parametrize('case', SAMPLING['draws'], ids=lambda c: f"{c['sizes']} n={c['n']}")
 def test_draws_of_a_cluster(case):
     assign = labels_of(case['sizes'])
@@ -168,6 +172,10 @@ def test_draws_of_a_cluster(case):
     # without replacement where there are enough
     for d,j in zip(drawn, full): assert case['sizes'][j] <= case['s'][0] or len(d.unique()) == len(d)
     assert len(uniform_sample(assign, case['n'])) == case['n']
+
+def test_a_cluster_of_just_as_many_is_drawn_with_replacement(): # the released sampler's <=
+    drawn, = balanced_draws(torch.zeros(50, dtype=torch.int64), 49, generator(0, 'draws'))
+    assert len(drawn) == 50 > len(drawn.unique())
 
 def test_an_epoch_of_imagenet():
     n, k, s = SAMPLING['imagenet'].values()
@@ -238,6 +246,10 @@ def test_halves_of_faiss():
 def test_constants_of_pic():
     assert set(CLUSTERING['pic']['constants']) <= {p.default
                                                    for p in inspect.signature(pic).parameters.values()}
+
+def test_a_point_that_is_alone_joins_the_nearest_that_is_not(): # neighbors: nearest first
+    assign, neighbors = np.array([0, 0, 1, 1, 2, 3]), np.array([[1, 2, 3]]*4 + [[5, 2, 0], [3, 0, 1]])
+    assert join_singletons(assign, neighbors).tolist() == [0, 0, 1, 1, 1, 1]
 
 @pytest.mark.parametrize('case', CLUSTERING['nmi'], ids=lambda c: f"{c['a']} {c['b']}")
 def test_scores_by_hand(case):

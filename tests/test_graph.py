@@ -220,6 +220,15 @@ def test_one_recording_until_something_else_is_asked_for():
     epoch(replace(c, precision='bfloat16'), graph.train_epoch, net=net, capture=counted)
     assert len(made) == 6
 
+def test_what_is_frozen_later_is_not_trained_by_the_old_recording():
+    c = resolve(SMALL)
+    net = epoch(c, graph.train_epoch, capture=taped)[0]
+    still, moves = net.features[0].weight, net.features[4].weight
+    still.requires_grad_(False)
+    before = still.clone(), moves.detach().clone()
+    epoch(c, graph.train_epoch, net=net, capture=taped)
+    assert torch.equal(still, before[0]) and not torch.equal(moves, before[1])
+
 def test_a_recording_goes_with_its_network():
     net = epoch(resolve(SMALL), graph.train_epoch, capture=taped)[0]
     gone = weakref.ref(net)

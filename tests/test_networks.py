@@ -125,6 +125,11 @@ def test_weights_come_from_the_seed_alone():
     assert all(torch.equal(p, q) for p,q in zip(a.features.parameters(), b.features.parameters()))
     assert not torch.equal(a.features.conv1.weight, c.features.conv1.weight)
 
+@pytest.mark.parametrize('arch', ARCHS)
+def test_every_dropout_is_the_one_asked_for(arch):
+    with torch.device('meta'): net = convnet(arch, 7, dropout=.3)
+    assert {m.p for m in net.modules() if isinstance(m, nn.Dropout)} == {.3}
+
 def test_dropout_of_a_resnet_is_in_front_of_its_head():
     net = convnet('resnet18', 7, dropout=.9).train()
     net.features.eval()

@@ -16,6 +16,7 @@ from deepcluster_nb.sources import load_images
 from deepcluster_nb.experiments import experiments_folder, gather, main, parameters
 from deepcluster_nb.fast.features import PCA, compute_features
 from deepcluster_nb.features import l2_normalize
+from deepcluster_nb.fast.images import PackedImages
 from deepcluster_nb.fast.kmeans import kmeans
 from deepcluster_nb.model import convnet
 from deepcluster_nb.probes import (Heads, ProbeConfig, cluster_measures, conv_activations, evaluate, held_out,
@@ -107,6 +108,15 @@ def test_how_many_vote_and_what_is_pooled(data):
     for wrong in (dict(neighbors=0), dict(pool='max'), dict(lr=.1, protocol='cached'),
                   dict(test_every=2, protocol='cached')):
         with pytest.raises(ValueError, match=next(iter(wrong))): resolve_probe(ProbeConfig(**wrong))
+
+def test_ten_crops_vote_with_their_softmax(monkeypatch): # by logits a single sure crop would outvote nine
+    logits = torch.tensor([[0., 1]]*9 + [[30., 0]]).repeat(2, 1)
+    class Sure(nn.Module):
+        def forward(self, feats): return dict(conv1=logits)
+    monkeypatch.setattr(probes, 'pooled', lambda *args: None)
+    images = PackedImages(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), labels=[1, 1])
+    c = ProbeConfig(size=8, device='cpu')
+    assert probes.probe_accuracies(None, Sure(), images, c) == dict(conv1=dict(center=100., ten=100.))
 
 def test_heads_start_as_pytorchs_linear_layers():
     heads = Heads(dict(a=torch.zeros(2, 400), b=torch.zeros(2, 100)), {}, 50)
@@ -439,6 +449,22 @@ def test_what_is_held_out_is_not_trained_on(tmp_path):
         parts = [set(map(str, part.paths)) for part in (train, test)]
         assert not parts[0] & parts[1] and parts[0] | parts[1] == set(map(str, images.paths))
         assert len(test) == (n_test or 4)
+
+def test_steps_of_a_cached_probe(monkeypatch): # by hand
+    seen, learn = [], probes.Probe.learn
+    def noted(self, idx, y, rate):
+        seen.append((idx, rate, {n: self.opt.param_groups[0][n] for n in ('momentum', 'weight_decay')}))
+        learn(self, idx, y, rate)
+    monkeypatch.setattr(probes.Probe, 'learn', noted)
+    x, y = torch.randn(50, 6, generator=generator(0, 'x')), torch.arange(50) % 5
+    linear_probe(x, y, x, y, epochs=3, batch_size=20, seed=4)
+    order = [torch.randperm(50, generator=generator(4, 'probe', epoch)) for epoch in range(3)]
+    idx, rates, constants = zip(*seen)
+    assert torch.equal(torch.cat(idx), torch.cat(order)) and len(idx) == 9
+    assert rates == pytest.approx([5*(1 + math.cos(math.pi*t/9))/2 for t in range(9)])
+    assert constants == (dict(momentum=.9, weight_decay=1e-5),)*9
+    # a thousand steps, but 15 to 100 epochs
+    assert [probes.probe_epochs(n) for n in (100, 1281, 5000, 50_000)] == [100, 91, 25, 15]
 
 def test_probes_leave_batch_norm_as_it_is(data):
     net, train, test = data

@@ -312,6 +312,20 @@ def test_a_finished_run_is_made_longer(tmp_path, parts):
     for more in (dict(epochs=2), dict(epochs=4, recluster=1), *last):
         with pytest.raises(ValueError, match='epochs: 3 there'): fit(replace(c, **more), images, echo=None)
 
+def test_what_may_differ_changes_no_number(tmp_path):
+    params = asdict(Config())
+    (tmp_path/'params.yaml').write_text(yaml.safe_dump(params))
+    assert set(around.may_differ(tmp_path, params)) == {'run_dir', 'root', 'checkpoint_minutes', 'threads',
+                                                        'checkpoint_epochs', 'knn_every', 'precision'}
+
+@pytest.mark.parametrize('benchmark', [False, True])
+def test_a_network_on_a_gpu_asks_for_the_same_bits(monkeypatch, benchmark):
+    class Asked(Exception): pass
+    def same_bits(benchmark): raise Asked(benchmark)
+    monkeypatch.setattr(around, 'same_bits', same_bits)
+    with pytest.raises(Asked, match=str(benchmark)):
+        around.network(replace(TINY, device='cuda', benchmark=benchmark))
+
 def test_what_auto_was_can_be_asked_for(tmp_path):
     images = load_images('digits', n_images=60)
     c = Config(n_images=60, k=4, pca=8, epochs=1, passes=1, batch_size=32, device='cpu', parts='plain',

@@ -111,6 +111,13 @@ def test_a_step_back_to_fresh_weights(monkeypatch, base):
     statistics = 'features.1.running_mean'
     assert not torch.allclose(epochs[1]['start'][statistics], base[0][0]['end'][statistics], rtol=1e-2)
 
+def test_each_step_back_is_to_weights_of_its_own(monkeypatch):
+    c, seen = resolve(replace(TINY, epochs=3, reset_every=1)), []
+    monkeypatch.setattr(around, 'step_back', lambda net, fresh, keep: seen.append(fresh.state_dict()))
+    fit(c, echo=None)
+    own = [network(replace(c, seed=generator(c.seed, 'reset', e).initial_seed())) for e in (1, 2)]
+    assert [same(a, b.state_dict()) for a,b in zip(seen, own, strict=True)] == [set(), set()]
+
 def test_without_balance_large_clusters_count_more():
     assign = torch.tensor([0]*90 + [1]*10)
     for name, share in dict(shuffled=.1, uniform=.5).items():
@@ -162,6 +169,14 @@ def test_a_head_from_centroids_knows_its_clusters(arch, relu):
     with torch.no_grad(): logits = net.eval()(normalize(center_crop(images.batch(torch.arange(120)), c.size)))
     right = float((logits.argmax(1) == clustering.assign).float().mean())
     assert right > (.95 if relu or arch == 'resnet18' else .6)  # exact where the head sees what was clustered
+
+@pytest.mark.parametrize('relu', [False, True])
+def test_a_head_from_centroids_is_as_long_as_a_fresh_one(relu):
+    c = resolve(replace(TINY, head='centroids', relu=relu))
+    net = network(c)
+    new_head(net, optimizers(net, c), *fast.cluster(net, load_images('digits', n_images=120), c, 0), c, 1)
+    # of 32 numbers with a standard deviation of .01
+    assert float(net.top_layer.weight.detach().norm(dim=1).mean()) == pytest.approx(.01 * 32**.5, rel=1e-5)
 
 def test_the_first_head_is_fresh_where_batch_norm_has_no_statistics(monkeypatch, base):
     epochs, _, run = seen(monkeypatch, replace(TINY, head='centroids'))
