@@ -7,7 +7,7 @@ from PIL import Image
 from deepcluster_nb.data import generator
 from deepcluster_nb.experiments import find_runs, main, run_params
 from deepcluster_nb.runs import RunFolder
-from deepcluster_nb.fit import Config, fit
+from deepcluster_nb.fit import Config, fit, load_assignments
 
 pytestmark = pytest.mark.usefixtures('in_process')
 
@@ -43,7 +43,11 @@ def everything(where): # what the notebook shows, as text
     outputs = [o for c in cells if c['cell_type'] == 'code' for o in c['outputs']]
     return '\n'.join(''.join(o.get('data', {}).get('text/markdown', '')) for o in outputs), outputs
 
-def test_runs_side_by_side(runs, tmp_path, capsys):
+def test_runs_side_by_side(runs, tmp_path, capsys, monkeypatch):
+    from deepcluster_nb import pictures
+    montage, drawn = pictures.cluster_montage, []
+    monkeypatch.setattr(pictures, 'cluster_montage',
+                        lambda images, assign, **how: drawn.append(assign) or montage(images, assign, **how))
     before = {p: p.read_bytes() for p in runs.rglob('*') if p.is_file() and p.name != 'lock'}
     assert main(['run', 'compare', '-p', f'runs={runs}/*', '-p', 'n_images=0', '-p', 'most=4',
                  '--out', str(tmp_path/'out')]) == 0
@@ -63,8 +67,14 @@ def test_runs_side_by_side(runs, tmp_path, capsys):
     assert ('4 runs, 3 finished; stopped is stopped after 1 of 2 epochs' in verdict
             and 'k = 6, lr = 0.05 leads with 66.0 %, +16.0 points' in verdict)
     assert ('differ by 0.7 points' in verdict and '5.5 behind: more than twice that' in verdict
-            and 'Among neighbors it has' in verdict
+            and 'Among neighbors it has 56.0 %, +21.0 points' in verdict
             and verdict in text and all(line in out for line in m['verdict']))
+    for i,(name,r) in enumerate(m['runs'].items()):
+        log = [json.loads(l) for l in (runs/name/'log.jsonl').read_text().splitlines()]
+        for p,s in r['seconds'].items():
+            assert s == pytest.approx(3. if p == 'probes' else sum(e['seconds'][p] for e in log), abs=.006)
+        for assign, epoch in zip(drawn[2*i:2*i + 2], (0, len(log) if name != 'stopped' else 1)):
+            assert torch.equal(assign, load_assignments(runs/name, epoch))           # before and after
     assert 'not running: it was stopped after 1 of 2 epochs' in text and 'published' not in text
     figures = {p.name for p in (tmp_path/'out'/'figures').iterdir()}
     assert figures == {'curves.png', 'probes.png'} | {f'clusters_{i}_{when}.png' for i in range(4)

@@ -3,13 +3,14 @@ import ast, io, json, math, os, re, signal, subprocess, sys, time
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pytest, torch, yaml
 from PIL import Image
 from deepcluster_nb.experiments import (SPINS, experiments_folder, gather, kernel_environment, main,
                                         parameters, parse_pair, summary)
 from deepcluster_nb.data import generator, pick
 from deepcluster_nb.runs import Guard, RunFolder, held_by
-from deepcluster_nb.fit import Config
+from deepcluster_nb.fit import Config, network
 from deepcluster_nb.sources import load_images
 import made_runs, survive
 from made_runs import same_format, shape
@@ -103,6 +104,34 @@ def test_choices(tmp_path, in_process, which, names):
     assert list(m) == ['random', 'random, calibrated', *names, 'seconds']
     assert all(0 <= m[name]['conv3']['mean'] <= 100 for name in names)
 
+def test_choices_hand_everything_on(tmp_path, monkeypatch, in_process): # nothing is trained or measured
+    fits, asked, levels = [], [], {0: 10., 1: 13.}
+    def fit(config, images, echo, parts):
+        fits.append((config, images, parts))
+        log = [dict(loss=l, ln_k=2., nmi_labels=l/8) for l in (4., 1.)]
+        return SimpleNamespace(net=network(config), log=log)
+    def evaluate(net, train, test, size, device, precision, seed):
+        asked.append((net, train, test, seed))
+        return dict(probes={f'conv{i}': dict(last=levels[seed] + i, best=99.) for i in range(1, 6)}, knn=50.)
+    monkeypatch.setattr('deepcluster_nb.fit.fit', fit)
+    monkeypatch.setattr('deepcluster_nb.probes.evaluate', evaluate)
+    tiny = dict(n_images=60, n_test=40, k=5, pca=7, epochs=1, seeds=2, min_scale=.3)
+    for which in ('averages', 'recipe'):
+        given = [x for n,v in (tiny | dict(which=which)).items() for x in ('-p', f'{n}={v}')]
+        assert main(['run', 'choices', '--out', str(tmp_path/which), *given]) == 0
+    m = json.loads((tmp_path/'recipe'/'metrics.json').read_text())
+    assert m['base']['conv3'] == dict(mean=14.5, std=pytest.approx(4.5**.5))
+    assert m['base']['loss']['mean'] == .5 and m['base']['nmi_labels']['mean'] == .125
+    assert '14.5\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}2.1' in (tmp_path/'recipe'/'report.html').read_text()
+    assert [c.seed for c,*_ in fits] == [0]*5 + [1]*5 + [0]*7 + [1]*7
+    assert all((c.pca, c.min_scale) == (7, .3) for c,*_ in fits[:10])
+    assert [getattr(p, 'decay', 0) for *_,p in fits[:5]] == [0, .99, 0, .99, 0]
+    for net,train,test,seed in asked[-9:]:
+        wanted = [load_images('digits', None, *s, 1) for s in (('train', 60), ('test', 40))]
+        assert seed == 1 and all(torch.equal(a.labels, b.labels) for a,b in zip((train, test), wanted))
+    plain, calibrated = (net.features[1].running_mean.abs().sum() for net,*_ in asked[-9:-7])
+    assert plain == 0 < calibrated
+
 def values(x): # all numbers in it
     if isinstance(x, dict): return [v for part in x.values() for v in values(part)]
     return [v for part in x for v in values(part)] if isinstance(x, list) else [x]
@@ -119,15 +148,16 @@ def test_what_measures_time_runs(tmp_path, in_process, name, tiny):
     assert len(numbers) > 5 and all(map(math.isfinite, numbers))
     assert (tmp_path/'run'/'report.html').is_file()
 
-def test_choices_are_tuned_on_images_that_are_held_out(tmp_path, capsys, in_process):
-    tiny = [x for p in ('which=tuning', 'n_images=700', 'n_test=700', 'k=5', 'pca=8', 'epochs=1', 'seeds=1')
+@pytest.mark.parametrize('which', ['tuning', 'averages', 'colors'])
+def test_choices_are_tuned_on_images_that_are_held_out(tmp_path, capsys, in_process, which):
+    tiny = [x for p in (f'which={which}', 'n_images=700', 'n_test=700', 'k=5', 'pca=8', 'epochs=1', 'seeds=1')
             for x in ('-p', p)]
     # of 1,438 training images more are asked for than there are
     assert main(['run', 'choices', '--out', str(tmp_path/'r'), *tiny, '-p', 'n_test=800']) != 0
     assert 'n_images, n_test: expected at most 1,438 together' in capsys.readouterr().err
     cells = json.loads((experiments_folder()/'choices.ipynb').read_text())['cells']
     source = next(s for s in (''.join(c['source']) for c in cells) if 'def splits(' in s)
-    space = dict(which='tuning', n_images=700, n_test=700, dataset='digits', root='',
+    space = dict(which=which, n_images=700, n_test=700, dataset='digits', root='',
                  load_images=load_images, generator=generator, pick=pick, torch=torch)
     body = ast.parse(source).body
     alone = ast.Module([f for f in body if getattr(f, 'name', '') == 'splits'], [])
@@ -305,10 +335,16 @@ def test_a_data_root_may_move_and_newer_parameters_have_their_defaults(tmp_path)
         with pytest.raises(ValueError, match=f'{name}: '):
             check_parameters(notebook, moved | {name: v}, tmp_path/'r')
 
-def test_a_runs_last_numbers_are_of_test_images_and_the_last_epoch(tmp_path, in_process):
-    from deepcluster_nb.fit import load_run, network
+def test_a_runs_last_numbers_are_of_test_images_and_the_last_epoch(tmp_path, in_process, monkeypatch):
+    from deepcluster_nb import pictures
+    drawn, montage, nearest = [], pictures.cluster_montage, pictures.nearest_images
+    monkeypatch.setattr(pictures, 'cluster_montage',
+                        lambda ims, assign, **how: drawn.append(assign) or montage(ims, assign, **how))
+    monkeypatch.setattr(pictures, 'nearest_images', lambda f, *more: drawn.append(f) or nearest(f, *more))
+    from deepcluster_nb.fast.features import compute_features
+    from deepcluster_nb.fit import load_assignments, load_run
     from deepcluster_nb.model import calibrate_bn
-    from deepcluster_nb.probes import evaluate
+    from deepcluster_nb.probes import cluster_accuracy, evaluate
     where, n = tmp_path/'r', dict(n_images=90, n_test=50)
     pairs = [x for p in dict(k=5, pca=8, epochs=1, passes=1, batch_size=16, precision='float32', device='cpu',
                              **n).items()
@@ -325,6 +361,21 @@ def test_a_runs_last_numbers_are_of_test_images_and_the_last_epoch(tmp_path, in_
             assert m[key][name] == {layer: p[what] for layer,p in found['probes'].items()}
         assert m['knn'][name] == found['knn']
     assert m['probes']['random'] != m['probes']['random_calibrated']
+    assert [torch.equal(a, load_assignments(where, e)) for e,a in enumerate(drawn[:2])] == [True]*2
+    for net,feats in ((nets['random'], drawn[2]), (run.net, drawn[3])):
+        assert torch.equal(feats, compute_features(net, train, run.config.size))
+    log = [json.loads(l) for l in (where/'log.jsonl').read_text().splitlines()]
+    for p,s in log[0]['seconds'].items(): assert m['seconds'][p] == pytest.approx(s, abs=.01)
+    assert m['n_test'] == 50
+    assert m['cluster_accuracy'] == cluster_accuracy(run.clustering.assign, train.labels)
+    columns = [[*m['probes'][name].values(), m['knn'][name]] for name in nets]
+    gains = [d - max(r, c) for r,c,d in zip(*columns)]
+    verdict, text = ' '.join(m['verdict']), (where/'report.html').read_text()
+    assert f'{sum(g > 0 for g in gains)} of 6 measures' in verdict
+    assert f'({max(gains):+.1f} points)' in verdict
+    assert f"NMI {log[0]['nmi_labels']:.3f} (random features) to {m['nmi_labels']:.3f}" in verdict
+    cells = re.findall(r'<td[^>]*>([^<]*)</td>', text)
+    assert cells[cells.index('kNN') + 4] == f'{columns[2][-1] - columns[0][-1]:+.1f}'
 
 COPIES = Path(__file__).parent/'copies'     # of constants: a change there is meant
 

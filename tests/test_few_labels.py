@@ -9,6 +9,7 @@ from deepcluster_nb.few_labels import (enough_epochs, even_batch, finetune, froz
 from deepcluster_nb.fit import Config, fit
 from deepcluster_nb.model import convnet
 from deepcluster_nb.probes import ProbeConfig, resolve_probe
+from deepcluster_nb.released import random_twin
 from deepcluster_nb.sources import load_images
 import made_runs
 from made_runs import same_format, shape
@@ -134,10 +135,16 @@ def test_the_command_on_digits(run_of_train, tmp_path, capsys):
                for part in ('top1', 'frozen'))
     # half of it is lost: only that is done again
     kept = {k: v for k,v in r.items() if k.startswith('random')}
+    for i,lr in enumerate(TINY['lrs']): # the rate that is worse on the test images
+        kept[f'random 0.1 {lr}'] |= dict(val=dict(top1=90. - i, top5=95.),
+                                           test=dict(top1=10. + i, top5=30. + i))
     (where/'results.json').write_text(json.dumps(kept))
     assert main(['run', 'finetune', '--out', str(where), *pairs(weights=run_of_train)]) == 0
     again = json.loads((where/'results.json').read_text())
     free = lambda found: {k: {p: v for p,v in f.items() if p != 'seconds'} for k,f in found.items()}
+    m = json.loads((where/'metrics.json').read_text())
+    assert [m[part]['random']['0.1'] for part in ('rates', 'top1', 'top5')] == [.01, 10., 30.]
+    assert '10.0\N{NO-BREAK SPACE}(30.0), rate\N{NO-BREAK SPACE}0.01' in (where/'report.html').read_text()
     assert free(again) == free(r) and {k: again[k] for k in kept} == kept
     capsys.readouterr()
     assert main(['run', 'finetune', '--out', str(where), *pairs(weights=run_of_train, seed=1)]) == 2
@@ -161,18 +168,31 @@ def test_rates_are_chosen_on_images_whose_labels_were_not_used(run_of_train, tmp
     from deepcluster_nb import few_labels
     seen, finetune, top = dict(learned=set(), asked=[]), few_labels.finetune, few_labels.top_accuracies
     def pixels(images): return {images[i].numpy().tobytes() for i in range(len(images))}
-    def learning(net, images, *more):
+    frozen, how, few, nets = few_labels.frozen_accuracies, [], [], []
+    def learning(net, images, classes, config, steps, *more):
         seen['learned'] |= pixels(images)
+        how.append((len(images), config.lr, config.min_scale, config.dropout, steps))
+        nets.append(net)
+        more = classes, config, steps, *more
         return finetune(net, images, *more)
     def asking(net, images, config):
         seen['asked'].append(pixels(images))
         return top(net, images, config)
+    def probing(net, images, *more):
+        few.append(len(images))
+        return frozen(net, images, *more)
+    monkeypatch.setattr(few_labels, 'frozen_accuracies', probing)
     monkeypatch.setattr(few_labels, 'finetune', learning)
     monkeypatch.setattr(few_labels, 'top_accuracies', asking)
-    assert main(['run', 'finetune', '--out', str(tmp_path/'run'), *pairs(weights=run_of_train)]) == 0
+    given = pairs(weights=run_of_train, seed=1, dropout=.25, n_val=25)
+    assert main(['run', 'finetune', '--out', str(tmp_path/'run'), *given]) == 0
+    assert how == [(n, lr, .5, .25, 3) for n in (10, 20) for _ in range(2) for lr in TINY['lrs']]
+    assert few == [10, 10, 20, 20] and same(nets[0], random_twin(nets[2], 1))
+    images = load_images('digits', None, 'train', 200, 1)
+    assert seen['learned'] == pixels(images.subset(labeled_share(images.labels, .1, 1)))
     val, test = seen['asked'][:2]
     assert seen['asked'] == [val, test]*(len(seen['asked']) // 2) and len(seen['learned']) > 10
-    assert not seen['learned'] & val and not seen['learned'] & test and not val & test
+    assert len(val) == 25 and not seen['learned'] & val and not seen['learned'] & test and not val & test
 
 def test_fine_tuning_passes_its_weight_decay_on(monkeypatch, digits):
     made = []

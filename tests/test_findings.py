@@ -1,10 +1,13 @@
 "The page of findings: verdicts from numbers whose truth is known, and small runs of its rows."
 import json
 from pathlib import Path
-import pytest
+from types import SimpleNamespace
+import pytest, torch
 from PIL import Image
+from sklearn.metrics import average_precision_score
 from deepcluster_nb.data import shapes
 from deepcluster_nb.experiments import main
+from deepcluster_nb.features import PCA, l2_normalize
 from deepcluster_nb.runs import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures('in_process')
@@ -88,6 +91,31 @@ def test_what_is_missing_decides_nothing(tmp_path):
     rows = page(tmp_path/'r', runs, '-p', 'row=1')
     assert rows[9] == [OPEN]*4 and rows[10] == [OPEN]*2 and 6 not in rows and rows[1] == [SEEN]
     assert 'row=6' in (tmp_path/'r'/'report.html').read_text()
+
+def test_differences_are_within_a_seed(tmp_path):
+    page(tmp_path/'r', {n: r for n,r in made(4).items() if n != 'rgb/0'}, '-p', 'row=1')
+    found = json.loads((tmp_path/'r'/'metrics.json').read_text())['6']['found']
+    assert found[2]['figures'].startswith('+5.0')                # color, at conv1, of three seeds
+
+def test_numbers_of_retrieval_and_of_the_best_nine():
+    from deepcluster_nb.experiments import experiments_folder
+    nb = json.loads((experiments_folder()/'findings.ipynb').read_text())
+    source = next(s for s in (''.join(c['source']) for c in nb['cells']) if 'def retrieved(' in s)
+    space = dict(torch=torch, PCA=PCA, l2_normalize=l2_normalize, excitement=lambda net, im, *_: im.feats)
+    exec(source, space)
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(30) % 3
+    train, test = (SimpleNamespace(labels=y, feats=torch.randn(30, 6, generator=g) + y[:, None])
+                   for _ in range(2))
+    z = l2_normalize(PCA(4).fit(train.feats).transform(test.feats))
+    rest = [[j for j in range(30) if j != i] for i in range(30)]
+    aps = [average_precision_score(y[r] == y[i], z[r] @ z[i]) for i,r in enumerate(rest)]
+    found = space['retrieved'](None, train, test, SimpleNamespace(pca=4, size=32))
+    assert found == pytest.approx(100*sum(aps)/30, abs=1e-3)
+    high = SimpleNamespace(labels=(torch.arange(30) >= 21).long(), feats=torch.arange(30.)[:, None] % 30)
+    assert space['top_nine'](None, high, SimpleNamespace(size=32)) == {f'conv{i}': [1.] for i in (1, 3, 5)}
+    high.labels[29] = 0
+    assert space['top_nine'](None, high, SimpleNamespace(size=32))['conv1'] == [8/9]
 
 def photographs(folder): # of five classes, as ImageNet is laid out
     for split, n in (('train', 30), ('val', 15)):

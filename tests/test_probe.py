@@ -330,6 +330,8 @@ def test_a_run_beside_its_neighbors(run_of_train, tmp_path, capsys):
                                    'k-means accuracy', 'AMI'))
     assert m['probes']['random'] != m['probes']['random_calibrated']
     results = json.loads((where/'results.json').read_text())
+    for key,T in dict(knn='0.1', knn_007='0.07').items():
+        assert m[key] == {n: results[n]['knn'][T] for n in names}
     for r in results.values(): # results that tell the last epoch from the best one, and the crops apart
         for i,p in enumerate(r['probes'].values()):
             p |= dict(ten=dict(last=10. + i, best=20. + i), center=dict(last=30. + i, best=40. + i))
@@ -343,6 +345,8 @@ def test_a_run_beside_its_neighbors(run_of_train, tmp_path, capsys):
     for key,first in dict(probes=10., probes_best=20., probes_center=30., probes_center_best=40.).items():
         assert again.pop(key) == {n: dict(conv1=first, conv5=first + 1) for n in names}
     assert again == {k: v for k,v in m.items() if not k.startswith('probes')}
+    text = (tmp_path/'out.ipynb').read_text()
+    assert r'| conv5 | 11.0\u00a0(21.0)' in text or '| conv5 | 11.0\N{NO-BREAK SPACE}(21.0)' in text
 
 def test_a_folder_from_before_a_parameter_goes_on(run_of_train, tmp_path, capsys, in_process):
     where = tmp_path/'probe'

@@ -73,6 +73,7 @@ def test_the_same_numbers_as_the_authors_layers(tmp_path, arch, sobel, prefix):
     state = authors_state(arch, 5, sobel)
     path = write(tmp_path/'c.pth.tar', state, arch, prefix)
     net = load_released(path)
+    assert load_weights(path)[1:] == (224, arch)
     x = torch.randn(2, 3, 224, 224, generator=generator(0, 'x'))
     with torch.inference_mode(): ours, theirs = net(x), authors_forward(arch, state, x)
     assert ours.shape == (2, 5) and (net.sobel is not None) == sobel and not net.training

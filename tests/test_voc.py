@@ -311,6 +311,8 @@ def test_command_and_again(tmp_path, capsys):
     assert (set(m) == {'SVM conv5', 'low-shot conv5', 'all', 'blind', 'arch', 'size', 'n_images', 'n_test',
                       'seconds'}
             and (m['arch'], m['n_images'], m['n_test']) == ('alexnet_small', 40, 40))
+    # of those that were asked for
+    assert set(m['SVM conv5']['random']['costs'].values()) <= {.1, 1.}
     for part in ('SVM conv5', 'all'):
         assert set(m[part]) == {'random', 'random, calibrated', 'deepcluster'}
         assert all(0 <= r[rule] <= 100 for r in m[part].values()
