@@ -94,13 +94,16 @@ def damage(folder, epoch): # flip a bit in the middle
     newest = next(folder.glob(f'{epoch:05d}-*.safetensors'))
     data = bytearray(newest.read_bytes()); data[len(data)//2] ^= 1; newest.write_bytes(data)
 
-def test_damaged_checkpoint_is_passed_over(finished, tmp_path):
-    config = replace(TINY, run_dir=str(tmp_path/'d'))
+def stopped_and_damaged(config): # after two epochs, of which the second one's checkpoint is no longer whole
     class Stop(Exception): pass
     def stop(line):
         if line.startswith('epoch 2'): raise Stop
     with pytest.raises(Stop): fit(config, echo=stop)
-    damage(tmp_path/'d'/'checkpoint', 2)
+    damage(Path(config.run_dir)/'checkpoint', 2)
+
+def test_damaged_checkpoint_is_passed_over(finished, tmp_path):
+    config = replace(TINY, run_dir=str(tmp_path/'d'))
+    stopped_and_damaged(config)
     with pytest.warns(UserWarning, match='00002'): fit(config, echo=None)
     assert sha256(tmp_path/'d') == sha256(finished[0])
 
@@ -343,11 +346,7 @@ def test_whitened_directions_are_fewer_than_images():
 
 def test_what_is_damaged_goes_as_the_run_goes_on(tmp_path, monkeypatch):
     config = replace(TINY, run_dir=str(tmp_path/'r'))
-    class Stop(Exception): pass
-    def stop(line):
-        if line.startswith('epoch 2'): raise Stop
-    with pytest.raises(Stop): fit(config, echo=stop)
-    damage(tmp_path/'r'/'checkpoint', 2)
+    stopped_and_damaged(config)
     monkeypatch.setattr(around, 'run_loop', lambda *args: None) # nothing is saved later
     with pytest.warns(UserWarning, match='00002'): fit(config, echo=None)
     assert [p.stem for p in (tmp_path/'r'/'checkpoint').glob('*.json')] == ['00001-0000000']
