@@ -67,6 +67,16 @@ def test_runs_once_and_leaves_a_finished_run_alone(turn, tmp_path):
     assert (re.search(r'== \d{4}-\d\d-\d\d \d\d:\d\d:\d\d start', log) and 'epoch 1/2' in log
             and 'end: status 0' in log)
 
+def test_a_finished_run_is_asked_again_for_more_epochs_until_they_are_done(turn, tmp_path):
+    more = ('train', '--preset', 'digits', '-p', 'epochs=20')
+    assert end(turn('finish'))[0] == 0 and end(turn('fail', *more))[0] == 2
+    assert end(turn('finish', *more))[0] == 0 and end(turn('finish', *more))[0] == 0
+    calls = (tmp_path/'run'/'calls').read_text().splitlines()
+    assert ['epochs=20' in c for c in calls] == [False, True, True]
+    assert end(turn('finish', 'train', '-p', 'root=a b'))[0] == 0
+    assert end(turn('finish', 'train', '-p', 'root=a', 'b'))[0] == 0        # other words, the same text
+    assert len((tmp_path/'run'/'calls').read_text().splitlines()) == 5
+
 def test_a_second_turn_is_refused_and_TERM_is_passed_on(turn, tmp_path):
     first = turn('wait')
     until(tmp_path/'run'/'ready')

@@ -18,8 +18,11 @@ if [ -n "${DEEPCLUSTER_DATA:-}" ] && [ ! -d "$DEEPCLUSTER_DATA" ]; then
   say "DEEPCLUSTER_DATA: expected a folder, and there is none at '$DEEPCLUSTER_DATA'"; exit 2
 fi
 
-report=$(realpath -m "$out/report.html")
-if [ -f "$out/metrics.json" ] && [ -f "$report" ]; then echo "$out is finished: $report"; exit 0; fi
+report=$(realpath -m "$out/report.html"); log="$out.log"
+done_line="== finished: $(printf '%q ' "$name" "$@")"            # of these arguments: more epochs asked for are a new task
+if [ -f "$out/metrics.json" ] && [ -f "$report" ] && grep -qsxF -- "$done_line" "$log"; then
+  echo "$out is finished: $report"; exit 0
+fi
 
 mkdir -p "$(dirname "$out")"
 exec 9>>"$out.lock"                                           # the system gives the lock back however the process ends
@@ -34,7 +37,6 @@ done
 [[ $ranks =~ ^[1-9][0-9]*$ ]] || ranks=1                      # the command says what is wrong with it
 cores=${SLURM_CPUS_PER_TASK:-$(nproc)}
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( cores > ranks ? cores / ranks : 1 ))}"
-log="$out.log"
 note() { echo "== $(date '+%Y-%m-%d %H:%M:%S') $*" >>"$log"; }
 note "start: $name $* ($OMP_NUM_THREADS threads, limit ${DEEPCLUSTER_LIMIT:-0}, process $$)"
 
@@ -48,7 +50,7 @@ while kill -0 "$pid" 2>/dev/null; do status=0; wait "$pid" || status=$?; done   
 
 note "end: status $status"
 case $status in
-  0) echo "$out is finished: $report";;
+  0) echo "$done_line" >>"$log"; echo "$out is finished: $report";;
   124|130|143) echo "$out: stopped (status $status); the next turn goes on";;
   *) say "$out: failed with status $status; the end of $log:"; tail -n 5 "$log" >&2;;
 esac
