@@ -138,6 +138,27 @@ def test_slurm_job_puts_itself_back_when_its_time_is_over(turn, tmp_path, how, r
         assert (tmp_path/'requeued').read_text() == 'requeue 17\n' and (tmp_path/'run'/'saved').exists()
     assert (tmp_path/'run'/'calls').read_text().startswith('5|')
 
+@pytest.mark.parametrize('how, requeued', [('wait', True), ('finish', False), ('fail', False)])
+def test_slurm_job_of_several_machines_goes_on_and_ends(turn, tmp_path, how, requeued):
+    tools = dict(srun='while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+                 torchrun='while [ "$1" != deepcluster_nb ]; do shift; done; shift; exec deepcluster-nb "$@"',
+                 scontrol=f'case $1 in show) echo first;; *) echo "$@" > {tmp_path}/requeued;; esac')
+    for name, does in tools.items():
+        (tmp_path/'bin'/name).write_text(f'#!/bin/bash\n{does}\n'); (tmp_path/'bin'/name).chmod(0o755)
+    copy = tmp_path/'spool'; shutil.copy(SCHEDULE/'ranks.sbatch', copy); copy.chmod(0o755)
+    def job(*more):
+        return turn(how, 'train', *more, script=copy, SLURM_NNODES='2',
+                    SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID='17', SLURM_JOB_NODELIST='n[1-2]')
+    def calls(): return len((tmp_path/'run'/'calls').read_text().splitlines())
+    (tmp_path/'run').mkdir(); (tmp_path/'run'/'report.html').write_text('of fewer epochs')
+    p = job()
+    if how == 'wait': until(tmp_path/'run'/'ready'); p.send_signal(signal.SIGTERM)
+    assert end(p)[0] == dict(wait=143, finish=0, fail=2)[how] and calls() == 1
+    assert (tmp_path/'requeued').exists() == requeued
+    if how == 'finish':
+        assert end(job())[0] == 0 and calls() == 1
+        assert end(job('-p', 'epochs=20'))[0] == 0 and calls() == 2
+
 def test_templates_call_run_sh_and_bash_reads_them():
     for script in (RUN, SCHEDULE/'deepcluster.sbatch'):
         assert os.access(RUN, os.X_OK) and subprocess.run(['bash', '-n', script]).returncode == 0
