@@ -171,7 +171,7 @@ def read_oxford(root,     # holds jpg/ and lab/
     lab, jpg = (root/sub if (root/sub).is_dir() else root for sub in ('lab', 'jpg'))
     files = sorted(lab.glob('*_query.txt'))
     if not files: raise FileNotFoundError(f"root: no *_query.txt in {str(lab)!r}; {PLACES}")
-    images = {p.stem: p for p in image_files(jpg)[0] if p.stem not in BROKEN}
+    images = {p.stem: p for p in image_files(jpg, '.txt')[0] if p.stem not in BROKEN}
     names, queries = lambda f: {l.strip() for l in f.read_text('utf-8').splitlines() if l.strip()}, []
     for f in files:
         name = f.name[:-len('_query.txt')]
@@ -199,7 +199,8 @@ def read_queries(folder,  # of images, as deep as you like
     if not file.is_file():
         raise FileNotFoundError(f"queries: no file {str(file)!r}; expected CSV with the columns query, box, "
                                 f"positive, junk, or *_query.txt files in {str(folder/'lab')!r}")
-    images, queries = {p.relative_to(folder).as_posix(): p for p in image_files(folder)[0]}, []
+    found, queries = image_files(folder, file.suffix.lower())[0], []
+    images = {p.relative_to(folder).as_posix(): p for p in found}
     split = lambda text: {n.strip() for n in (text or '').split(';') if n.strip()}
     with open(file, newline='', encoding='utf-8-sig') as f: # with a byte order mark or without
         for row in csv.DictReader(f):

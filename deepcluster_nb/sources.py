@@ -109,9 +109,12 @@ def passed_over(folder, other:Counter)->list: # of one line, or none
     more = f', and {len(said) - 12} more kinds' if said[12:] else ''
     return [f"passed over in {str(folder)!r}: {', '.join(said[:12])}{more}"] if said else []
 
-def image_files(folder)->tuple: # (paths, labels or None, class names)
+def image_files(folder,
+                beside:str='', # ending of files that belong there, which are passed over without a word
+               )->tuple:       # (paths, labels or None, class names)
     "Find the images of a tree, and warn of what is passed over."
     *found, other = find_images(folder)
+    other.pop(beside, None)
     for line in passed_over(folder, other): warnings.warn(line, stacklevel=2)
     return tuple(found)
 
