@@ -1,6 +1,5 @@
 "The page of findings: verdicts from numbers whose truth is known, and small runs of its rows."
 import json
-from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
 from PIL import Image

@@ -10,7 +10,7 @@ from deepcluster_nb.fit import Config
 from deepcluster_nb.report import (KINDS, LAYERS, PUBLISHED, SURE, TABLES, about, commands, data_of,
                                    differences, measured, nmi_curves, published, published_table,
                                    read_finished, report_page)
-from made_runs import NETS, epochs, levels, made, probe, retrieval, train, tuned, voc
+from made_runs import epochs, made, probe, retrieval, train, tuned, voc
 
 def rows_of(*paths, table, net='deepcluster'):
     return [r for r in measured([read_finished(p) for p in paths]) if (r.table, r.net) == (table, net)]

@@ -449,7 +449,7 @@ def test_a_stop_between_two_cells_waits_for_the_next(tmp_path):
     assert (e.value.ename, e.value.evalue) == ('Stopped', 'SIGTERM came: kept')
 
 def test_a_hold_is_one_processes_and_can_be_let_go(tmp_path):
-    folder = RunFolder(tmp_path, {})
+    RunFolder(tmp_path, {})
     hold = Hold(tmp_path, 'kept')
     with pytest.raises(ValueError, match='is in use by process'): Hold(tmp_path, 'kept')
     hold.let_go(); hold.let_go()
