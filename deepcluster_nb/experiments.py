@@ -401,11 +401,11 @@ def summary(run_dir:Path)->str: # the table that ends a run
     names = [n for n in titles if n in probes]
     rows = ([(f'linear probe {layer}', *[probes[n][layer] for n in names]) for layer in probes['random']]
             + [('kNN', *[knn[n] for n in names])] if probes else [])
-    gain = 'deepcluster' in names
+    gain, plain = 'deepcluster' in names, sum(n.startswith('random') for n in names)
     lines = [f"{'accuracy, %':22}{'random':>8}" + ''.join(f'{titles[n]:>13}' for n in names[1:])
-             + (f"{'over random':>13}" if gain else '')] if rows else []
+             + (f"{'over the better':>17}" if gain else '')] if rows else []
     lines += [f"{name:22}{v[0]:8.1f}" + ''.join(f'{x:13.1f}' for x in v[1:])
-              + (f"{v[-1]-v[0]:+13.1f}" if gain else '') for name,*v in rows]
+              + (f"{v[-1] - max(v[:plain]):+17.1f}" if gain else '') for name,*v in rows]
     lines += [*m.get('verdict', []),
               *([f"seconds in all: {m['seconds']['total']:.0f}"] if 'seconds' in m else [])]
     return '\n'.join(lines)
