@@ -8,6 +8,7 @@ from execnb.shell import CaptureShell
 from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
+from deepcluster_nb.experiments import experiments_folder
 from deepcluster_nb.runs import Hold
 
 @contextmanager
@@ -40,3 +41,15 @@ def execute(notebook, page, given): # as experiments.execute does
             for v in shell.user_ns.values():
                 if isinstance(v, Hold): v.let_go()           # as the end of its process would
             page.write_text(nbformat.writes(nb), encoding='utf-8')
+
+def names_of(experiment, *texts, **given): # by its imports, parameters, and the cells with these texts
+    space = {}
+    cells = [c for c in load_notebook_node(str(experiments_folder()/f'{experiment}.ipynb')).cells
+             if c.cell_type == 'code']
+    parts = ([c for c in cells if 'parameters' in c.metadata.tags],
+             [c for c in cells if c.source.startswith(('import ', 'from '))],
+             [c for c in cells if any(t in c.source for t in texts)])
+    for part in parts:
+        if part is parts[2]: space |= given
+        for c in part: exec(compile(c.source, experiment, 'exec'), space)
+    return space

@@ -6,13 +6,17 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pytest, torch, yaml
 from PIL import Image
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from deepcluster_nb.experiments import (SPINS, experiments_folder, gather, kernel_environment, main,
                                         parameters, parse_pair, summary)
 from deepcluster_nb.data import generator, pick
 from deepcluster_nb.runs import Guard, RunFolder, held_by
-from deepcluster_nb.fit import Config, network
+from deepcluster_nb.fit import Config, network, resolve
+from deepcluster_nb.model import alexnet_small
 from deepcluster_nb.sources import load_images
 import made_runs, survive
+from in_process import names_of
 from made_runs import same_format, shape
 from survive import sha256
 
@@ -132,21 +136,88 @@ def test_choices_hand_everything_on(tmp_path, monkeypatch, in_process): # nothin
     plain, calibrated = (net.features[1].running_mean.abs().sum() for net,*_ in asked[-9:-7])
     assert plain == 0 < calibrated
 
+SAYS = [('RGB', dict(sobel=False)), ('jitter', dict(jitter=.4)), ('RGB, jitter', dict(gray=.2)),
+        ('stay', dict(recluster=1)), ('last quarter', dict(lr_schedule='last_quarter')),
+        ('cosine learning rate', dict(lr_schedule='cosine')), ('a step back', dict(reset_every=2)),
+        ('half as often', dict(epochs=4, passes=8)), ('a quarter as often', dict(epochs=2, passes=16)),
+        ('twice the size', dict(size=64, passes=2)), ('half as many channels more', dict(arch='wider')),
+        ('no batch norm in linear', dict(arch='without_bn')), ('one pass', dict(passes=1, epochs=32)),
+        ('crops from 8 %', dict(min_scale=.08)), ('mean of 100 steps', dict(decay=.99)),
+        ('released sampler', dict(sampler='released')), ('weighted loss', dict(sampler='weighted')),
+        ('PIC', dict(clusterer='pic')), ('PIC, released', dict(clusterer='pic_released')),
+        ('head with momentum', dict(head_momentum=.9)), ('head kept', dict(head='kept')),
+        ('head from centroids', dict(head='centroids')), ('border replicated', dict(border='replicate')),
+        ('after the ReLU', dict(relu=True)), ('calibrated', dict(calibrate=True))]
+NUMBERS = dict(k='k = ', batch_size='batch ', lr='lr ', weight_decay='weight decay ', dropout='dropout ')
+
+def test_a_variant_changes_what_its_name_says():
+    space = names_of('choices', 'recipes = {', k=20, epochs=8, n_images=0)
+    counts = dict(recipe=7, method=12, samplers=5, tuning=18, averages=5)
+    assert {which: len(space['known'][which]) for which in counts} == counts
+    for variants in (space['known'][which] for which in counts):
+        last = ''
+        for name,changed in variants.items():
+            last = full = name.replace('the same', last)
+            wanted = {n: v for words,how in SAYS if words in full for n,v in how.items()}
+            for n,words in NUMBERS.items():
+                if found := re.search(rf'\b{words}([\d.e-]+)', full): wanted[n] = float(found[1])
+            assert changed == wanted, name
+    large = dict(size=64, passes=15)                    # beside the preset's k
+    assert space['known']['colors'] == {'base': large, 'Sobel, jitter': large | dict(jitter=.4)}
+    # k of 600 and 200 are no fewer than the images
+    space = names_of('choices', 'recipes = {', n_images=200)
+    assert len(space['known']['tuning']) == 17 and 'they stay, k = 600' not in space['known']['tuning']
+
+def test_the_networks_of_the_choices():
+    archs, plain = {}, alexnet_small(2, .3)
+    names_of('choices', 'def without_bn(', ARCHS=archs, SIZES=dict(alexnet_small=(31, 134)))
+    def sizes(part, kind, *names): return [[getattr(m, n) for n in names]
+                                           for m in part if isinstance(m, kind)]
+    conv = nn.Conv2d, 'out_channels', 'kernel_size', 'stride', 'padding'
+    linear = nn.Linear, 'in_features', 'out_features'
+    for name,more,norms in (('wider', 1.5, 2), ('without_bn', 1, 0)):
+        features, classifier = archs[name](2, .3)
+        assert sizes(features, *conv) == [[more*c, *how] for c,*how in sizes(plain[0], *conv)]
+        (first, *rest), (f, *r) = sizes(classifier, *linear), sizes(plain[1], *linear)
+        assert rest == r and first == [more*f[0], f[1]] and len(sizes(classifier, nn.BatchNorm1d)) == norms
+        x = torch.zeros(2, 2, 32, 32)
+        assert classifier.eval()(features.eval()(x).flatten(1)).shape == (2, 1024)
+        assert sizes(classifier, nn.Dropout, 'p') == [[.3]]*2
+
 def values(x): # all numbers in it
     if isinstance(x, dict): return [v for part in x.values() for v in values(part)]
     return [v for part in x for v in values(part)] if isinstance(x, list) else [x]
 
 @pytest.mark.parametrize('name, tiny', [
-    ('epoch', 'n_images=32 k=5 pca=4 n_points=100 batch_size=8 steps=1'),
+    ('epoch', 'n_images=32 k=5 pca=4 n_points=100 batch_size=8 steps=1 of=1000 device=cpu'),
     ('speed', 'n_images=16 epoch_images=16 batch_size=8 n_points=200 ks=[5] pca=4 niter=1 workers=0 '
               'rounds=1')])
-def test_what_measures_time_runs(tmp_path, in_process, name, tiny):
+def test_what_measures_time_runs(tmp_path, in_process, monkeypatch, name, tiny):
+    from deepcluster_nb.fast import feeding
+    took = feeding.seconds
+    def three(work, device): took(work, device); return 3.      # whatever is timed takes as long
+    if name == 'epoch': monkeypatch.setattr(feeding, 'seconds', three)
     tiny = [x for p in tiny.split() for x in ('-p', p)]
     assert main(['run', name, '--out', str(tmp_path/'run'), *tiny]) == 0
     m = json.loads((tmp_path/'run'/'metrics.json').read_text())
     numbers = [v for v in values(m) if isinstance(v, float)]
     assert len(numbers) > 5 and all(map(math.isfinite, numbers))
     assert (tmp_path/'run'/'report.html').is_file()
+    if name != 'epoch': return
+    # of 32 photographs, of 100 points, and of 2,048 features, which PCA takes and then projects
+    images, points, rows = 3*1000/32, 3*1000/100, 3*1000/2048
+    e, machine = m['epoch']['file'], m['machine']
+    assert e['seconds'] == pytest.approx({'k-means': points, 'bookkeeping': points, 'extraction': images,
+                                          'PCA': 2*rows, 'solve': 3., 'training': images})
+    assert e['whole'] == pytest.approx(2*points + 2*images + 2*rows + 3)
+    shares = {'k-means': points, 'extraction': images, 'PCA': 2*rows, 'training': images}
+    assert e['busy'].keys() == shares.keys()            # what was not watched counts as idle
+    assert e['busy_whole']*e['whole'] == pytest.approx(sum(e['busy'][p]*s for p,s in shares.items()))
+    assert machine['TFLOP_per_second'] == round(2*2048**3/3e12, 2)
+    net = network(resolve(Config(k=5, device='cpu')))
+    with FlopCounterMode(display=False) as count: net.eval()(torch.zeros(1, 1, 32, 32))
+    forward = count.get_total_flops() / (2*2048**3/3)   # seconds an image
+    assert e['of_floor'] == pytest.approx(dict(extraction=32*forward/3, training=3*32*forward/3))
 
 @pytest.mark.parametrize('which', ['tuning', 'averages', 'colors'])
 def test_choices_are_tuned_on_images_that_are_held_out(tmp_path, capsys, in_process, which):

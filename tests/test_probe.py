@@ -18,11 +18,12 @@ from deepcluster_nb.fast.features import PCA, compute_features
 from deepcluster_nb.features import l2_normalize
 from deepcluster_nb.fast.images import PackedImages
 from deepcluster_nb.fast.kmeans import kmeans
-from deepcluster_nb.model import convnet
+from deepcluster_nb.model import calibrate_bn, convnet
 from deepcluster_nb.probes import (Heads, ProbeConfig, cluster_measures, conv_activations, evaluate, held_out,
                                    knn_accuracy, linear_probe, linear_probes, measure, pool_activation,
                                    pooled, probe_crop, probe_features, probe_lr, resolve_probe, supervised,
                                    train_on_labels, train_probes)
+from deepcluster_nb.released import load_weights, random_twin
 from deepcluster_nb.runs import load_checkpoint
 from deepcluster_nb.sobel import normalize
 from deepcluster_nb.fit import Config, fit
@@ -347,6 +348,43 @@ def test_a_run_beside_its_neighbors(run_of_train, tmp_path, capsys):
     assert again == {k: v for k,v in m.items() if not k.startswith('probes')}
     text = (tmp_path/'out.ipynb').read_text()
     assert r'| conv5 | 11.0\u00a0(21.0)' in text or '| conv5 | 11.0\N{NO-BREAK SPACE}(21.0)' in text
+
+def same_state(a, b):
+    return all(torch.equal(v, b.state_dict()[n]) for n,v in a.state_dict().items())
+
+@pytest.mark.parametrize('given', ['weights', 'nothing'])
+def test_no_network_is_made_of_test_images(run_of_train, tmp_path, monkeypatch, in_process, given):
+    seen, taught = [], []
+    levels = [30., 35., 60., 40.]                       # random, calibrated, on labels, DeepCluster
+    def measured(net, train, test, config, *more):
+        seen.append((net, train, test, config))
+        level = levels[len(seen) - 1]
+        return dict(probes=dict(conv5=dict(center=dict(last=level, best=level + 2))),
+                    knn={'0.07': 1., '0.1': 2.},
+                    clusters=dict(k=10, accuracy=20., accuracy_chance=11., nmi=.3, nmi_chance=.1, ami=.2))
+    def labels(images, *more):
+        taught.append((images, convnet('alexnet_small', 10)))
+        return taught[0][1]
+    monkeypatch.setattr(probes, 'measure', measured)
+    monkeypatch.setattr(probes, 'supervised', labels)
+    more = dict(weights=run_of_train) if given == 'weights' else dict(sobel=False)
+    assert main(['run', 'probe', '--out', str(tmp_path/'r'),
+                 *pairs(protocol='cached', device='cpu', seed=3, **more)]) == 0
+    train, test = (load_images('digits', None, s, n, 3) for s,n in (('train', 40), ('test', 20)))
+    ours = load_weights(run_of_train)[0]
+    twin = random_twin(ours, 3) if given == 'weights' else convnet('alexnet_small', 10, False, 0., 3).eval()
+    nets = [net for net,*_ in seen]
+    assert same_state(nets[0], twin) and not nets[0].training
+    calibrate_bn(twin, train, 32)
+    assert same_state(nets[1], twin) and nets[2] is taught[0][1]
+    for images in (taught[0][0], *(x for _,x,_,_ in seen)): assert torch.equal(images.labels, train.labels)
+    assert all(torch.equal(x.labels, test.labels) for _,_,x,_ in seen)
+    assert all((c.seed, c.size, c.sobel) == (3, 32, given == 'weights') for *_,c in seen)
+    text = (tmp_path/'r'/'notebook.ipynb').read_text().replace('\N{NO-BREAK SPACE}', ' ')
+    row = '| conv5 | 30.0 (32.0) | 35.0 (37.0) | 60.0 (62.0) |'
+    assert (row + ' 40.0 (42.0) | +5.0 |' if given == 'weights' else row) in text
+    if given == 'weights': assert same_state(nets[3], ours)
+    assert len(nets) == 3 + (given == 'weights')
 
 def test_a_folder_from_before_a_parameter_goes_on(run_of_train, tmp_path, capsys, in_process):
     where = tmp_path/'probe'

@@ -2,13 +2,15 @@
  "and the experiment through the command.")
 import json, shutil, warnings
 from fractions import Fraction
-import numpy as np, pytest, torch
+from types import SimpleNamespace
+import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from PIL import Image
 from torchvision.ops import roi_pool
-from deepcluster_nb.sources import decode
+from deepcluster_nb.sources import decode, read_images
 from deepcluster_nb.experiments import main
 from deepcluster_nb.fast.features import PCA
-from deepcluster_nb.model import convnet
+from deepcluster_nb.model import calibrate_bn, convnet
+from deepcluster_nb.released import random_twin
 from deepcluster_nb.retrieval import (BROKEN, aggregate, descriptors, learn_whitening, made_city, ranked_ap,
                                       read_oxford, read_queries, region_vectors, retrieval_map, rmac,
                                       rmac_regions, scaled, search)
@@ -282,6 +284,59 @@ def test_whitening_is_learned_on_the_other_city(tmp_path, city, monkeypatch):
                  *(x for pair in args.items() for x in ('-p', '='.join(map(str, pair))))]) == 0
     wanted = sorted((other/'jpg').iterdir())
     assert [sorted(map(str, s)) for s in seen] == [list(map(str, wanted))]*2              # two networks
+
+def test_networks_search_and_pictures_are_as_asked(tmp_path, city, monkeypatch):
+    other = sorted((made_city(tmp_path/'other', landmarks=2, others=3, seed=7)/'jpg').iterdir())
+    trained, fits, calls, maps, shown = convnet('alexnet_small', 4, dropout=0., seed=9).eval(), [], [], [], []
+    names = [f'city0_{i:06d}.jpg' for i in range(23)]
+    a, b, c, d, *rest = names
+    ranking, judge = [d, b, rest[0], a, rest[1], c, *rest[2:]], retrieval_map
+    def fit(config, images, echo):
+        fits.append((config, images))
+        return SimpleNamespace(net=trained)
+    def whiten(net, paths, dim, progress, **how):
+        calls.append((net, dim, how))
+        return len(calls)
+    def find(net, images, queries, pca, progress, **how):
+        assert (net, pca, how) == (calls[-1][0], len(calls), calls[-1][2])
+        return [ranking if net is trained else ranking[::-1]]
+    def judged(rankings, queries):
+        maps.append((rankings, judge(rankings, queries)[0]))
+        return judge(rankings, queries)
+    def show(images, **how):
+        shown.append((images, draw(images, **how)))
+        return shown[-1][1]
+    from deepcluster_nb import data
+    draw = data.show_images
+    for name,f in {'fit.fit': fit, 'retrieval.learn_whitening': whiten, 'retrieval.search': find,
+                   'retrieval.retrieval_map': judged, 'data.show_images': show}.items():
+        monkeypatch.setattr(f'deepcluster_nb.{name}', f)
+    (tmp_path/'q.csv').write_text(f'query,positive,junk\n{a},{b};{c},{d}\n')
+    given = dict(data='folder', root=city/'jpg', queries=tmp_path/'q.csv', pca_root=tmp_path/'other',
+                 levels=2, dim=7, sides=[64, 96], seed=3, epochs=1, k=4, size=32, device='cpu',
+                 precision='float32')
+    assert main(['run', 'retrieval', '--out', str(tmp_path/'run'),
+                 *(x for pair in given.items() for x in ('-p', '='.join(map(str, pair))))]) == 0
+    how = dict(sides=(64, 96), levels=2, device='cpu', precision='float32')
+    nets = [net for net,*_ in calls]
+    assert [more for _,*more in calls] == [[7, how]]*3 and nets[2] is trained
+    (config, images), = fits
+    assert (config.k, config.epochs, config.size, config.seed, len(images)) == (4, 1, 32, 3, 15)
+    twin = random_twin(trained, 3)
+    assert all(torch.equal(v, twin.state_dict()[n]) for n,v in nets[0].state_dict().items())
+    calibrate_bn(twin, read_images(other), 32, 32)          # of the other city, and in any order
+    assert all(torch.allclose(v, twin.state_dict()[n], atol=1e-5) for n,v in nets[1].state_dict().items())
+    # d and a do not count: b is the first of the rest, c the fourth
+    m = json.loads((tmp_path/'run'/'metrics.json').read_text())['mAP']
+    assert m['deepcluster'] == pytest.approx(100*(1/2 + 1/2*(1/3 + 1/2)/2)) and m['random'] < 20
+    blind = maps[3:]
+    assert len(blind) == 100 and m['blind'] == pytest.approx(sum(v for _,v in blind)/100)
+    assert len({tuple(r) for (r,),_ in blind}) == 100 and all(sorted(r) == names for (r,),_ in blind)
+    ((pictures, fig),) = shown
+    wanted = [decode(city/'jpg'/n) for n in (a, *ranking[:5])]
+    assert len(pictures) == 6 and all(torch.equal(p, w) for p,w in zip(pictures, wanted))
+    frames = [ax.spines['left'].get_edgecolor() for ax in fig.axes[1:]]
+    assert frames == [plt.matplotlib.colors.to_rgba(c) for c in ('.5', 'C2', 'C3', '.5', 'C3')]
 
 def test_own_folder(tmp_path, city):
     (tmp_path/'q.csv').write_text('query,positive\ncity0_000000.jpg,city0_000001.jpg;city0_000002.jpg\n')

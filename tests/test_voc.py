@@ -1,6 +1,7 @@
 ("VOC 2007: what the files say, average precision by three rules, SVMs, fine-tuning, "
  "and the experiment through the command.")
 import json, math
+from types import SimpleNamespace
 import numpy as np, pytest, torch
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import cross_val_score
@@ -9,7 +10,8 @@ from torch import nn
 from deepcluster_nb import voc
 from deepcluster_nb.fast.images import PackedImages
 from deepcluster_nb.experiments import main
-from deepcluster_nb.model import convnet
+from deepcluster_nb.model import calibrate_bn, convnet
+from deepcluster_nb.released import random_twin
 from deepcluster_nb.voc import (COSTS, average_precision, crop_scores, finetune, learning_rate, linear_svm,
                                 low_shot, made_voc, mean_ap, read_voc, shot_rows, transfer_net, unit_rows,
                                 voc_folder, voc_labels, voc_loss, voc_objects)
@@ -322,12 +324,64 @@ def test_command_and_again(tmp_path, capsys):
     assert set(m['low-shot conv5']['random']) == {'1', '4'} and (where/'figures'/'voc.png').exists()
     html = (where/'report.html').read_text()
     assert 'blind' in html and 'machinery runs' in html and '72.0' in html
+    assert '40 photographs of trainval to learn from, 40 of test to be tested on' in html
     done = json.loads((where/'runs.json').read_text())
     del done['all/deepcluster']                               # as if it had been stopped before the last part
     (where/'runs.json').write_text(json.dumps(done))
     assert main(['run', 'voc', '--preset', 'voc_small', '--out', str(where), *TINY]) == 0
     assert ({k: v for k,v in json.loads((where/'metrics.json').read_text()).items() if k != 'seconds'}
             == {k: v for k,v in m.items() if k != 'seconds'})
+
+def test_parts_learn_on_one_split_and_are_tested_on_the_other(tmp_path, monkeypatch):
+    trained, sets, fits, svms, shots, tuned = convnet('alexnet_small', 5, seed=9).eval(), [], [], [], [], []
+    def read(root, *asked):
+        assert asked == (('train', 'val')[len(sets)], 15, 2)
+        sets.append(read_voc(root, *asked))
+        return sets[-1]
+    def fit(config, images, echo):
+        fits.append((config, images.pixels))
+        return SimpleNamespace(net=trained)
+    def svm(learned, y, tested, costs, seed, **how): # which is always wrong
+        svms.append((learned, y, tested, costs, seed))
+        return -tested[1].labels.double(), [.1, .5, .1, .1, .1]
+    def low(learned, y, tested, t, *more, seed, **how):
+        shots.append((learned, y, tested, t, *more, seed))
+        return {n: dict(mean=10.*n, std=1.*n, best=11.*n, cost=.1) for n in (1, 2)}
+    def tune(net, images, part, steps, size, seed, **how):
+        tuned.append((net, images, part, steps, size, seed))
+        return net
+    def crops(net, images, size, seed, **how): # which are always right
+        tuned[-1] += images, size, seed
+        return images.labels.double()
+    for name,f in {'fit.fit': fit, 'voc.read_voc': read, 'voc.linear_svm': svm, 'voc.low_shot': low,
+                   'voc.transfer_net': lambda net, classes, part, bn, seed: (net, classes, part, bn, seed),
+                   'voc.finetune': tune, 'voc.crop_scores': crops,
+                   'probes.probe_features': lambda net, im, size, **how: dict(conv4=(net, im, size))}.items():
+        monkeypatch.setattr(f'deepcluster_nb.{name}', f)
+    given = dict(split='train', n_images=15, seed=2, k=6, epochs=1, size=33, layers=['conv4'], shots=[1, 2],
+                 samples=4, costs=[.1, .5], parts=['fc6-8', 'all'], steps=7, train_bn=True, device='cpu')
+    assert main(['run', 'voc', '--out', str(tmp_path/'r'),
+                 *(x for n,v in given.items() for x in ('-p', f'{n}={v}'))]) == 0
+    (train, test), ((config, pixels),) = sets, fits
+    assert (config.k, config.epochs, config.size, config.seed) == (6, 1, 33, 2)
+    assert torch.equal(pixels, train.pixels)
+    nets, twin = [learned[0] for learned,*_ in svms], random_twin(trained, 2)
+    assert all(torch.equal(v, twin.state_dict()[n]) for n,v in nets[0].state_dict().items())
+    calibrate_bn(twin, train, 33)
+    assert all(torch.allclose(v, twin.state_dict()[n]) for n,v in nets[1].state_dict().items())
+    assert len(nets) == 3 and nets[2] is trained
+    def sides(net): return ((net, train, 33), train.labels, (net, test, 33))
+    assert svms == [(*sides(net), [.1, .5], 2) for net in nets]
+    assert shots == [(*sides(net), test.labels, [1, 2], 4, [.1, .5], 2) for net in nets]
+    assert tuned == [((net, 5, part, True, 2), train, part, 7, 33, 2, test, 33, 2)
+                     for net in nets for part in ('fc6-8', 'all')]
+    m = json.loads((tmp_path/'r'/'metrics.json').read_text())
+    assert m['all']['random']['step'] == 100 and m['low-shot conv4']['random']['2']['best'] == 22
+    assert m['SVM conv4']['deepcluster']['costs']['disc'] == .5
+    assert m['SVM conv4']['deepcluster']['step'] < m['blind']
+    # the share of those that show a class, without what is difficult
+    right = [[int(v == 1) for v in y if v != 0] for y in test.labels.T]
+    assert m['blind'] == pytest.approx(100*sum(sum(y)/len(y) for y in right)/5)
 
 def test_missing_tree_is_one_line_and_leaves_nothing(tmp_path, capsys):
     assert main(['run', 'voc', '--preset', 'voc2007', '-p', f'root={tmp_path}',
