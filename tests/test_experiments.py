@@ -315,7 +315,8 @@ def test_stopped_and_called_again(tmp_path, undisturbed): # twice, one run; SIGT
     where, saved = tmp_path/'r', lambda: {p.name for p in where.glob('checkpoint/*.json')}
     stopped = 'deepcluster-nb: stopped; the state is saved'
     killed = ("deepcluster-nb: the notebook's process has ended without a word, as one does that is killed, "
-              "by the system too when memory is full; ([123] of 3 epochs are|the training is) finished and kept in")
+              "by the system too when memory is full; ([123] of 3 epochs are|the training is) finished and "
+              "kept in")
     for number, status, epoch, says in ((signal.SIGINT, 130, 0, stopped), (signal.SIGKILL, 1, 1, killed)):
         before = saved()
         p = subprocess.Popen([sys.executable, '-c',
