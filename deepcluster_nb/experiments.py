@@ -31,7 +31,7 @@ from .fast.packing import read_like
 from .probes import ONLY_PAPER, ProbeConfig, resolve_probe, usual_size
 from .few_labels import check_choices
 from .report import read_finished, write_page
-from .runs import (MEASURING, RunFolder, Stopped, amount, duration, held_by,
+from .runs import (MEASURING, RunFolder, Stopped, amount, duration, held_by, in_place,
                                  progress_line, read_log, signals_to, write_atomic)
 from .fast.distributed import started_as_rank
 from .fit import (MAY_DIFFER, Config, check, check_ranks, clusters_csv, describe, fit, load_run,
@@ -225,7 +225,7 @@ def run_epochs(run_dir:Path)->int:
 
 class Passing:
     "Where a notebook's own printed lines go: to the output of the command."
-    def write(self, text:str): print(('\r\033[K' if sys.stderr.isatty() else '') + text, end='', flush=True)
+    def write(self, text:str): in_place(); print(text, end='', flush=True)
     def flush(self): pass
 
 class Watcher(threading.Thread):
@@ -238,20 +238,17 @@ class Watcher(threading.Thread):
         lines = read_log(self.run_dir/'log.jsonl')
         epochs = run_epochs(self.run_dir) if lines else 0
         for r in lines[self.printed:]:
-            print(('\r\033[K' if sys.stderr.isatty() else '') + (r.get('line') or describe(r, epochs)),
-                  flush=True)
+            in_place()
+            print(r.get('line') or describe(r, epochs), flush=True)
         self.printed = len(lines)
-        if sys.stderr.isatty():
-            width = shutil.get_terminal_size().columns - 1
-            try: state = progress_line(json.loads((self.run_dir/'progress.json').read_bytes()))
-            except (OSError, ValueError): state = f"working · {duration(time.time() - self.start_time)}"
-            print('\r' + state[:width] + '\033[K', end='', file=sys.stderr, flush=True)
+        try: state = progress_line(json.loads((self.run_dir/'progress.json').read_bytes()))
+        except (OSError, ValueError): state = f"working · {duration(time.time() - self.start_time)}"
+        in_place(state)
 
     def run(self):
         while not self.done.wait(.5): self.look()
     def finish(self):
-        self.done.set(); self.join(); self.look()
-        if sys.stderr.isatty(): print('\r\033[K', end='', file=sys.stderr, flush=True)
+        self.done.set(); self.join(); self.look(); in_place()
 
 # %% ../nbs/15_experiments.ipynb #023ce07a
 PAGE = ('<style>body {max-width: 64rem; margin: auto !important; padding: 1rem} '

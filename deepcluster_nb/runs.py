@@ -7,7 +7,7 @@ __all__ = ['FULL', 'SEEN', 'MEASURING', 'write_atomic', 'checksum', 'pack_checkp
            'save_checkpoint', 'load_checkpoint', 'Behind', 'as_yaml', 'begun', 'same_parameters', 'read_log',
            'RunFolder', 'fingerprint', 'FileBytes', 'difference', 'other_images', 'same_data', 'Stopped', 'signals_to',
            'signals_noted', 'in_notebook', 'held_by', 'taken', 'this_process', 'cell_runs', 'Hold', 'amount',
-           'check_room', 'take_room', 'Guard', 'duration', 'progress_line', 'say', 'Progress', 'log_curves']
+           'check_room', 'take_room', 'Guard', 'duration', 'progress_line', 'say', 'in_place', 'Progress', 'log_curves']
 
 # %% ../nbs/17_runs.ipynb #72590e62
 import errno, hashlib, json, math, os, shutil, signal, socket, sys, threading, time, warnings, zlib
@@ -481,6 +481,12 @@ def say(line:str):
         print(line.encode(known, 'replace').decode(known), flush=True)
 
 # %% ../nbs/17_runs.ipynb #742ba359
+def in_place(line:str=''):
+    "Show a line on a terminal that the next one replaces; without text, take it back before others print."
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns - 1         # a line that wraps can't be taken back
+        print('\r' + line[:width] + '\033[K', end='', file=sys.stderr, flush=True)
+
 class Progress:
     ("Epoch, phase and time left: one line that stays in place in a terminal or a notebook, "
      "and progress.json for whoever looks in from outside.")
@@ -497,7 +503,7 @@ class Progress:
                  share:float): # how much of the epoch is behind, 0 to 1
         "Call it as often as you like: it shows something at most twice a second."
         now = self.clock()
-        if share > .999: return self.clear()             # an epoch is over: room for what is printed about it
+        if share > .999: return in_place()               # an epoch is over: room for what is printed about it
         if now - self.shown < .5: return
         self.shown = now
         behind = epoch - self.first + share              # of this start
@@ -510,20 +516,15 @@ class Progress:
             with suppress(OSError):
                 write_atomic(Path(self.folder)/'progress.json', json.dumps(p).encode(), sync=False)
         line = progress_line(p)
-        if sys.stderr.isatty():                                # a line that wraps can't be taken back
-            print('\r' + line[:shutil.get_terminal_size().columns - 1] + '\033[K', end='', file=sys.stderr,
-                  flush=True)
-        elif in_notebook():
+        in_place(line)
+        if in_notebook():
             from IPython.display import display
             data = {'text/plain': line}
             if self.handle is None: self.handle = display(data, raw=True, display_id=True)
             else: self.handle.update(data, raw=True)
 
-    def clear(self):
-        if sys.stderr.isatty(): print('\r\033[K', end='', file=sys.stderr, flush=True)
-
     def close(self):
-        self.clear()
+        in_place()
         if self.folder:
             with suppress(OSError): (Path(self.folder)/'progress.json').unlink()
         if self.handle:

@@ -87,6 +87,15 @@ def test_a_terminal_is_refreshed_in_place(tmp_path, monkeypatch):
             and 'no epoch is finished yet' in first)
     assert 'finished' in shown[-1] and 'epoch 4 of 4' in shown[-1] and '72.0' in shown[-1]
 
+def test_lines_in_a_file_hold_nothing_for_a_terminal(tmp_path, monkeypatch, capsys): # run … > FILE
+    made(tmp_path/'r', 2)
+    monkeypatch.setattr(sys, 'stderr', Screen())
+    experiments.Watcher(tmp_path/'r').look()
+    experiments.Passing().write('a word\n')
+    lines = [describe(row(e), EPOCHS) for e in range(2)] + ['a word']
+    assert capsys.readouterr().out.splitlines() == lines
+    assert sys.stderr.text.endswith('working · 0 s\033[K\r\033[K')
+
 def test_one_look(tmp_path, capsys):
     with Guard(made(tmp_path/'r', 3)).held():
         assert main(['watch', str(tmp_path/'r'), '--once']) == 0
