@@ -214,7 +214,7 @@ def test_tensorboard_files(tmp_path, capsys):
     assert set(found.Tags()['scalars']) == set(log_numbers(row(1)))
 
 def test_in_a_notebook_text_and_curves_refresh(tmp_path, monkeypatch):
-    import IPython.display
+    import IPython.display, matplotlib.pyplot          # now: they take longer than the first epoch
     class Handle:
         def __init__(self, data): self.seen = [data]
         def update(self, data, raw): self.seen.append(data)
