@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TAKE_ALL', 'PAGE', 'SPINS', 'REFUSED', 'experiments_folder', 'one_of', 'parameters', 'explained', 'typed', 'whole',
            'read_preset', 'as_plain', 'gather', 'run_params', 'is_run', 'find_runs', 'check_parameters', 'parse_pair',
-           'parse_pairs', 'run_epochs', 'Passing', 'Watcher', 'write_report', 'signals_passed_on', 'sleeping_threads',
+           'parse_pairs', 'Passing', 'Watcher', 'write_report', 'signals_passed_on', 'sleeping_threads',
            'kernel_environment', 'drawn', 'kept', 'execute', 'run_experiment', 'summary', 'Look', 'look_at',
            'sparkline', 'dashboard', 'event_writer', 'log_numbers', 'watch', 'watch_figure', 'decoded_bytes',
            'kept_recipe', 'read_some', 'room_for', 'predict_folder', 'listing', 'forecast', 'any_text', 'add_report',
@@ -32,7 +32,7 @@ from .probes import ONLY_PAPER, ProbeConfig, resolve_probe, usual_size
 from .few_labels import check_choices
 from .report import read_finished, write_page
 from .runs import (MEASURING, RunFolder, Stopped, amount, duration, held_by, in_place,
-                                 progress_line, read_log, signals_to, write_atomic)
+                                 kept_params, progress_line, read_log, signals_to, write_atomic)
 from .fast.distributed import started_as_rank
 from .fit import (MAY_DIFFER, Config, check, check_ranks, clusters_csv, describe, fit, load_run,
                                 newer, predict, resolve, settled)
@@ -131,13 +131,8 @@ def gather(name:str, preset:str=None, params:dict=None
 # %% ../nbs/15_experiments.ipynb #8a7fa5ba
 def run_params(path)->dict: # of a run of train; what came into the kit later has its default
     "Return the parameters of a run; where the folder holds none, raise an error that says why."
-    file, there = Path(path)/'params.yaml', None
-    if not file.is_file():
-        raise FileNotFoundError(f"run: no run in {str(path)!r} (no params.yaml); "
-                                "expected the folder of a run of train that has begun")
-    with suppress(yaml.YAMLError, UnicodeDecodeError): there = yaml.safe_load(file.read_text('utf-8'))
-    known = asdict(Config())
-    if not isinstance(there, dict) or not {'k', 'epochs', 'passes'} <= there.keys() <= known.keys():
+    there, known = kept_params(path), asdict(Config())
+    if not {'k', 'epochs', 'passes'} <= there.keys() <= known.keys():
         raise ValueError(f"run: {str(path)!r} is the folder of another experiment than train")
     return known | there
 
@@ -219,10 +214,6 @@ def parse_pairs(name:str, pairs)->dict: # of an experiment: name → value
     return dict(parse_pair(p, defaults) for p in pairs)
 
 # %% ../nbs/15_experiments.ipynb #e5a9f6ea
-def run_epochs(run_dir:Path)->int:
-    "Return how many epochs a run has to do."
-    return yaml.safe_load((run_dir/'params.yaml').read_text(encoding='utf-8'))['epochs']
-
 class Passing:
     "Where a notebook's own printed lines go: to the output of the command."
     def write(self, text:str): in_place(); print(text, end='', flush=True)
@@ -236,7 +227,7 @@ class Watcher(threading.Thread):
 
     def look(self):
         lines = read_log(self.run_dir/'log.jsonl')
-        epochs = run_epochs(self.run_dir) if lines else 0
+        epochs = kept_params(self.run_dir)['epochs'] if lines else 0
         for r in lines[self.printed:]:
             in_place()
             print(r.get('line') or describe(r, epochs), flush=True)

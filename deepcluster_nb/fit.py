@@ -18,7 +18,7 @@ from contextlib import nullcontext, suppress
 from functools import partial
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-import numpy as np, torch, yaml
+import numpy as np, torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import deepcluster_nb.fast.graph as graph
@@ -39,8 +39,8 @@ from .switches import (CENTER_BOXES, SCHEDULES, Algorithm, new_head, resize_head
                                      with_switches)
 from .training import sgd, trunk_parameters
 from .fast.training import CLUSTERERS, TAKE_K, Machine, Training, compiles_features
-from .runs import (Guard, Progress, RunFolder, as_yaml, drop_damaged, load_checkpoint, read_log,
-                                 same_data, same_parameters, say)
+from .runs import (Guard, Progress, RunFolder, as_yaml, drop_damaged, kept_params,
+                                 load_checkpoint, read_log, same_data, same_parameters, say)
 import deepcluster_nb.fast.distributed as distributed
 from .fast.distributed import RankGuard, joined, ranks_here, same_images, shared_tensors
 
@@ -262,15 +262,13 @@ def newer(run_dir, params:dict,
           defaults:dict=None, # name → default value; Config's where not given
          )->list:             # names
     "Name parameters that are newer than the run in this folder and have their default."
-    file = Path(run_dir)/'params.yaml'
-    there = yaml.safe_load(file.read_text(encoding='utf-8')) if file.is_file() else params
+    there = kept_params(run_dir, params)
     return [name for name,v in (defaults or asdict(Config())).items()
             if name not in there and params.get(name) == v]
 
 def settled(run_dir, params:dict)->list: # names
     "Name what a run may be given later: more epochs, where none depends on their number; what 'auto' was."
-    file = Path(run_dir)/'params.yaml'
-    there = yaml.safe_load(file.read_text(encoding='utf-8')) if file.is_file() else params
+    there = kept_params(run_dir, params)
     more = params.get('epochs', 0) > there.get('epochs', 0) > 0
     longer = more and not params.get('recluster') and params.get('lr_schedule') != 'last_quarter'
     return ['epochs']*longer + ['precision']*(there.get('precision') == 'auto')
@@ -283,16 +281,15 @@ def may_differ(run_dir, params:dict)->tuple: # names
 # %% ../nbs/18_fit.ipynb #0efa718c
 def same_run(run_dir, params:dict):
     "Raise a ValueError where a folder holds a run with other parameters."
-    file = Path(run_dir)/'params.yaml'
-    if run_dir and file.is_file():
-        same_parameters(run_dir, file, as_yaml(params), may_differ(run_dir, params))
+    if run_dir and (Path(run_dir)/'params.yaml').is_file():
+        same_parameters(run_dir, as_yaml(params), may_differ(run_dir, params))
 
 def lengthen(folder, epochs:int):
     "Give a run that may be finished more epochs; what is made at its end is made again."
-    was = yaml.safe_load((file := folder.path/'params.yaml').read_text(encoding='utf-8'))
+    was = kept_params(folder.path)
     if was['epochs'] >= epochs: return
     for name in ('metrics.json', 'clusters.csv'): (folder.path/name).unlink(missing_ok=True)
-    folder.write(file.name, as_yaml(was | dict(epochs=epochs)))
+    folder.write('params.yaml', as_yaml(was | dict(epochs=epochs)))
 
 def assign_before(folder, epoch:int, assign:Tensor)->Tensor: # (N,)
     "A finished run has saved the clusters of its last network; return those that it was trained on."
@@ -667,10 +664,7 @@ def as_here(c:Machine)->Machine:
 
 def load_run(run_dir)->Run: # without images
     "Load a run from its folder, for `predict` and for a look inside; nothing is written there."
-    params = Path(run_dir)/'params.yaml'
-    if not params.exists(): raise FileNotFoundError(f"run_dir: no run in {str(run_dir)!r} (no params.yaml)")
-    asked = yaml.safe_load(params.read_text(encoding='utf-8'))
-    try: asked = Config(**asked)
+    try: asked = Config(**kept_params(run_dir))
     except TypeError as e:
         raise ValueError(f"run_dir: {str(run_dir)!r} is the folder of another "
                          f"experiment than train ({e})") from None

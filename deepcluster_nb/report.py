@@ -19,10 +19,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
-import yaml
 from .fit import MAY_DIFFER
 from .pictures import styled
-from .runs import duration, read_log, write_atomic
+from .runs import duration, kept_params, read_log, write_atomic
 
 # %% ../nbs/35_report.ipynb #85445e53
 SURE = dict(pub='printed by a named third party', read="read in the authors' code",
@@ -256,20 +255,17 @@ def read_finished(path)->Finished:
     ("Read the folder of an experiment; one that holds none is a FileNotFoundError, "
      "one of another experiment a ValueError.")
     path = Path(path)
-    if not (path/'params.yaml').is_file():
-        raise FileNotFoundError(f"run: no run in {str(path)!r} (no params.yaml)")
-    def read(name, parse):
-        with suppress(OSError, ValueError, yaml.YAMLError):
-            return parse((path/name).read_text(encoding='utf-8'))
-    params = read('params.yaml', yaml.safe_load)
-    kind = next((kind for kind,names in KINDS.items()
-                 if isinstance(params, dict) and names <= params.keys()), None)
+    def read(name): # {} where there is none
+        with suppress(OSError, ValueError): return json.loads((path/name).read_text(encoding='utf-8')) or {}
+        return {}
+    params = kept_params(path)
+    kind = next((kind for kind,names in KINDS.items() if names <= params.keys()), None)
     if kind is None:
         raise ValueError(f"run: expected the folder of {', '.join(KINDS)}, got {str(path)!r}, "
                          "which is of another experiment")
     log = read_log(path/'log.jsonl') if kind == 'train' else []
-    images = (read('data.json', json.loads) or {}).get('train', {}).get('n', 0)
-    return Finished(path, kind, params, read('metrics.json', json.loads) or {}, log, images)
+    images = read('data.json').get('train', {}).get('n', 0)
+    return Finished(path, kind, params, read('metrics.json'), log, images)
 
 # %% ../nbs/35_report.ipynb #aab4a06f
 # classes, training images; where they lie in a folder or a packed file

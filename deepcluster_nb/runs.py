@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FULL', 'SEEN', 'MEASURING', 'write_atomic', 'checksum', 'pack_checkpoint', 'write_checkpoint', 'drop_damaged',
-           'save_checkpoint', 'load_checkpoint', 'Behind', 'as_yaml', 'begun', 'same_parameters', 'read_log',
-           'RunFolder', 'fingerprint', 'FileBytes', 'difference', 'other_images', 'same_data', 'Stopped', 'signals_to',
-           'signals_noted', 'in_notebook', 'held_by', 'taken', 'this_process', 'cell_runs', 'Hold', 'amount',
-           'check_room', 'take_room', 'Guard', 'duration', 'progress_line', 'say', 'in_place', 'Progress', 'log_curves']
+           'save_checkpoint', 'load_checkpoint', 'Behind', 'as_yaml', 'begun', 'kept_params', 'same_parameters',
+           'read_log', 'RunFolder', 'fingerprint', 'FileBytes', 'difference', 'other_images', 'same_data', 'Stopped',
+           'signals_to', 'signals_noted', 'in_notebook', 'held_by', 'taken', 'this_process', 'cell_runs', 'Hold',
+           'amount', 'check_room', 'take_room', 'Guard', 'duration', 'progress_line', 'say', 'in_place', 'Progress',
+           'log_curves']
 
 # %% ../nbs/17_runs.ipynb #72590e62
 import errno, hashlib, json, math, os, shutil, signal, socket, sys, threading, time, warnings, zlib
@@ -144,9 +145,25 @@ def begun(path)->bool:
     return (any((path/f).exists() for f in files)
             or any(f.suffix in ('.npy', '.safetensors') for f in path.glob('*/*')))
 
-def same_parameters(path, file:Path, text:str, may_differ): # names that may differ
-    "Raise a ValueError where the folder's file holds other parameters than this YAML."
-    was, now = yaml.safe_load(file.read_text(encoding='utf-8')) or {}, yaml.safe_load(text)
+def kept_params(path,
+                otherwise=None, # returned where the folder holds none, else that is an error
+               )->dict:
+    "Read the parameters of a run folder."
+    file = Path(path)/'params.yaml'
+    if not file.is_file():
+        if otherwise is not None: return otherwise
+        raise FileNotFoundError(f"run: no run in {str(path)!r} (no params.yaml); "
+                                "expected the folder of a run that has begun")
+    try: there = yaml.safe_load(file.read_text(encoding='utf-8')) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ValueError(f"run: {str(file)!r} is no YAML ({' '.join(str(e).split())})") from None
+    if not isinstance(there, dict):
+        raise ValueError(f"run: expected names and values in {str(file)!r}, got a {type(there).__name__}")
+    return there
+
+def same_parameters(path, text:str, may_differ): # names that may differ
+    "Raise a ValueError where the folder holds other parameters than this YAML."
+    was, now = kept_params(path), yaml.safe_load(text)
     differ = [f"{k}: {was.get(k)!r} there, {now.get(k)!r} now" for k in {**was, **now}
               if k not in may_differ and was.get(k) != now.get(k)]
     if differ:
@@ -172,7 +189,7 @@ class RunFolder:
         self.path, self.params, self.full, self.behind = Path(path), params, False, Behind()
         file, text = self.path/'params.yaml', as_yaml(params)
         if self.path.is_file(): raise ValueError(f"run_dir: expected a folder, but {str(path)!r} is a file")
-        if file.exists(): same_parameters(path, file, text, may_differ)
+        if file.exists(): same_parameters(path, text, may_differ)
         for sub in ('checkpoint', 'assignments', 'figures'):
             (self.path/sub).mkdir(parents=True, exist_ok=True)
         if not file.exists(): self.write('params.yaml', text)

@@ -58,7 +58,7 @@ def test_what_is_no_run_or_another_experiment(tmp_path):
     with pytest.raises(ValueError, match='expected the folder of train, probe, voc, .*another'):
         read_finished(other)
     (tmp_path/'d').mkdir(); (tmp_path/'d'/'params.yaml').write_text('- a list')
-    with pytest.raises(ValueError, match='another experiment'): read_finished(tmp_path/'d')
+    with pytest.raises(ValueError, match='names and values in .*got a list'): read_finished(tmp_path/'d')
 
 @pytest.mark.parametrize('params, metrics, name', [
     (dict(dataset='cifar10'), dict(classes=10, n_images=50_000), 'cifar10'),

@@ -164,7 +164,7 @@ def test_a_killed_run_is_dead(tmp_path, capsys):
 @pytest.mark.parametrize('content, message', [
     (None, r"no run in '.*' \(no params.yaml\)"),
     ('dataset: digits\nprotocol: paper\n', 'another experiment than train'),
-    ('a: [', 'another experiment than train')])
+    ('a: [', 'params.yaml. is no YAML')])
 def test_what_is_no_run_is_one_line(tmp_path, capsys, content, message):
     if content: (tmp_path/'params.yaml').write_text(content)
     assert main(['watch', str(tmp_path)]) == 2
