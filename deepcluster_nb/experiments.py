@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TAKE_ALL', 'PAGE', 'SPINS', 'REFUSED', 'experiments_folder', 'one_of', 'parameters', 'explained', 'typed', 'whole',
-           'read_preset', 'as_plain', 'gather', 'run_params', 'is_run', 'find_runs', 'check_parameters', 'parse_pair',
+           'read_preset', 'gather', 'run_params', 'is_run', 'find_runs', 'check_parameters', 'parse_pair',
            'parse_pairs', 'Passing', 'Watcher', 'write_report', 'signals_passed_on', 'sleeping_threads',
            'kernel_environment', 'drawn', 'kept', 'execute', 'run_experiment', 'summary', 'Look', 'look_at',
            'sparkline', 'dashboard', 'event_writer', 'log_numbers', 'watch', 'watch_figure', 'decoded_bytes',
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from glob import glob
 from itertools import islice
 from pathlib import Path
-import numpy as np, torch, yaml
+import torch, yaml
 from PIL import Image
 from tqdm import tqdm
 from .sources import Unreadable, check_pillow, find_images, load_images, passed_over, printable
@@ -34,8 +34,8 @@ from .report import read_finished, write_page
 from .runs import (MEASURING, RunFolder, Stopped, amount, duration, held_by, in_place,
                                  kept_params, progress_line, read_log, signals_to, write_atomic)
 from .fast.distributed import started_as_rank
-from .fit import (MAY_DIFFER, Config, check, check_ranks, clusters_csv, describe, fit, load_run,
-                                newer, predict, resolve, settled)
+from .fit import (MAY_DIFFER, Config, as_plain, check, check_ranks, clusters_csv, describe, fit,
+                                load_run, may_differ, newer, predict, resolve)
 
 # %% ../nbs/15_experiments.ipynb #f10743b4
 def experiments_folder()->Path: # nbs/experiments of the clone
@@ -111,11 +111,6 @@ def read_preset(file:Path, defaults:dict)->dict: # name → value
             for k,v in plain.items()}
 
 # %% ../nbs/15_experiments.ipynb #195d60e5
-def as_plain(value):
-    "Return NumPy's numbers and paths as Python's own."
-    if isinstance(value, os.PathLike): return os.fspath(value)
-    return value.item() if isinstance(value, np.generic) else value
-
 def gather(name:str, preset:str=None, params:dict=None
           )->tuple: # (notebook, parameters that differ from its defaults)
     "Merge a preset and single parameters, and check their names."
@@ -187,13 +182,12 @@ def check_parameters(notebook:Path, given:dict, run_dir:Path):
     if who := held_by(run_dir):
         raise ValueError(f"run_dir: {str(run_dir)!r} is in use by {who}; "
                          "let it finish, or choose another folder")
+    free = may_differ(run_dir, values) if notebook.stem == 'train' else (
+        *MAY_DIFFER, *newer(run_dir, values, own))
     # which rows, of how many seeds: the numbers that are there count in any case
-    more = (('row', 'seeds', 'other') if notebook.stem == 'findings' else
-            ONLY_PAPER if values.get('protocol') == 'cached' else ())
-    if values.get('clusterer', 'kmeans') != 'kmeans': more += 'backend',      # of k-means alone
-    if notebook.stem == 'train': more += *settled(run_dir, values),
-    if (run_dir/'params.yaml').exists():
-        RunFolder(run_dir, values, (*MAY_DIFFER, *newer(run_dir, values, own), *more))
+    if notebook.stem == 'findings': free += 'row', 'seeds', 'other'
+    if values.get('protocol') == 'cached': free += ONLY_PAPER
+    if (run_dir/'params.yaml').exists(): RunFolder(run_dir, values, free)
     elif taken := [f for f in ('clusters.csv', 'report.html', 'metrics.json') if (run_dir/f).exists()]:
         raise ValueError(f"run_dir: {str(run_dir)!r} holds {', '.join(taken)} and no run that could go on; "
                          "choose another folder")
