@@ -6,8 +6,8 @@
 __all__ = ['SURE', 'LAYERS', 'SHOTS', 'TASKS', 'VOC', 'THIRD', 'QUOTED', 'PAPER', 'AND', 'BUILD', 'COMMENT', 'MM', 'PUBLISHED',
            'PROBE', 'IMAGENET', 'VOC2007', 'POOLED', 'WITH_KNN', 'STEPS', 'RUN', 'MISSING', 'TABLES', 'KINDS', 'SETS',
            'PLACE', 'READERS', 'FIRST', 'NAMES', 'CSS', 'Published', 'and_row', 'published', 'published_cells', 'shown',
-           'numbered', 'published_table', 'Table', 'voc_command', 'Finished', 'read_finished', 'data_of',
-           'weights_folder', 'trained_run', 'network_of', 'k_of', 'arch_of', 'Row', 'views', 'probe_table',
+           'numbered', 'markdown_table', 'published_table', 'Table', 'voc_command', 'Finished', 'read_finished',
+           'data_of', 'weights_folder', 'trained_run', 'network_of', 'k_of', 'arch_of', 'Row', 'views', 'probe_table',
            'probe_rows', 'without_classes', 'svm_rows', 'voc_rows', 'retrieval_rows', 'finetune_rows', 'ends', 'spent',
            'log_rows', 'measured', 'apart_from_k', 'differences', 'about', 'commands', 'fits_first', 'cell',
            'html_table', 'our_line', 'section', 'nmi_curves', 'nmi_figure', 'others', 'sections', 'report_page',
@@ -119,16 +119,19 @@ def numbered(said)->tuple: # said: (mark, words) of each row → (marks such as 
     return [f'{mark}\N{NO-BREAK SPACE}({notes.index(words) + 1})' if words else mark
             for mark,words in said], notes
 
+def markdown_table(head, rows)->str:
+    "Write a table as Markdown; a column gets its share of the width from its dashes."
+    rows = [list(map(str, r)) for r in (head, *rows)]
+    rows.insert(1, ['-'*min(40, max(3, *map(len, c))) for c in zip(*rows)])
+    return '\n'.join('| ' + ' | '.join(r) + ' |' for r in rows)
+
 def published_table(table:str)->str: # Markdown
     "Write the published rows of one table, for the notebooks that print them below their own."
     found = [published_cells(p) for p in published(table)]
     marks, notes = numbered([said for _,said in found])
-    rows = [['', *map(shown, TABLES[table].columns), 'how sure']]
-    rows += [[*cells, mark] for (cells, _),mark in zip(found, marks)]
-    # a column gets its share of the width from its dashes
-    rows.insert(1, ['-'*min(40, max(3, *map(len, c))) for c in zip(*rows)])
-    lines = ['| ' + ' | '.join(r) + ' |' for r in rows]
-    return '\n'.join([*lines, '', *[f'{i}. {note}' for i,note in enumerate(notes, 1)]])
+    rows = [[*cells, mark] for (cells, _),mark in zip(found, marks)]
+    return '\n'.join([markdown_table(['', *map(shown, TABLES[table].columns), 'how sure'], rows), '',
+                      *[f'{i}. {note}' for i,note in enumerate(notes, 1)]])
 
 # %% ../nbs/35_report.ipynb #219d2cbb
 @dataclass
