@@ -32,7 +32,7 @@ from .probes import ONLY_PAPER, ProbeConfig, resolve_probe, usual_size
 from .few_labels import check_choices
 from .report import read_finished, write_page
 from .runs import (MEASURING, RunFolder, Stopped, amount, duration, held_by, in_place,
-                                 kept_params, progress_line, read_log, signals_to, write_atomic)
+                                 kept_params, new_file, progress_line, read_log, signals_to, write_atomic)
 from .fast.distributed import started_as_rank
 from .fit import (MAY_DIFFER, Config, as_plain, check, check_ranks, clusters_csv, describe, fit,
                                 load_run, may_differ, newer, predict, resolve)
@@ -609,11 +609,7 @@ def predict_folder(run_dir,                 # of a run of train
                    chunk:int=64,            # images decoded at once, fewer where they are large
                   )->tuple:                 # (rows: path and cluster, [path: why] of the images left out)
     "Predict the clusters of new images; the file of them is whole or absent."
-    folder, out, rows, broken = Path(folder), Path(out), [], []
-    if out.is_dir() or not out.parent.is_dir():
-        raise FileNotFoundError(f"out: expected a file in an existing folder, got {str(out)!r}")
-    if out.exists() and not force:
-        raise ValueError(f"out: {str(out)!r} exists already; choose another name, or replace it (--force)")
+    folder, out, rows, broken = Path(folder), new_file(out, force), [], []
     if not folder.is_dir():
         raise FileNotFoundError(f"folder: expected a folder of images, got the file {str(folder)!r}"
                                 if folder.exists() else f"folder: no folder {str(folder)!r}")

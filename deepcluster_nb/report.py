@@ -21,7 +21,7 @@ from html import escape
 from pathlib import Path
 from .fit import MAY_DIFFER
 from .pictures import styled
-from .runs import duration, kept_params, read_log, write_atomic
+from .runs import duration, kept_params, new_file, read_log, write_atomic
 
 # %% ../nbs/35_report.ipynb #85445e53
 SURE = dict(pub='printed by a named third party', read="read in the authors' code",
@@ -627,12 +627,6 @@ def write_page(paths,            # run folders
                force:bool=False, # replace out where it exists
               )->Path:           # the page
     "Read run folders and write the page; whole or not at all. Errors come before any work."
-    out = Path(out)
-    if out.is_dir() or not out.parent.is_dir():
-        raise FileNotFoundError(f"out: expected a file in an existing folder, got {str(out)!r}")
-    if out.exists() and not force:
-        raise ValueError(f"out: {str(out)!r} exists already; "
-                         "choose another name, or replace it (--force)")
-    runs = read_several(paths)
+    out, runs = new_file(out, force), read_several(paths)
     write_atomic(out, report_page(runs).encode(errors='replace'))
     return out
