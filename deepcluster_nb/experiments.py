@@ -172,9 +172,9 @@ def check_parameters(notebook:Path, given:dict, run_dir:Path):
         config = replace(config, size=usual_size(config.arch))          # that of the weights is found later
     checked(config)
     if notebook.stem == 'finetune': check_choices(*(values[n] for n in ('shares', 'lrs', 'steps', 'n_val')))
-    if notebook.stem == 'compare': find_runs(values['runs'])                                       # likewise
+    # these three say what is missing
+    if notebook.stem == 'compare': find_runs(values['runs'])
     if notebook.stem == 'report': find_runs(values['runs'], read_finished)
-    # which says what is missing
     if 'dataset' in values and config.root and not Path(config.root).exists():
         load_images(config.dataset, config.root)
     check(not config.root or Path(config.root).resolve() != run_dir, 'run_dir', str(run_dir),

@@ -447,7 +447,8 @@ def test_a_runs_last_numbers_are_of_test_images_and_the_last_epoch(tmp_path, in_
     assert f'({max(gains):+.1f} points)' in verdict
     assert f"NMI {log[0]['nmi_labels']:.3f} (random features) to {m['nmi_labels']:.3f}" in verdict
     cells = re.findall(r'<td[^>]*>([^<]*)</td>', text)
-    assert cells[cells.index('kNN') + 4] == f'{columns[2][-1] - columns[0][-1]:+.1f}'
+    assert cells[cells.index('kNN') + 4] == f'{gains[-1]:+.1f}'
+    assert [l.split()[-1] for l in summary(where).splitlines()[1:7]] == [f'{g:+.1f}' for g in gains]
 
 COPIES = Path(__file__).parent/'copies'     # of constants: a change there is meant
 
