@@ -162,13 +162,13 @@ def kept_params(path,
     file = Path(path)/'params.yaml'
     if not file.is_file():
         if otherwise is not None: return otherwise
-        raise FileNotFoundError(f"run: no run in {str(path)!r} (no params.yaml); "
+        raise FileNotFoundError(f"run_dir: no run in {str(path)!r} (no params.yaml); "
                                 "expected the folder of a run that has begun")
-    try: there = yaml.safe_load(file.read_text(encoding='utf-8')) or {}
+    try: there = yaml.safe_load(file.read_text(encoding='utf-8'))
     except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ValueError(f"run: {str(file)!r} is no YAML ({' '.join(str(e).split())})") from None
+        raise ValueError(f"run_dir: {str(file)!r} is no YAML ({' '.join(str(e).split())})") from None
     if not isinstance(there, dict):
-        raise ValueError(f"run: expected names and values in {str(file)!r}, got a {type(there).__name__}")
+        raise ValueError(f"run_dir: expected names and values in {str(file)!r}, got a {type(there).__name__}")
     return there
 
 def same_parameters(path, text:str, may_differ): # names that may differ

@@ -49,6 +49,7 @@ def names_of(experiment, *texts, **given): # by its imports, parameters, and the
     parts = ([c for c in cells if 'parameters' in c.metadata.tags],
              [c for c in cells if c.source.startswith(('import ', 'from '))],
              [c for c in cells if any(t in c.source for t in texts)])
+    assert all(any(t in c.source for c in cells) for t in texts), texts
     for part in parts:
         if part is parts[2]: space |= given
         for c in part: exec(compile(c.source, experiment, 'exec'), space)

@@ -1,9 +1,9 @@
 "The page of findings: verdicts from numbers whose truth is known, and small runs of its rows."
 import json, re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-import numpy as np, pytest, torch
+import pytest, torch
 from PIL import Image
 from sklearn.metrics import (adjusted_mutual_info_score, average_precision_score,
                              normalized_mutual_info_score)

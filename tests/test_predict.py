@@ -80,22 +80,24 @@ def test_broken_images_stop_it_or_are_left_out(room, tmp_path):
     assert not (tmp_path/'d.csv').exists()
 
 def test_wrong_input_is_one_line_before_any_work(room, tmp_path, monkeypatch):
-    for name, text in (('empty', None), ('begun', 'k: 4'), ('other', 'seeds: 4'), ('typo', 'k: [4')):
+    for name, text in (('empty', None), ('begun', 'k: 4'), ('other', 'seeds: 4'), ('typo', 'k: [4'),
+                       ('bare', '')):
         (tmp_path/name).mkdir()
-        if text: (tmp_path/name/'params.yaml').write_text(text)
+        if text is not None: (tmp_path/name/'params.yaml').write_text(text)
     monkeypatch.chdir(tmp_path)
     tree = room/'tree'
     for args, message in [(('nowhere', tree), "no run in 'nowhere'"),
                           (('begun', tree), 'no whole checkpoint yet'),
                           (('other', tree), 'of another experiment'),
                           (('typo', tree), 'params.yaml. is no YAML'),
+                          (('bare', tree), 'names and values in .*got a NoneType'),
                           ((room/'run', 'nowhere'), "folder: no folder 'nowhere'"),
                           ((room/'run', 'empty'), "folder: no images in 'empty'"),
                           ((room/'run', tree, 'no/such/c.csv'), 'out: expected a file in an existing folder'),
                           ((room/'run', tree, 'empty'), 'out: expected a file')]:
         with pytest.raises((ValueError, FileNotFoundError), match=message): predict_folder(*args)
     status, out, err = command('nowhere', tree, cwd=tmp_path)
-    assert (status == 2 and err.startswith("deepcluster-nb: run: no run in 'nowhere'")
+    assert (status == 2 and err.startswith("deepcluster-nb: run_dir: no run in 'nowhere'")
             and len(err.splitlines()) == 1 and not (tmp_path/'clusters.csv').exists())
 
 def test_a_stop_writes_nothing(room, tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ RUN = SCHEDULE/'run.sh'
 pytestmark = pytest.mark.skipif(not all(map(shutil.which, ('bash', 'flock', 'timeout'))),
                                 reason='needs bash, flock and timeout (Linux)')
 
-# Notes its call in OUT/calls, then obeys $FAKE: finish, wait for TERM (and save), ignore TERM, or fail.
+# Notes its call in OUT/calls, then obeys $FAKE: finish, wait for TERM (and save), ignore TERM,
+# be finished when TERM comes, or fail.
 FAKE = (r'''#!/usr/bin/env bash
 out="${@: -1}"; mkdir -p "$out"; echo $$ > "$out/pid"; '''
         r'''echo "$OMP_NUM_THREADS|${DEEPCLUSTER_DATA:-}|$*" >> "$out/calls"; echo "epoch 1/2"
@@ -20,6 +21,8 @@ case $FAKE in
   wait)   trap 'echo saved > "$out/saved"; exit 143' TERM; touch "$out/ready"; '''
         r'''for i in {1..300}; do sleep .05; done;;
   deaf)   trap '' TERM; touch "$out/ready"; for i in {1..300}; do sleep .05; done;;
+  late)   trap 'echo {} > "$out/metrics.json"; echo html > "$out/report.html"; exit 0' TERM
+          touch "$out/ready"; for i in {1..300}; do sleep .05; done;;
   fail)   echo "ValueError: k" >&2; exit 2;;
 esac
 ''')
@@ -138,7 +141,8 @@ def test_slurm_job_puts_itself_back_when_its_time_is_over(turn, tmp_path, how, r
         assert (tmp_path/'requeued').read_text() == 'requeue 17\n' and (tmp_path/'run'/'saved').exists()
     assert (tmp_path/'run'/'calls').read_text().startswith('5|')
 
-@pytest.mark.parametrize('how, requeued', [('wait', True), ('finish', False), ('fail', False)])
+@pytest.mark.parametrize('how, requeued', [('wait', True), ('late', False), ('finish', False),
+                                           ('fail', False)])
 def test_slurm_job_of_several_machines_goes_on_and_ends(turn, tmp_path, how, requeued):
     tools = dict(srun='while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
                  torchrun='while [ "$1" != deepcluster_nb ]; do shift; done; shift; exec deepcluster-nb "$@"',
@@ -152,16 +156,18 @@ def test_slurm_job_of_several_machines_goes_on_and_ends(turn, tmp_path, how, req
     def calls(): return len((tmp_path/'run'/'calls').read_text().splitlines())
     (tmp_path/'run').mkdir(); (tmp_path/'run'/'report.html').write_text('of fewer epochs')
     p = job()
-    if how == 'wait': until(tmp_path/'run'/'ready'); p.send_signal(signal.SIGTERM)
-    assert end(p)[0] == dict(wait=143, finish=0, fail=2)[how] and calls() == 1
+    if how in ('wait', 'late'): until(tmp_path/'run'/'ready'); p.send_signal(signal.SIGTERM)
+    assert end(p)[0] == dict(wait=143, late=0, finish=0, fail=2)[how] and calls() == 1
     assert (tmp_path/'requeued').exists() == requeued
+    if how == 'late': assert end(job())[0] == 0 and calls() == 1
     if how == 'finish':
         assert end(job())[0] == 0 and calls() == 1
         assert end(job('-p', 'epochs=20'))[0] == 0 and calls() == 2
 
 def test_templates_call_run_sh_and_bash_reads_them():
-    for script in (RUN, SCHEDULE/'deepcluster.sbatch'):
-        assert os.access(RUN, os.X_OK) and subprocess.run(['bash', '-n', script]).returncode == 0
+    assert os.access(RUN, os.X_OK)
+    for script in (RUN, *SCHEDULE.glob('*.sbatch')):
+        assert subprocess.run(['bash', '-n', script]).returncode == 0
     service, timer, cron = [(SCHEDULE/n).read_text()
                             for n in ('deepcluster.service', 'deepcluster.timer', 'crontab.txt')]
     assert (re.search(r'^ExecStart=\S+/nbs/experiments/schedule/run\.sh \S+ train ', service, re.M)

@@ -18,9 +18,9 @@ if [ -n "${DEEPCLUSTER_DATA:-}" ] && [ ! -d "$DEEPCLUSTER_DATA" ]; then
   say "DEEPCLUSTER_DATA: expected a folder, and there is none at '$DEEPCLUSTER_DATA'"; exit 2
 fi
 
-report=$(realpath -m "$out/report.html"); log="$out.log"
-done_line="== finished: $(printf '%q ' "$name" "$@")"            # of these arguments: more epochs asked for are a new task
-if [ -f "$out/metrics.json" ] && [ -f "$report" ] && grep -qsxF -- "$done_line" "$log"; then
+report=$(realpath -m "$out/report.html")
+asked=$(LC_ALL=C printf '%q ' "$name" "$@")                   # more epochs are a new task
+if [ -f "$out/metrics.json" ] && [ -f "$report" ] && grep -qsxF -- "$asked" "$out/finished"; then
   echo "$out is finished: $report"; exit 0
 fi
 
@@ -37,6 +37,7 @@ done
 [[ $ranks =~ ^[1-9][0-9]*$ ]] || ranks=1                      # the command says what is wrong with it
 cores=${SLURM_CPUS_PER_TASK:-$(nproc)}
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( cores > ranks ? cores / ranks : 1 ))}"
+log="$out.log"
 note() { echo "== $(date '+%Y-%m-%d %H:%M:%S') $*" >>"$log"; }
 note "start: $name $* ($OMP_NUM_THREADS threads, limit ${DEEPCLUSTER_LIMIT:-0}, process $$)"
 
@@ -50,7 +51,7 @@ while kill -0 "$pid" 2>/dev/null; do status=0; wait "$pid" || status=$?; done   
 
 note "end: status $status"
 case $status in
-  0) echo "$done_line" >>"$log"; echo "$out is finished: $report";;
+  0) echo "$asked" >>"$out/finished"; echo "$out is finished: $report";;
   124|130|143) echo "$out: stopped (status $status); the next turn goes on";;
   *) say "$out: failed with status $status; the end of $log:"; tail -n 5 "$log" >&2;;
 esac
