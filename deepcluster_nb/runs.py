@@ -228,9 +228,10 @@ class RunFolder:
                *args):
         try: write(*args)
         except OSError as e:
-            if e.errno not in FULL or not self.reserve.exists(): raise
-            self.reserve.unlink(missing_ok=True)
+            # another write may have found it full, too, and have made the room
+            if e.errno not in FULL or not (self.reserve.exists() or self.full): raise
             self.full = True
+            self.reserve.unlink(missing_ok=True)
             write(*args)
 
     @property

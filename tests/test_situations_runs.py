@@ -247,7 +247,7 @@ def test_plain_papermill_is_told_how_to_keep_text():
 def test_the_schedules_script_passes_text_on(tmp_path):
     fake = tmp_path/'bin'/'deepcluster-nb'
     fake.parent.mkdir()
-    fake.write_text('#!/bin/sh\nfor a in "$@"; do echo "<$a>"; done >"$HEARD"\n')
+    fake.write_text('#!/bin/sh\nfor a in "$@"; do echo "<$a>"; done >"$HEARD"; mkdir "$a"\n')
     fake.chmod(0o755)
     env = dict(os.environ, PATH=f"{fake.parent}:{os.environ['PATH']}", HEARD=str(tmp_path/'heard'))
     script = experiments_folder()/'schedule'/'run.sh'

@@ -123,6 +123,18 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, whole, name):
     fit(config, echo=None)
     assert sha256(tmp_path/'r') == whole
 
+def test_two_writes_find_the_disk_full_at_once(tmp_path): # a checkpoint in its thread, and a small file
+    folder, tried = runs.RunFolder(tmp_path/'r', {}), []
+    folder.reserve.write_bytes(b'room')
+    def fails(name, meanwhile=None):
+        tried.append(name)
+        if tried.count(name) > 1: return
+        if meanwhile: meanwhile()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    folder.safely(fails, 'checkpoint', lambda: folder.safely(fails, 'file'))
+    assert tried == ['checkpoint', 'file', 'file', 'checkpoint']
+    assert folder.full and not folder.reserve.exists()
+
 # ------------------------------------------- a checkpoint is written while the next step is computed
 
 SELDOM = replace(SMALL, checkpoint_minutes=1e6)            # at the end of each epoch
